@@ -1,0 +1,178 @@
+//! The checkpoints in a directory: found by their manifests, ordered by step, never by a file's time.
+
+use std::io;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::fs::{EntryKind, FileSystem};
+use crate::manifest::{
+    LATEST, Manifest, REPLACED_INFIX, TMP_INFIX, TRASH_PREFIX, check_tag, is_part_name, read_manifest,
+};
+
+/// A directory that was passed over, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// The name of the directory or file.
+    pub name: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// A checkpoint whose manifest is whole.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// The directory's name; differs from the tag while the tag is being saved again.
+    pub(crate) dir: String,
+    pub(crate) tag: String,
+    pub(crate) manifest: Manifest,
+    pub(crate) manifest_bytes: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Scan {
+    /// Newest first.
+    pub(crate) found: Vec<Found>,
+    pub(crate) skipped: Vec<Skipped>,
+}
+
+/// What a name in a directory of checkpoints means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Name<'a> {
+    /// A checkpoint, or something foreign.
+    Plain,
+    /// `{tag}.tmp-…`: being written, or left by a crash.
+    Staging,
+    /// `{tag}.replaced-…`: whole, its tag being saved again.
+    Aside { tag: &'a str },
+    /// `.trash-…`: being deleted.
+    Trash,
+    /// `latest.tmp-…`.
+    StagedLatest,
+    /// Begins with a dot, and is none of the above.
+    Hidden,
+}
+
+impl<'a> Name<'a> {
+    /// Only names exactly as this crate makes them count as its own.
+    pub(crate) fn of(name: &'a str) -> Name<'a> {
+        let suffixed = |infix: &str| {
+            let (tag, suffix) = name.rsplit_once(infix)?;
+            is_unique(suffix).then_some(tag)
+        };
+        if let Some(rest) = name.strip_prefix(TRASH_PREFIX) {
+            let ours = rest.split_once('-').is_some_and(|(unique, _)| is_unique(unique));
+            return if ours { Name::Trash } else { Name::Hidden };
+        }
+        match (suffixed(TMP_INFIX), suffixed(REPLACED_INFIX)) {
+            (Some(LATEST), _) => Name::StagedLatest,
+            (Some(tag), _) if check_tag(tag).is_ok() => Name::Staging,
+            (_, Some(tag)) if check_tag(tag).is_ok() => Name::Aside { tag },
+            _ if name.starts_with('.') => Name::Hidden,
+            _ => Name::Plain,
+        }
+    }
+}
+
+fn is_unique(suffix: &str) -> bool {
+    suffix.len() == 16 && suffix.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+/// Finds every checkpoint with a whole manifest. A directory that does not exist holds none.
+pub(crate) fn scan(fs: &dyn FileSystem, dir: &Path) -> Result<Scan> {
+    let entries = match fs.list(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Scan::default()),
+        listed => listed.map_err(Error::io("list", dir))?,
+    };
+    let mut scan = Scan::default();
+    let mut asides = Vec::new();
+    for entry in entries.into_iter().filter(|e| e.kind == EntryKind::Dir) {
+        let tag = match Name::of(&entry.name) {
+            Name::Plain => entry.name.clone(),
+            Name::Aside { tag } => tag.to_owned(),
+            _ => continue,
+        };
+        match read_manifest(fs, &dir.join(&entry.name)) {
+            Ok(Some((manifest, manifest_bytes))) => {
+                let found = Found { dir: entry.name, tag, manifest, manifest_bytes };
+                if found.dir == found.tag { scan.found.push(found) } else { asides.push(found) }
+            }
+            Ok(None) if holds_parts(fs, &dir.join(&entry.name)) => {
+                let reason = "it has shards but no manifest: not completely copied?".to_owned();
+                scan.skipped.push(Skipped { name: entry.name, reason });
+            }
+            Ok(None) => {}
+            Err(e) => scan.skipped.push(Skipped { name: entry.name, reason: e.to_string() }),
+        }
+    }
+    for aside in asides {
+        // The old one counts only while the new one has not taken its place.
+        if !scan.found.iter().any(|f| f.tag == aside.tag) {
+            scan.found.push(aside);
+        }
+    }
+    scan.found.sort_by(|a, b| order(b).cmp(&order(a)));
+    scan.skipped.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(scan)
+}
+
+fn order(found: &Found) -> (u64, u64, &str) {
+    (found.manifest.step, found.manifest.saved_unix_ms, &found.dir)
+}
+
+fn holds_parts(fs: &dyn FileSystem, path: &Path) -> bool {
+    fs.list(path).is_ok_and(|entries| entries.iter().any(|e| is_part_name(&e.name)))
+}
+
+/// Whether every file is there with the length that the manifest gives. Cheap: reads nothing.
+pub(crate) fn check_files(fs: &dyn FileSystem, dir: &Path, manifest: &Manifest) -> Result<()> {
+    for file in &manifest.files {
+        let path = dir.join(&file.name);
+        let opened = fs.open(&path).map_err(Error::io("open", &path))?;
+        let bytes = opened.bytes().map_err(Error::io("measure", &path))?;
+        if bytes != file.bytes {
+            return Err(Error::damaged(path, format!("{bytes} bytes; the manifest says {}", file.bytes)));
+        }
+    }
+    Ok(())
+}
+
+/// The tag that `latest` names, if there is a file that names one.
+pub(crate) fn read_latest(fs: &dyn FileSystem, dir: &Path) -> Result<Option<String>> {
+    let path = dir.join(LATEST);
+    let file = match fs.open(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(Error::io("open", &path))?,
+    };
+    let bytes = file.bytes().map_err(Error::io("measure", &path))?;
+    if bytes > 4096 {
+        return Err(Error::damaged(path, format!("{bytes} bytes; a tag was expected")));
+    }
+    let mut content = vec![0; bytes as usize];
+    file.read_exact_at(0, &mut content).map_err(Error::io("read", &path))?;
+    // Other programs end the file with a newline.
+    let tag = String::from_utf8(content).unwrap_or_default().trim_end().to_owned();
+    check_tag(&tag).map_err(|reason| Error::damaged(&path, reason))?;
+    Ok(Some(tag))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_exactly_as_ours_are_ours() {
+        let hex = "0123456789abcdef";
+        assert_eq!(Name::of(&format!("global_step3.tmp-{hex}")), Name::Staging);
+        assert_eq!(Name::of(&format!("a.replaced-{hex}")), Name::Aside { tag: "a" });
+        assert_eq!(Name::of(&format!(".trash-{hex}-global_step3")), Name::Trash);
+        assert_eq!(Name::of(&format!("latest.tmp-{hex}")), Name::StagedLatest);
+        for foreign in ["run.tmp-1", "run.tmp-0123456789ABCDEF", "a.replaced-x", "wandb", "global_step3"] {
+            assert_eq!(Name::of(foreign), Name::Plain, "{foreign}");
+        }
+        for hidden in [".git", ".trash-old", ".trash-1-a"] {
+            assert_eq!(Name::of(hidden), Name::Hidden, "{hidden}");
+        }
+    }
+}

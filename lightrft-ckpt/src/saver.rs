@@ -1,0 +1,320 @@
+//! A save from end to end: plan together, write apart, commit once, then rotate.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::agreement::{Agreement, agree};
+use crate::catalog::Skipped;
+use crate::error::{Error, Result};
+use crate::fs::{FileSystem, Lock, OsFileSystem};
+use crate::manifest::{BLOCK_BYTES, LOCK, Manifest, Place, RegionRecord, TMP_INFIX, TensorRecord, check_tag};
+use crate::plan::{Declared, Plan};
+use crate::publish::{point_latest, publish, seal, slot, unique};
+use crate::reader::Checkpoints;
+use crate::rotation::Rotation;
+use crate::snapshot::Snapshot;
+use crate::sweep::{self, rotate};
+use crate::writer::{Staged, stage};
+
+/// The one group of ranks that saves checkpoints into a directory.
+///
+/// Rank 0 holds a lock on the directory for as long as this lives, so that a second run started by mistake is refused
+/// instead of sweeping away the first one's work.
+#[derive(Debug)]
+pub struct Saver {
+    fs: Arc<dyn FileSystem>,
+    dir: PathBuf,
+    /// Held by rank 0, where the file system has locks.
+    _lock: Option<Box<dyn Lock>>,
+    left: Vec<Skipped>,
+}
+
+/// What a save did, the same on every rank.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct SaveReport {
+    /// The checkpoint's tag.
+    pub tag: String,
+    /// Its step.
+    pub step: u64,
+    /// Bytes of all its files.
+    pub bytes: u64,
+    /// Whether a checkpoint of the same tag was there before.
+    pub replaced: bool,
+    /// Checkpoints that rotation removed, oldest first.
+    pub removed: Vec<String>,
+    /// What rotation should have removed and could not, and why. The save itself succeeded.
+    pub not_removed: Vec<Skipped>,
+    /// From the call to the commit, on rank 0. Rotation comes after.
+    pub committed_after: Duration,
+}
+
+/// What every rank says before anything is written.
+#[derive(Serialize, Deserialize)]
+struct Opening {
+    tag: String,
+    step: u64,
+    shared_sum: u64,
+    parts: Vec<Declared>,
+    /// Rank 0's name for the staging directory.
+    staging: Option<String>,
+}
+
+/// What every rank says after its file is durable.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    staged: Staged,
+    rank_state: Value,
+}
+
+impl Saver {
+    /// Opens a directory for saving, creating it when missing, and sweeps what an earlier crash left there. Every rank
+    /// of the group calls this.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when another process saves there; [`Error::Io`].
+    pub fn open(dir: impl Into<PathBuf>, group: &dyn Agreement) -> Result<Saver> {
+        Self::open_on(Arc::new(OsFileSystem), dir, group)
+    }
+
+    /// Like [`open`](Self::open), on a file system of the caller's choice.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_on(fs: Arc<dyn FileSystem>, dir: impl Into<PathBuf>, group: &dyn Agreement) -> Result<Saver> {
+        let dir = dir.into();
+        let mut lock = None;
+        let opened = if group.rank() == 0 { take(fs.as_ref(), &dir) } else { Ok((None, Vec::new())) };
+        let opened = opened.map(|(held, left)| {
+            lock = held;
+            left
+        });
+        let left = agree(group, "opening", opened)?.into_iter().next().unwrap_or_default();
+        Ok(Saver { fs, dir, _lock: lock, left })
+    }
+
+    /// What the sweep at opening found and could not remove.
+    pub fn left_by_sweep(&self) -> &[Skipped] {
+        &self.left
+    }
+
+    /// The same directory, to read from.
+    pub fn checkpoints(&self) -> Checkpoints {
+        Checkpoints::open_on(self.fs.clone(), self.dir.clone())
+    }
+
+    /// Saves one checkpoint: every rank of the group calls this with its own parts, and all return the same.
+    ///
+    /// When it returns, the checkpoint is durable and `latest` names it. When it fails, on whichever rank, it fails on
+    /// all, and the checkpoints that were there are still there. A checkpoint of the same tag is replaced, atomically.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`] and [`Error::Rotation`] before anything is written; [`Error::Foreign`] when the tag's
+    /// directory holds other files; [`Error::Rank`] with another rank's failure; [`Error::Agreement`];
+    /// [`Error::Io`]; [`Error::Latest`] when the checkpoint is durable but `latest` could not be moved.
+    pub fn save(
+        &self,
+        group: &dyn Agreement,
+        snapshot: &Snapshot<'_>,
+        limits: &Rotation,
+    ) -> Result<SaveReport> {
+        let begun = Instant::now();
+        let mut staging = None;
+        let saved = self.save_staged(group, snapshot, limits, begun, &mut staging);
+        // After a rank has failed nobody writes any more. After a lost rank somebody may: the next start sweeps.
+        if let (Err(e), Some(staging)) = (&saved, staging)
+            && group.rank() == 0
+            && !matches!(e, Error::Agreement { .. })
+        {
+            let _ = sweep::delete(self.fs.as_ref(), &staging);
+        }
+        saved
+    }
+
+    fn save_staged(
+        &self,
+        group: &dyn Agreement,
+        snapshot: &Snapshot<'_>,
+        limits: &Rotation,
+        begun: Instant,
+        staging: &mut Option<PathBuf>,
+    ) -> Result<SaveReport> {
+        let (fs, rank) = (self.fs.as_ref(), group.rank());
+        let opening = self.opening(rank, snapshot, limits, staging);
+        let openings = agree(group, "planning", opening)?;
+        let refuse = |reason| Error::Snapshot { tag: snapshot.tag.clone(), reason };
+        same_everywhere(&openings).map_err(refuse)?;
+        let staged_in = openings[0].staging.clone().unwrap_or_default();
+        let declared: Vec<Vec<Declared>> = openings.into_iter().map(|o| o.parts).collect();
+        let plan = Plan::new(&declared).map_err(refuse)?;
+
+        let path = self.dir.join(&staged_in);
+        let staged = stage(fs, &path, rank, &plan, &snapshot.parts);
+        let written = staged.map(|staged| Written { staged, rank_state: snapshot.rank_state.clone() });
+        let written = agree(group, "writing", written)?;
+
+        let committed = if rank == 0 {
+            self.commit(&path, snapshot, &plan, written, limits, begun).map(Some)
+        } else {
+            Ok(None)
+        };
+        let reports = agree(group, "publishing", committed)?;
+        reports.into_iter().next().flatten().ok_or_else(|| Error::Rank {
+            rank: 0,
+            during: "publishing",
+            reason: "it gave no report".into(),
+        })
+    }
+
+    fn opening(
+        &self,
+        rank: usize,
+        snapshot: &Snapshot<'_>,
+        limits: &Rotation,
+        staging: &mut Option<PathBuf>,
+    ) -> Result<Opening> {
+        let refuse = |reason| Error::Snapshot { tag: snapshot.tag.clone(), reason };
+        check_tag(&snapshot.tag).map_err(refuse)?;
+        limits.check()?;
+        let mut parts = Vec::with_capacity(snapshot.parts.len());
+        for part in &snapshot.parts {
+            parts.push(Declared::of(part, &part.span().map_err(refuse)?));
+        }
+        let name = if rank == 0 {
+            slot(self.fs.as_ref(), &self.dir.join(&snapshot.tag))?;
+            let name = format!("{}{TMP_INFIX}{}", snapshot.tag, unique());
+            let path = self.dir.join(&name);
+            self.fs.create_dir(&path).map_err(Error::io("create", &path))?;
+            *staging = Some(path);
+            Some(name)
+        } else {
+            None
+        };
+        let shared_sum = xxh3_64(snapshot.shared.to_string().as_bytes());
+        Ok(Opening { tag: snapshot.tag.clone(), step: snapshot.step, shared_sum, parts, staging: name })
+    }
+
+    /// Rank 0's part: from files that are durable to a checkpoint that is.
+    fn commit(
+        &self,
+        staging: &Path,
+        snapshot: &Snapshot<'_>,
+        plan: &Plan,
+        written: Vec<Written>,
+        limits: &Rotation,
+        begun: Instant,
+    ) -> Result<SaveReport> {
+        let fs = self.fs.as_ref();
+        let manifest = manifest_of(snapshot, plan, written)?;
+        let manifest_bytes = seal(fs, staging, &manifest)?;
+        let replaced = publish(fs, &self.dir, staging, &snapshot.tag)?;
+        point_latest(fs, &self.dir, &snapshot.tag)
+            .map_err(|e| Error::Latest { tag: snapshot.tag.clone(), source: Box::new(e) })?;
+        let committed_after = begun.elapsed();
+        // The checkpoint is safe. That room could not be made is worth telling, and no reason to call it unsaved.
+        let rotated = rotate(fs, &self.dir, &snapshot.tag, replaced.as_deref(), limits).unwrap_or_else(|e| {
+            let left = vec![Skipped { name: self.dir.display().to_string(), reason: e.to_string() }];
+            sweep::Rotated { removed: Vec::new(), left }
+        });
+        for left in &rotated.left {
+            tracing::warn!(name = left.name, reason = left.reason, "rotation could not remove");
+        }
+        tracing::info!(tag = snapshot.tag, bytes = manifest.data_bytes, ?committed_after, "checkpoint saved");
+        Ok(SaveReport {
+            tag: snapshot.tag.clone(),
+            step: snapshot.step,
+            bytes: manifest.data_bytes + manifest_bytes,
+            replaced: replaced.is_some(),
+            removed: rotated.removed,
+            not_removed: rotated.left,
+            committed_after,
+        })
+    }
+}
+
+/// Creates, locks and sweeps the directory.
+fn take(fs: &dyn FileSystem, dir: &Path) -> Result<(Option<Box<dyn Lock>>, Vec<Skipped>)> {
+    fs.create_dir_all(dir).map_err(Error::io("create", dir))?;
+    let lock = dir.join(LOCK);
+    match fs.try_lock(&lock) {
+        Ok(Some(held)) => Ok((Some(held), sweep::sweep(fs, dir)?)),
+        Ok(None) => Err(Error::Busy { dir: dir.into() }),
+        // Without a lock another run's work cannot be told from leftovers, so nothing is swept.
+        Err(e) if e.kind() == std::io::ErrorKind::Unsupported => {
+            tracing::warn!(dir = %dir.display(), "no locks here: leftovers of a crash are not swept");
+            Ok((None, Vec::new()))
+        }
+        Err(e) => Err(Error::io("lock", lock)(e)),
+    }
+}
+
+fn same_everywhere(openings: &[Opening]) -> Result<(), String> {
+    let first = &openings[0];
+    for (rank, other) in openings.iter().enumerate().skip(1) {
+        if (&other.tag, other.step) != (&first.tag, first.step) {
+            return Err(format!(
+                "rank 0 saves `{}` of step {}, rank {rank} `{}` of step {}",
+                first.tag, first.step, other.tag, other.step
+            ));
+        }
+        if other.shared_sum != first.shared_sum {
+            return Err(format!(
+                "the shared state of rank {rank} is not rank 0's; what differs by rank belongs into rank_state"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Lays the ranks' reports side by side with the plan that they all followed.
+fn manifest_of(snapshot: &Snapshot<'_>, plan: &Plan, written: Vec<Written>) -> Result<Manifest> {
+    let mut tensors: Vec<TensorRecord> = (plan.tensors.iter())
+        .map(|(name, t)| TensorRecord {
+            name: name.clone(),
+            dtype: t.dtype,
+            shape: t.shape.clone(),
+            regions: Vec::new(),
+        })
+        .collect();
+    for (rank, said) in written.iter().enumerate() {
+        let mine = plan.of_rank(rank);
+        if mine.len() != said.staged.sums.len() {
+            let reason = format!("it wrote {} regions of {}", said.staged.sums.len(), mine.len());
+            return Err(Error::Rank { rank, during: "writing", reason });
+        }
+        let mut offset = said.staged.file.header_bytes;
+        for ((name, tensor, region), sums) in mine.into_iter().zip(&said.staged.sums) {
+            let bytes = (region.span.len() * tensor.dtype.bitsize() / 8) as u64;
+            let record = RegionRecord {
+                place: Place::from(&region.span),
+                file: rank,
+                offset,
+                bytes,
+                xxh3: sums.clone(),
+            };
+            offset += bytes;
+            if let Ok(at) = tensors.binary_search_by(|t| t.name.as_str().cmp(name)) {
+                tensors[at].regions.push(record);
+            }
+        }
+    }
+    let saved = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (files, ranks): (Vec<_>, Vec<_>) = written.into_iter().map(|w| (w.staged.file, w.rank_state)).unzip();
+    Ok(Manifest {
+        tag: snapshot.tag.clone(),
+        step: snapshot.step,
+        world_size: ranks.len(),
+        saved_unix_ms: saved.as_millis().try_into().unwrap_or(u64::MAX),
+        data_bytes: files.iter().map(|f| f.bytes).sum(),
+        block_bytes: BLOCK_BYTES,
+        files,
+        tensors,
+        shared: snapshot.shared.clone(),
+        ranks,
+    })
+}

@@ -1,0 +1,146 @@
+//! Deletes what rotation chose and what an earlier crash left, file by file, and nothing that is not ours.
+
+use std::path::Path;
+
+use crate::catalog::{Found, Name, Skipped, check_files, read_latest, scan};
+use crate::error::{Error, Result};
+use crate::fs::{EntryKind, FileSystem};
+use crate::manifest::{MANIFEST, read_manifest};
+use crate::publish::{foreign_entry, restore, retire};
+use crate::rotation::{Candidate, Rotation, choose};
+
+/// Removes a directory that holds only parts of a checkpoint. Nothing is removed when it holds anything else.
+pub(crate) fn delete(fs: &dyn FileSystem, path: &Path) -> Result<()> {
+    if let Some(found) = foreign_entry(fs, path)? {
+        return Err(Error::Foreign { path: path.into(), found });
+    }
+    let mut names: Vec<String> =
+        fs.list(path).map_err(Error::io("list", path))?.into_iter().map(|e| e.name).collect();
+    // The manifest goes first: without it no reader takes the rest for a checkpoint.
+    names.sort_by_key(|name| (name != MANIFEST, name.clone()));
+    for name in names {
+        let file = path.join(name);
+        fs.remove_file(&file).map_err(Error::io("remove", &file))?;
+    }
+    fs.remove_dir(path).map_err(Error::io("remove", path))
+}
+
+/// Cleans up after a crash. Only the one saver of the directory may call this: what it finds half-done is then
+/// nobody's work in progress. What could not be removed is named and left.
+pub(crate) fn sweep(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<Skipped>> {
+    let mut left = Vec::new();
+    let mut trash = Vec::new();
+    let entries = fs.list(dir).map_err(Error::io("list", dir))?;
+    for entry in &entries {
+        let path = dir.join(&entry.name);
+        let done = match (Name::of(&entry.name), entry.kind) {
+            (Name::Staging | Name::Trash, EntryKind::Dir) => delete(fs, &path),
+            (Name::StagedLatest, EntryKind::File) => {
+                fs.remove_file(&path).map_err(Error::io("remove", &path))
+            }
+            (Name::Aside { tag }, EntryKind::Dir) => {
+                if entries.iter().any(|e| e.name == tag) {
+                    retire_superseded(fs, dir, &entry.name, tag).map(|name| trash.push(name))
+                } else {
+                    restore(fs, dir, &entry.name, tag)
+                }
+            }
+            _ => continue,
+        };
+        match done {
+            Ok(()) => tracing::info!(name = entry.name, "swept what an earlier crash left"),
+            Err(e) => left.push(Skipped { name: entry.name.clone(), reason: e.to_string() }),
+        }
+    }
+    left.extend(delete_retired(fs, dir, &trash)?);
+    for skipped in &left {
+        tracing::warn!(name = skipped.name, reason = skipped.reason, "left in place");
+    }
+    Ok(left)
+}
+
+/// Retires the old checkpoint of a tag that was saved again, after looking that the new one is there.
+fn retire_superseded(fs: &dyn FileSystem, dir: &Path, aside: &str, tag: &str) -> Result<String> {
+    let path = dir.join(tag);
+    match read_manifest(fs, &path)? {
+        Some((manifest, _)) => check_files(fs, &path, &manifest)?,
+        None => return Err(Error::damaged(path, "it has no manifest, so what it replaced is kept")),
+    }
+    retire(fs, dir, aside)
+}
+
+/// Makes the new names of retired directories durable, then deletes them. What cannot be deleted is named.
+pub(crate) fn delete_retired(fs: &dyn FileSystem, dir: &Path, retired: &[String]) -> Result<Vec<Skipped>> {
+    if retired.is_empty() {
+        return Ok(Vec::new());
+    }
+    // Were a deletion durable before its renaming, a crash would leave a damaged checkpoint under its old name.
+    fs.sync_dir(dir).map_err(Error::io("sync", dir))?;
+    let mut left = Vec::new();
+    for name in retired {
+        if let Err(e) = delete(fs, &dir.join(name)) {
+            left.push(Skipped { name: name.clone(), reason: e.to_string() });
+        }
+    }
+    Ok(left)
+}
+
+/// What a rotation did.
+#[derive(Debug, Default)]
+pub(crate) struct Rotated {
+    pub(crate) removed: Vec<String>,
+    pub(crate) left: Vec<Skipped>,
+}
+
+/// Lets go what the limits say, after `saved` was published. `replaced` is the directory that `saved` took the tag
+/// of. Damaged checkpoints neither count nor go: whoever looks into them shall find them.
+pub(crate) fn rotate(
+    fs: &dyn FileSystem,
+    dir: &Path,
+    saved: &str,
+    replaced: Option<&str>,
+    limits: &Rotation,
+) -> Result<Rotated> {
+    let latest = read_latest(fs, dir).ok().flatten();
+    let found = scan(fs, dir)?.found;
+    if let Some(newer) = found.first().filter(|newest| newest.tag != saved) {
+        tracing::warn!(
+            saved,
+            newest = newer.tag,
+            "a checkpoint of a later step exists; loading takes that one"
+        );
+    }
+    let candidates: Vec<Candidate> = found
+        .iter()
+        .filter(|f| check_files(fs, &dir.join(&f.dir), &f.manifest).is_ok())
+        .map(|f| candidate(fs, dir, f, f.tag == saved || Some(&f.tag) == latest.as_ref()))
+        .collect();
+
+    let mut rotated = Rotated::default();
+    let mut trash = Vec::new();
+    for name in replaced.into_iter().map(str::to_owned).chain(choose(&candidates, limits)) {
+        match retire(fs, dir, &name) {
+            Ok(retired) => {
+                trash.push(retired);
+                if Some(name.as_str()) != replaced {
+                    rotated.removed.push(name);
+                }
+            }
+            Err(e) => rotated.left.push(Skipped { name, reason: e.to_string() }),
+        }
+    }
+    rotated.left.extend(delete_retired(fs, dir, &trash)?);
+    Ok(rotated)
+}
+
+fn candidate(fs: &dyn FileSystem, dir: &Path, found: &Found, in_use: bool) -> Candidate {
+    // Somebody's notes in a checkpoint's directory are a reason to keep both.
+    let shared = !matches!(foreign_entry(fs, &dir.join(&found.dir)), Ok(None));
+    Candidate {
+        name: found.dir.clone(),
+        step: found.manifest.step,
+        saved_unix_ms: found.manifest.saved_unix_ms,
+        bytes: found.manifest.data_bytes.saturating_add(found.manifest_bytes),
+        protected: in_use || shared,
+    }
+}

@@ -1,0 +1,9 @@
+//! For tests, ours and our users': a disk that can crash, ranks as threads, and a file system that can be watched.
+
+mod disk;
+mod observed;
+mod ranks;
+
+pub use disk::{Crash, SimulatedDisk};
+pub use observed::{Observed, Operation};
+pub use ranks::{RankThread, run_ranks};

@@ -1,0 +1,110 @@
+//! Ranks as threads of one process, with the deadline and the poisoning that a real group has.
+
+use std::error::Error as StdError;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::agreement::Agreement;
+
+/// One rank of a group of threads.
+#[derive(Debug)]
+pub struct RankThread {
+    rank: usize,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    round: Mutex<Round>,
+    changed: Condvar,
+    world_size: usize,
+    deadline: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Round {
+    /// What each rank has said in the round that is under way.
+    said: Vec<Option<Vec<u8>>>,
+    /// What all said in the round before, and how many rounds there were.
+    heard: Arc<Vec<Vec<u8>>>,
+    rounds: u64,
+    /// The first rank that left, or that waited in vain.
+    lost: Option<String>,
+}
+
+impl Shared {
+    fn round(&self) -> MutexGuard<'_, Round> {
+        self.round.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Agreement for RankThread {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.shared.world_size
+    }
+
+    fn exchange(&self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, Box<dyn StdError + Send + Sync>> {
+        let until = Instant::now() + self.shared.deadline;
+        let mut round = self.shared.round();
+        let this = round.rounds;
+        round.said[self.rank] = Some(mine);
+        if round.said.iter().all(Option::is_some) {
+            let heard = round.said.iter_mut().filter_map(Option::take).collect();
+            round.heard = Arc::new(heard);
+            round.rounds += 1;
+            self.shared.changed.notify_all();
+        }
+        while round.rounds == this {
+            if let Some(lost) = &round.lost {
+                return Err(lost.clone().into());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let lost = format!("rank {} waited {:?} for the others", self.rank, self.shared.deadline);
+                round.lost = Some(lost.clone());
+                self.shared.changed.notify_all();
+                return Err(lost.into());
+            }
+            round = self.shared.changed.wait_timeout(round, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(round.heard.to_vec())
+    }
+}
+
+impl Drop for RankThread {
+    fn drop(&mut self) {
+        // Whoever still waits for this rank waits in vain.
+        let mut round = self.shared.round();
+        round.lost.get_or_insert(format!("rank {} has left", self.rank));
+        self.shared.changed.notify_all();
+    }
+}
+
+/// Runs `each` on `world_size` threads, one per rank, and returns what they returned, in rank order. A rank whose
+/// others do not come to an exchange within 20 seconds fails.
+///
+/// # Panics
+/// When a rank panics, with its message.
+pub fn run_ranks<T: Send>(world_size: usize, each: impl Fn(RankThread) -> T + Sync) -> Vec<T> {
+    let round = Round { said: vec![None; world_size], ..Round::default() };
+    let shared = Arc::new(Shared {
+        round: Mutex::new(round),
+        changed: Condvar::new(),
+        world_size,
+        deadline: Duration::from_secs(20),
+    });
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..world_size)
+            .map(|rank| {
+                let member = RankThread { rank, shared: shared.clone() };
+                scope.spawn(|| each(member))
+            })
+            .collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined.map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}

@@ -1,0 +1,191 @@
+//! A crash before any operation of a save, of rotation and of the sweep leaves the old state or the new, never another.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::io;
+use std::sync::Arc;
+
+use lightrft_ckpt::testing::{Crash, SimulatedDisk, run_ranks};
+use lightrft_ckpt::{
+    Agreement, Alone, Checkpoints, Error, FileSystem as _, Part, Region, Result, Rotation, SaveReport, Saver,
+    Snapshot, Verify, Which,
+};
+
+const DIR: &str = "/run/checkpoints";
+const ELEMENTS: usize = 700;
+const CRASHES: [Crash; 7] = [
+    Crash::LoseAll,
+    Crash::KeepAll,
+    Crash::Tear(1),
+    Crash::Tear(2),
+    Crash::Tear(3),
+    Crash::Tear(4),
+    Crash::Tear(5),
+];
+
+/// What is saved at a step; `run` tells apart two saves of the same step.
+fn content(step: u64, run: u64) -> Vec<f32> {
+    (0..ELEMENTS).map(|i| (step * 1000 + run * 10) as f32 + i as f32 / 1024.0).collect()
+}
+
+/// One rank's share of the save of a step: its part of one tensor.
+fn save_as(saver: &Saver, group: &dyn Agreement, step: u64, run: u64) -> Result<SaveReport> {
+    let all = content(step, run);
+    let (rank, world) = (group.rank(), group.world_size());
+    let mine = ELEMENTS * rank / world..ELEMENTS * (rank + 1) / world;
+    let mut snapshot = Snapshot::of_step(step);
+    snapshot.parts.push(Part::new("w", vec![ELEMENTS], Region::Flat(mine.clone()), &all[mine]));
+    snapshot.shared = serde_json::json!({ "run": run });
+    saver.save(group, &snapshot, &Rotation { max_num: 2, max_mem_gib: 1.0 })
+}
+
+fn open_and_save(disk: &SimulatedDisk, step: u64, run: u64) -> Result<SaveReport> {
+    let saver = Saver::open_on(Arc::new(disk.clone()), DIR, &Alone)?;
+    save_as(&saver, &Alone, step, run)
+}
+
+fn disk_with(steps: &[u64]) -> SimulatedDisk {
+    let disk = SimulatedDisk::new();
+    for &step in steps {
+        open_and_save(&disk, step, 0).unwrap();
+    }
+    disk
+}
+
+/// What loading finds: (step, run). It must be exactly what was saved, and nothing broken may lie about.
+fn loaded(disk: &SimulatedDisk) -> Option<(u64, u64)> {
+    let checkpoints = Checkpoints::open_on(Arc::new(disk.clone()), DIR);
+    match checkpoints.load(Which::Newest, Verify::Everything) {
+        Ok((checkpoint, report)) => {
+            assert!(report.skipped.is_empty(), "{:?}", report.skipped);
+            let (step, run) = (checkpoint.step(), checkpoint.shared()["run"].as_u64().unwrap());
+            assert_eq!(checkpoint.read_vec::<f32>("w", &Region::Whole).unwrap(), content(step, run));
+            for listed in checkpoints.list().unwrap() {
+                checkpoints.load(Which::Tag(&listed.tag), Verify::Everything).unwrap();
+            }
+            Some((step, run))
+        }
+        Err(Error::NoCheckpoint { skipped, .. }) => {
+            assert!(skipped.is_empty(), "{skipped:?}");
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
+/// After a restart everything is tidy, the same checkpoint is found, `latest` names one that is there, and saving
+/// goes on.
+fn restarts(disk: &SimulatedDisk, found: Option<(u64, u64)>) {
+    let saver = Saver::open_on(Arc::new(disk.clone()), DIR, &Alone).unwrap();
+    assert_eq!(saver.left_by_sweep(), []);
+    assert_eq!(loaded(disk), found);
+    let tags: Vec<String> = saver.checkpoints().list().unwrap().into_iter().map(|l| l.tag).collect();
+    for entry in disk.list(DIR.as_ref()).unwrap() {
+        assert!(entry.name == "latest" || tags.contains(&entry.name), "left over: {}", entry.name);
+    }
+    if let Some(latest) = saver.checkpoints().latest().unwrap() {
+        assert!(tags.contains(&latest), "latest names {latest}, there are {tags:?}");
+    }
+    save_as(&saver, &Alone, 90, 0).unwrap();
+    assert_eq!(loaded(disk), Some((90, 0)));
+    assert_eq!(saver.checkpoints().latest().unwrap().as_deref(), Some("global_step90"));
+    assert!(saver.checkpoints().list().unwrap().len() <= 2);
+}
+
+/// Crashes before every operation of `act`, in each of these ways, and checks what is found.
+fn crash_everywhere(
+    ways: &[Crash],
+    prepare: impl Fn() -> SimulatedDisk,
+    act: impl Fn(&SimulatedDisk) -> Result<SaveReport>,
+    old: Option<(u64, u64)>,
+    new: (u64, u64),
+) {
+    let whole = prepare();
+    let begin = whole.operations();
+    act(&whole).unwrap();
+    let operations = whole.operations() - begin;
+    assert!(operations > 10, "{operations} operations: the save is not on this disk");
+    for n in 0..=operations {
+        let disk = prepare();
+        disk.crash_before(disk.operations() + n);
+        let told_ok = act(&disk).is_ok();
+        assert!(n < operations || told_ok);
+        for &crash in ways {
+            let left = disk.after(crash);
+            let found = loaded(&left);
+            let right = found == Some(new) || (found == old && !told_ok);
+            assert!(
+                right,
+                "before operation {n} of {operations}, {crash:?}, told ok: {told_ok}: found {found:?}"
+            );
+            restarts(&left, found);
+        }
+    }
+}
+
+#[test]
+fn a_crash_in_the_first_save_leaves_nothing_or_it() {
+    crash_everywhere(&CRASHES, SimulatedDisk::new, |disk| open_and_save(disk, 1, 0), None, (1, 0));
+}
+
+#[test]
+fn a_crash_in_a_save_that_rotates_leaves_the_old_step_or_the_new() {
+    crash_everywhere(&CRASHES, || disk_with(&[1, 2]), |disk| open_and_save(disk, 3, 0), Some((2, 0)), (3, 0));
+}
+
+#[test]
+fn a_crash_while_a_tag_is_saved_again_leaves_the_old_content_or_the_new() {
+    crash_everywhere(&CRASHES, || disk_with(&[1, 2]), |disk| open_and_save(disk, 2, 7), Some((2, 0)), (2, 7));
+}
+
+#[test]
+fn a_crash_while_two_ranks_save_leaves_the_old_step_or_the_new() {
+    let act = |disk: &SimulatedDisk| {
+        let mut results = run_ranks(2, |group| {
+            let saver = Saver::open_on(Arc::new(disk.clone()), DIR, &group)?;
+            save_as(&saver, &group, 3, 0)
+        });
+        let (second, first) = (results.pop().unwrap(), results.pop().unwrap());
+        assert_eq!(first.is_ok(), second.is_ok(), "{first:?} {second:?}");
+        first
+    };
+    crash_everywhere(&CRASHES, || disk_with(&[1, 2]), act, Some((2, 0)), (3, 0));
+}
+
+#[test]
+fn a_second_crash_while_the_first_is_swept_leaves_no_other_state() {
+    // Saving the same tag again is the save with most steps in between.
+    let whole = disk_with(&[1, 2]);
+    let begin = whole.operations();
+    open_and_save(&whole, 2, 7).unwrap();
+    for n in 0..whole.operations() - begin {
+        let crashed = || {
+            let disk = disk_with(&[1, 2]);
+            disk.crash_before(disk.operations() + n);
+            let _ = open_and_save(&disk, 2, 7);
+            disk.after(Crash::KeepAll)
+        };
+        let found = loaded(&crashed());
+        crash_everywhere(&CRASHES[..3], crashed, |disk| open_and_save(disk, 3, 0), found, (3, 0));
+    }
+}
+
+#[test]
+fn an_error_of_any_operation_leaves_a_whole_state_and_a_saver_that_works() {
+    let whole = disk_with(&[1, 2]);
+    let saver = Saver::open_on(Arc::new(whole.clone()), DIR, &Alone).unwrap();
+    let begin = whole.operations();
+    save_as(&saver, &Alone, 3, 0).unwrap();
+    for n in 0..whole.operations() - begin {
+        let disk = disk_with(&[1, 2]);
+        let saver = Saver::open_on(Arc::new(disk.clone()), DIR, &Alone).unwrap();
+        disk.fail_at(disk.operations() + n, io::ErrorKind::StorageFull);
+        let told = save_as(&saver, &Alone, 3, 0);
+        let found = loaded(&disk);
+        let right = found == Some((3, 0)) || (found == Some((2, 0)) && told.is_err());
+        assert!(right, "operation {n} failed, told {told:?}: found {found:?}");
+        let staged = disk.list(DIR.as_ref()).unwrap().into_iter().find(|e| e.name.contains("step3.tmp-"));
+        assert_eq!(staged, None, "operation {n}: {told:?}");
+        save_as(&saver, &Alone, 4, 0).unwrap();
+        assert_eq!(loaded(&disk), Some((4, 0)));
+    }
+}

@@ -1,0 +1,152 @@
+//! Host memory as a communicator sees it: bytes with an element type, made from typed slices
+
+use crate::error::{Error, Result};
+use crate::op::{Dtype, Element, with_element};
+
+/// Elements to read.
+#[derive(Clone, Copy, Debug)]
+pub struct Host<'a> {
+    dtype: Dtype,
+    bytes: &'a [u8],
+}
+
+/// Elements to overwrite, or to reduce in place.
+#[derive(Debug)]
+pub struct HostMut<'a> {
+    dtype: Dtype,
+    bytes: &'a mut [u8],
+}
+
+/// Whether `bytes` are whole, aligned elements of `dtype`, a type that can travel.
+fn check(dtype: Dtype, bytes: &[u8]) -> Result<()> {
+    match with_element!(dtype, T => bytemuck::try_cast_slice::<u8, T>(bytes).is_ok()) {
+        Some(true) => Ok(()),
+        _ => Err(Error::Buffer { dtype, bytes: bytes.len(), address: bytes.as_ptr() as usize }),
+    }
+}
+
+/// Bytes in one element of `dtype`; every type that travels has whole bytes.
+pub(crate) fn element_bytes(dtype: Dtype) -> usize {
+    (dtype.bitsize() / 8).max(1)
+}
+
+impl<'a> Host<'a> {
+    /// The elements of `data`.
+    pub fn new<T: Element>(data: &'a [T]) -> Self {
+        Host { dtype: T::DTYPE, bytes: bytemuck::cast_slice(data) }
+    }
+
+    /// `bytes` taken as elements of `dtype`.
+    ///
+    /// # Errors
+    /// [`Error::Buffer`] if they are not whole, aligned elements of a type that implements [`Element`].
+    pub fn from_bytes(dtype: Dtype, bytes: &'a [u8]) -> Result<Self> {
+        check(dtype, bytes)?;
+        Ok(Host { dtype, bytes })
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.bytes.len() / element_bytes(self.dtype)
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The elements' memory.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+}
+
+impl<'a> HostMut<'a> {
+    /// The elements of `data`.
+    pub fn new<T: Element>(data: &'a mut [T]) -> Self {
+        HostMut { dtype: T::DTYPE, bytes: bytemuck::cast_slice_mut(data) }
+    }
+
+    /// `bytes` taken as elements of `dtype`.
+    ///
+    /// # Errors
+    /// [`Error::Buffer`] if they are not whole, aligned elements of a type that implements [`Element`].
+    pub fn from_bytes(dtype: Dtype, bytes: &'a mut [u8]) -> Result<Self> {
+        check(dtype, bytes)?;
+        Ok(HostMut { dtype, bytes })
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.bytes.len() / element_bytes(self.dtype)
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The elements' memory, to read.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes
+    }
+
+    /// The elements' memory, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.bytes
+    }
+}
+
+/// Owned bytes aligned for every element type, for contributions that wait for their reader.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct AlignedBytes {
+    words: Vec<u64>,
+    len: usize,
+}
+
+impl AlignedBytes {
+    /// `len` zero bytes.
+    pub(crate) fn zeroed(len: usize) -> Self {
+        AlignedBytes { words: vec![0; len.div_ceil(8)], len }
+    }
+
+    /// A copy of `bytes`.
+    pub(crate) fn copy_of(bytes: &[u8]) -> Self {
+        let mut copy = Self::zeroed(bytes.len());
+        copy.as_mut_slice().copy_from_slice(bytes);
+        copy
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.len]
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_that_are_no_whole_elements_are_refused() {
+        let words = [0u64; 2];
+        let bytes: &[u8] = bytemuck::cast_slice(&words);
+        assert_eq!(Host::from_bytes(Dtype::F64, bytes).map(|h| h.len()).ok(), Some(2));
+        for (dtype, range) in [(Dtype::F64, 0..12), (Dtype::F32, 1..5), (Dtype::BF16, 0..3), (Dtype::BOOL, 0..1)] {
+            assert!(matches!(Host::from_bytes(dtype, &bytes[range]), Err(Error::Buffer { .. })), "{dtype:?}");
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The watcher: one thread per world that accepts connections and notices who died
+//!
+//! The kernel closes a process's sockets when it ends, however it ends. So a control connection that closes
+//! without a goodbye is a death. A rank that learns of a death passes it on before it does anything else; whoever
+//! later sees *its* connection close has therefore already heard who died first.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use super::fate::Fate;
+use super::wire::{Cause, HELLO_BYTES, Hello, Note, Purpose};
+use crate::error::Loss;
+
+/// A connection that does not say hello within this time is closed.
+const HELLO_TIME: Duration = Duration::from_secs(5);
+
+/// Connections that have not said hello yet; more are closed at once.
+const MAX_STRANGERS: usize = 1024;
+
+/// What the watcher and the callers of one rank share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) rank: usize,
+    pub(super) nonce: u64,
+    pub(super) fate: Fate,
+    controls: Mutex<Vec<Option<Arc<TcpStream>>>>,
+    arrived: Mutex<HashMap<(Purpose, usize), TcpStream>>,
+    arrival: Condvar,
+    wake: OwnedFd,
+    state: Mutex<State>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Running,
+    Stopping,
+}
+
+impl Shared {
+    pub(super) fn new(rank: usize, world: usize, nonce: u64) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Shared {
+            rank,
+            nonce,
+            fate: Fate::default(),
+            controls: Mutex::new((0..world).map(|_| None).collect()),
+            arrived: Mutex::default(),
+            arrival: Condvar::new(),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            state: Mutex::new(State::Running),
+        }))
+    }
+
+    fn controls(&self) -> MutexGuard<'_, Vec<Option<Arc<TcpStream>>>> {
+        self.controls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Hands the control connection to `rank` to the watcher.
+    pub(super) fn watch(&self, rank: usize, stream: TcpStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        self.controls()[rank] = Some(Arc::new(stream));
+        self.wake();
+        Ok(())
+    }
+
+    /// Takes the connection that `rank` opened for `purpose`; `None` at the end of `timeout`.
+    pub(super) fn take(&self, purpose: Purpose, rank: usize, timeout: Duration) -> Option<TcpStream> {
+        let arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
+        let absent = |arrived: &mut HashMap<_, _>| !arrived.contains_key(&(purpose, rank));
+        let waited = self.arrival.wait_timeout_while(arrived, timeout, absent);
+        waited.unwrap_or_else(PoisonError::into_inner).0.remove(&(purpose, rank))
+    }
+
+    /// Tells every rank; one that cannot take a few bytes now is not waited for.
+    pub(super) fn tell_all(&self, note: &Note) {
+        let bytes = note.encode();
+        for control in self.controls().iter().flatten() {
+            let _ = (&**control).write_all(&bytes);
+        }
+    }
+
+    /// Records a failure and, if it is news, passes it on.
+    pub(super) fn declare(&self, group: Option<u64>, cause: Cause) {
+        if self.fate.record(group, cause.clone()) {
+            tracing::warn!(rank = self.rank, ?cause, "a group is dead");
+            self.tell_all(&Note::Failed { group, cause });
+        }
+    }
+
+    /// Says goodbye and lets the watcher end. Does not wait.
+    pub(super) fn leave(&self) {
+        self.tell_all(&Note::Goodbye);
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = State::Stopping;
+        self.wake();
+    }
+
+    fn is_stopping(&self) -> bool {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) == State::Stopping
+    }
+}
+
+/// An accepted connection that has not said hello.
+struct Stranger {
+    stream: TcpStream,
+    since: Instant,
+    hello: [u8; HELLO_BYTES],
+    got: usize,
+}
+
+/// The thread's own state.
+pub(super) struct Watcher {
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    strangers: Vec<Stranger>,
+    /// Notes not yet whole, by rank.
+    inputs: Vec<Vec<u8>>,
+    closed: Vec<bool>,
+}
+
+impl Watcher {
+    pub(super) fn start(shared: Arc<Shared>, listener: TcpListener, world: usize) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        let watcher = Watcher {
+            shared,
+            listener,
+            strangers: Vec::new(),
+            inputs: vec![Vec::new(); world],
+            closed: vec![false; world],
+        };
+        std::thread::Builder::new().name("lightrft-watcher".into()).spawn(move || watcher.run()).map(drop)
+    }
+
+    fn run(mut self) {
+        while !self.shared.is_stopping() {
+            let controls: Vec<(usize, Arc<TcpStream>)> = {
+                let controls = self.shared.controls();
+                let open = controls.iter().enumerate().filter(|(rank, _)| !self.closed[*rank]);
+                open.filter_map(|(rank, control)| Some((rank, control.clone()?))).collect()
+            };
+            let mut fds = vec![
+                PollFd::from_borrowed_fd(self.shared.wake.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
+            ];
+            fds.extend(controls.iter().map(|(_, c)| PollFd::from_borrowed_fd(c.as_fd(), PollFlags::IN)));
+            fds.extend(self.strangers.iter().map(|s| PollFd::from_borrowed_fd(s.stream.as_fd(), PollFlags::IN)));
+            let timeout = (!self.strangers.is_empty()).then_some(Timespec { tv_sec: 1, tv_nsec: 0 });
+            if poll(&mut fds, timeout.as_ref()).is_err() {
+                continue;
+            }
+            let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            drop(fds);
+            if ready[0] {
+                let _ = rustix::io::read(&self.shared.wake, &mut [0u8; 8]);
+            }
+            for ((rank, control), ready) in controls.iter().zip(&ready[2..]) {
+                if *ready {
+                    self.listen_to(*rank, control);
+                }
+            }
+            self.greet_strangers();
+            if ready[1] {
+                self.accept();
+            }
+        }
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if self.strangers.len() < MAX_STRANGERS && stream.set_nonblocking(true).is_ok() {
+                let since = Instant::now();
+                self.strangers.push(Stranger { stream, since, hello: [0; HELLO_BYTES], got: 0 });
+            }
+        }
+    }
+
+    /// Reads hellos. Whoever says something else, or nothing for too long, is cut off; nobody else notices.
+    fn greet_strangers(&mut self) {
+        let world = self.inputs.len();
+        let mut waiting = Vec::new();
+        for mut stranger in std::mem::take(&mut self.strangers) {
+            match stranger.stream.read(&mut stranger.hello[stranger.got..]) {
+                Ok(0) => continue,
+                Ok(n) => stranger.got += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => continue,
+            }
+            if stranger.got < HELLO_BYTES {
+                if stranger.since.elapsed() < HELLO_TIME {
+                    waiting.push(stranger);
+                }
+                continue;
+            }
+            if let Some(hello) = Hello::decode(&stranger.hello, self.shared.nonce)
+                && hello.from < world
+            {
+                let mut arrived = self.shared.arrived.lock().unwrap_or_else(PoisonError::into_inner);
+                arrived.insert((hello.purpose, hello.from), stranger.stream);
+                self.shared.arrival.notify_all();
+            }
+        }
+        self.strangers = waiting;
+    }
+
+    /// Reads the notes of a rank, and its death.
+    fn listen_to(&mut self, rank: usize, mut control: &TcpStream) {
+        let mut buffer = [0; 4096];
+        let open = loop {
+            match control.read(&mut buffer) {
+                Ok(0) => break false,
+                Ok(n) => self.inputs[rank].extend_from_slice(&buffer[..n]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break true,
+                Err(_) => break false,
+            }
+        };
+        let mut open = open;
+        loop {
+            match Note::decode(&self.inputs[rank]) {
+                Ok(None) => break,
+                Ok(Some((note, n))) => {
+                    self.inputs[rank].drain(..n);
+                    match note {
+                        Note::Goodbye => self.shared.fate.record_goodbye(rank, None),
+                        Note::LeftGroup { group } => self.shared.fate.record_goodbye(rank, Some(group)),
+                        Note::Failed { group, cause } => self.shared.declare(group, cause),
+                    }
+                }
+                Err(()) => {
+                    open = false;
+                    break;
+                }
+            }
+        }
+        if !open {
+            self.closed[rank] = true;
+            if !self.shared.fate.has_left(rank, 0) {
+                self.shared.declare(None, Cause::Lost { rank, how: Loss::Died });
+            }
+        }
+    }
+}

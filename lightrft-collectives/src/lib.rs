@@ -1,0 +1,44 @@
+//! Process groups, device meshes and collectives between the ranks of a training job
+//!
+//! ```
+//! use lightrft_collectives::{CommunicatorExt, ReduceOp, local::World};
+//!
+//! // Two ranks, each a thread. Between processes only the first line changes.
+//! let sums = World::run(2, |comm| {
+//!     let mut data = [comm.rank() as f32 + 1.0; 4];
+//!     comm.all_reduce(&mut data, ReduceOp::Sum)?;
+//!     Ok(data)
+//! })?;
+//! assert_eq!(sums, [[3.0; 4], [3.0; 4]]);
+//! # Ok::<_, lightrft_collectives::Error>(())
+//! ```
+//!
+//! Not here: tensors and layouts, see `lightrft-sharding`.
+
+mod buffer;
+mod communicator;
+mod error;
+mod group;
+mod host;
+pub mod launch;
+pub mod local;
+mod op;
+mod operation;
+mod reduce;
+mod rendezvous;
+mod single;
+pub mod store;
+#[cfg(feature = "testing")]
+#[allow(clippy::panic)] // A broken promise fails the caller's test.
+pub mod testing;
+
+pub use buffer::{Host, HostMut};
+pub use communicator::{Communicator, CommunicatorExt};
+pub use error::{Error, Loss, Result};
+pub use op::{Dtype, Element, ReduceOp};
+pub use operation::{Call, Operation, Signature};
+pub use rendezvous::Rendezvous;
+pub use single::Single;
+
+/// How long a rank waits for a slow one unless told otherwise: 60 minutes, as LightRFT's process groups.
+pub const DEFAULT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60 * 60);

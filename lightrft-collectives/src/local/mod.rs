@@ -1,0 +1,160 @@
+//! Ranks as threads of one process: the reference that every other backend is compared with
+//!
+//! Each call copies its contribution to a board that the ranks share; once all have come, every rank computes its
+//! own result from all contributions. Simple before fast: it is for tests, for examples and for small jobs.
+
+mod board;
+mod world;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use self::board::{Board, Posted};
+pub use self::world::World;
+use crate::buffer::{AlignedBytes, element_bytes};
+use crate::communicator::Communicator;
+use crate::error::Result;
+use crate::group::check_members;
+use crate::operation::{Call, Operation, Signature, digest};
+use crate::reduce::fold_bytes;
+use crate::single::Single;
+
+/// One rank's end of a group of threads.
+#[derive(Debug)]
+struct Local {
+    board: Arc<Board>,
+    rank: usize,
+    groups: AtomicUsize,
+}
+
+/// Bytes `index` of `of` equal parts.
+fn part(bytes: &[u8], index: usize, of: usize) -> &[u8] {
+    let n = bytes.len() / of;
+    &bytes[index * n..(index + 1) * n]
+}
+
+impl Local {
+    fn new(board: Arc<Board>, rank: usize) -> Arc<dyn Communicator> {
+        Arc::new(Local { board, rank, groups: AtomicUsize::new(0) })
+    }
+
+    /// What this rank brings to the board.
+    fn contribution(&self, operation: &Operation<'_>) -> AlignedBytes {
+        let world = self.world_size();
+        AlignedBytes::copy_of(match operation {
+            Operation::AllReduce { data, .. } | Operation::Reduce { data, .. } => data.bytes(),
+            Operation::AllGatherInPlace { data } => part(data.bytes(), self.rank, world),
+            Operation::Broadcast { data, root } if *root == self.rank => data.bytes(),
+            Operation::AllGather { input, .. }
+            | Operation::AllGatherV { input, .. }
+            | Operation::ReduceScatter { input, .. }
+            | Operation::Gather { input, .. }
+            | Operation::Scatter { input, .. }
+            | Operation::AllToAll { input, .. } => input.bytes(),
+            Operation::Send { data, .. } => data.bytes(),
+            Operation::Broadcast { .. } | Operation::Barrier | Operation::Recv { .. } => &[],
+        })
+    }
+
+    /// This rank's result from everyone's contribution.
+    fn result(&self, operation: Operation<'_>, posted: &[Posted]) {
+        let (rank, world) = (self.rank, self.world_size());
+        let all: Vec<&[u8]> = posted.iter().map(|p| p.bytes.as_slice()).collect();
+        match operation {
+            Operation::AllReduce { mut data, op } => fold_bytes(op, data.dtype(), &all, data.bytes_mut()),
+            Operation::Reduce { mut data, op, root } => {
+                if rank == root {
+                    fold_bytes(op, data.dtype(), &all, data.bytes_mut());
+                }
+            }
+            Operation::ReduceScatter { mut output, op, .. } => {
+                let parts: Vec<&[u8]> = all.iter().map(|bytes| part(bytes, rank, world)).collect();
+                fold_bytes(op, output.dtype(), &parts, output.bytes_mut());
+            }
+            Operation::AllGather { mut output, .. } | Operation::AllGatherInPlace { data: mut output } => {
+                concatenate(&all, output.bytes_mut());
+            }
+            Operation::AllGatherV { counts, mut output, .. } => {
+                let size = element_bytes(output.dtype());
+                debug_assert!(all.iter().zip(counts).all(|(bytes, n)| bytes.len() == n * size));
+                concatenate(&all, output.bytes_mut());
+            }
+            Operation::Gather { mut output, root, .. } => {
+                if rank == root {
+                    concatenate(&all, output.bytes_mut());
+                }
+            }
+            Operation::Broadcast { mut data, root } => {
+                if rank != root {
+                    data.bytes_mut().copy_from_slice(all[root]);
+                }
+            }
+            Operation::Scatter { mut output, root, .. } => {
+                output.bytes_mut().copy_from_slice(part(all[root], rank, world));
+            }
+            Operation::AllToAll { mut output, .. } => {
+                let parts: Vec<&[u8]> = all.iter().map(|bytes| part(bytes, rank, world)).collect();
+                concatenate(&parts, output.bytes_mut());
+            }
+            Operation::Barrier | Operation::Send { .. } | Operation::Recv { .. } => {}
+        }
+    }
+}
+
+fn concatenate(parts: &[&[u8]], mut output: &mut [u8]) {
+    for part in parts {
+        let (here, rest) = output.split_at_mut(part.len());
+        here.copy_from_slice(part);
+        output = rest;
+    }
+}
+
+impl Communicator for Local {
+    fn name(&self) -> &str {
+        self.board.name()
+    }
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn ranks(&self) -> &[usize] {
+        self.board.ranks()
+    }
+
+    fn run(&self, operation: Operation<'_>) -> Result<()> {
+        operation.check(self.rank, self.world_size(), self.name())?;
+        let signature = operation.signature();
+        match operation {
+            Operation::Send { data, to } => {
+                let bytes = AlignedBytes::copy_of(data.bytes());
+                self.board.send(self.rank, to, Posted { signature, bytes })
+            }
+            Operation::Recv { mut data, from } => {
+                let bytes = self.board.receive(self.rank, from, signature)?;
+                data.bytes_mut().copy_from_slice(bytes.as_slice());
+                Ok(())
+            }
+            collective => {
+                let bytes = self.contribution(&collective);
+                let posted = self.board.exchange(self.rank, Posted { signature, bytes })?;
+                self.result(collective, &posted);
+                Ok(())
+            }
+        }
+    }
+
+    fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
+        check_members(self, ranks)?;
+        let signature = Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
+        self.board.exchange(self.rank, Posted { signature, bytes: AlignedBytes::default() })?;
+        let index = self.groups.fetch_add(1, Ordering::Relaxed);
+        let Some(rank) = ranks.iter().position(|r| *r == self.rank) else { return Ok(None) };
+        let name = format!("{}/{index}", self.name());
+        let world_ranks: Vec<usize> = ranks.iter().map(|r| self.ranks()[*r]).collect();
+        if world_ranks.len() == 1 {
+            return Ok(Some(Single::group(name, world_ranks[0])));
+        }
+        Ok(Some(Local::new(self.board.child(name, world_ranks), rank)))
+    }
+}

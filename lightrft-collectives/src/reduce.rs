@@ -1,0 +1,107 @@
+//! The fold behind every reduction: contributions in rank order, one accumulator, one rounding
+
+use crate::op::{Dtype, Element, ReduceOp, private::Arithmetic, with_element};
+
+/// Elements folded at a time: the accumulators fit in the first-level cache for any number of parts.
+const BLOCK: usize = 512;
+
+/// `out[i] = parts[0][i] (op) parts[1][i] (op) ...`, in the order of `parts`; a mean is over `parts.len()`.
+///
+/// `out` and every part have the same length; anything longer than the shortest is left alone.
+pub(crate) fn fold<T: Element>(op: ReduceOp, parts: &[&[T]], out: &mut [T]) {
+    match op {
+        ReduceOp::Sum => fold_with(parts, out, T::add, |acc| acc),
+        ReduceOp::Mean => fold_with(parts, out, T::add, |acc| T::mean(acc, parts.len())),
+        ReduceOp::Min => fold_with(parts, out, T::min, |acc| acc),
+        ReduceOp::Max => fold_with(parts, out, T::max, |acc| acc),
+        ReduceOp::Product => fold_with(parts, out, T::mul, |acc| acc),
+    }
+}
+
+#[inline(always)]
+fn fold_with<T: Element>(
+    parts: &[&[T]],
+    out: &mut [T],
+    combine: impl Fn(T::Acc, T::Acc) -> T::Acc,
+    finish: impl Fn(T::Acc) -> T::Acc,
+) {
+    let Some((first, rest)) = parts.split_first() else { return };
+    let mut acc: [T::Acc; BLOCK] = [<T as bytemuck::Zeroable>::zeroed().widen(); BLOCK];
+    for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+        let from = block * BLOCK;
+        let acc = &mut acc[..out.len()];
+        for (a, x) in acc.iter_mut().zip(first.get(from..).unwrap_or(&[])) {
+            *a = x.widen();
+        }
+        for part in rest {
+            for (a, x) in acc.iter_mut().zip(part.get(from..).unwrap_or(&[])) {
+                *a = combine(*a, x.widen());
+            }
+        }
+        for (o, a) in out.iter_mut().zip(acc.iter()) {
+            *o = <T as Arithmetic>::narrow(finish(*a));
+        }
+    }
+}
+
+/// [`fold`] over the bytes of elements of `dtype`.
+///
+/// The callers' buffers are aligned by construction ([`crate::buffer`]); a part that is not, or whose dtype
+/// has no arithmetic (which [`crate::Operation::check`] has refused before), leaves `out` as it is.
+pub(crate) fn fold_bytes(op: ReduceOp, dtype: Dtype, parts: &[&[u8]], out: &mut [u8]) {
+    with_element!(dtype, T => {
+        let typed: Result<Vec<&[T]>, _> = parts.iter().map(|p| bytemuck::try_cast_slice(p)).collect();
+        if let (Ok(typed), Ok(out)) = (typed, bytemuck::try_cast_slice_mut::<u8, T>(out)) {
+            fold(op, &typed, out);
+        } else {
+            debug_assert!(false, "unaligned buffer reached the fold");
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+    use proptest::prelude::*;
+
+    #[test]
+    fn sums_of_bf16_round_once() {
+        // 256 + 1 + 1 is 258 in f32; rounding to bf16 after each step would stay at 256.
+        let parts = [[bf16::from_f32(256.0)], [bf16::ONE], [bf16::ONE]];
+        let mut out = [bf16::ZERO];
+        fold(ReduceOp::Sum, &[&parts[0], &parts[1], &parts[2]], &mut out);
+        assert_eq!(out[0].to_f32(), 258.0);
+    }
+
+    #[test]
+    fn nan_wins_in_min_and_max_wherever_it_stands() {
+        for parts in [[f32::NAN, 1.0, 2.0], [1.0, f32::NAN, 2.0], [1.0, 2.0, f32::NAN]] {
+            for op in [ReduceOp::Min, ReduceOp::Max] {
+                let mut out = [0.0];
+                fold(op, &[&parts[0..1], &parts[1..2], &parts[2..3]], &mut out);
+                assert!(out[0].is_nan(), "{op} of {parts:?}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_fold_of_a_vector_is_the_fold_of_its_chunks(
+            len in 0usize..3000, cut in 0usize..3000, ranks in 1usize..5, seed: u64,
+        ) {
+            let mut state = seed | 1;
+            let mut next = || { state = state.wrapping_mul(6364136223846793005).wrapping_add(1); (state >> 40) as f32 / 1e3 - 8e3 };
+            let parts: Vec<Vec<f32>> = (0..ranks).map(|_| (0..len).map(|_| next()).collect()).collect();
+            let cut = cut.min(len);
+            let all: Vec<&[f32]> = parts.iter().map(|p| &p[..]).collect();
+            let (mut whole, mut pieces) = (vec![0.0; len], vec![0.0; len]);
+            fold(ReduceOp::Mean, &all, &mut whole);
+            let left: Vec<&[f32]> = parts.iter().map(|p| &p[..cut]).collect();
+            let right: Vec<&[f32]> = parts.iter().map(|p| &p[cut..]).collect();
+            fold(ReduceOp::Mean, &left, &mut pieces[..cut]);
+            fold(ReduceOp::Mean, &right, &mut pieces[cut..]);
+            prop_assert_eq!(whole, pieces);
+        }
+    }
+}

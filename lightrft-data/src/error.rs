@@ -1,0 +1,223 @@
+//! What can go wrong, said with the file and line, the index, or the prompt it went wrong at.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::multimodal::{MediaKind, MediaProblem};
+
+/// Everything this crate refuses to do, and why.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Ranks count from 0 and a world has at least one of them.
+    #[error("rank {rank} is not in a world of {world}: ranks are 0..{world}")]
+    RankOutOfRange {
+        /// The rank that was asked for.
+        rank: usize,
+        /// How many ranks there are.
+        world: usize,
+    },
+    /// More samples were reported as consumed than the epoch holds.
+    #[error(
+        "{consumed} samples consumed in epoch {epoch}, which holds {total} (padding included) over {world} ranks"
+    )]
+    ConsumedBeyondEpoch {
+        /// The epoch in question.
+        epoch: u64,
+        /// Samples consumed by all ranks together, as the caller said.
+        consumed: u64,
+        /// Samples of the epoch over all ranks, with padding or without the dropped tail.
+        total: u64,
+        /// How many ranks there are.
+        world: usize,
+    },
+    /// A saved position belongs to another order of samples.
+    #[error("the saved position has {field} = {saved}, this sampler has {field} = {current}")]
+    StateMismatch {
+        /// Which setting differs.
+        field: &'static str,
+        /// Its value when the position was saved.
+        saved: String,
+        /// Its value now.
+        current: String,
+    },
+    /// The order of the samples needs more memory than there is, or more than a number can count.
+    #[error("{what} for {len} samples does not fit ({needed} bytes); `Shuffle::Seekable` needs no table")]
+    TooLarge {
+        /// What was to be allocated or computed.
+        what: &'static str,
+        /// How many samples there are.
+        len: usize,
+        /// Bytes that were asked for, or `usize::MAX` where the number itself overflows.
+        needed: usize,
+    },
+    /// An index outside of the data set.
+    #[error("index {index} is outside of a data set of {len} samples")]
+    IndexOutOfRange {
+        /// The index that was asked for.
+        index: usize,
+        /// How many samples there are.
+        len: usize,
+    },
+    /// The operating system refused to open or read a file.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried: "open", "read".
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A file without a single sample.
+    #[error("{} holds no sample ({bad_lines} bad lines were skipped)", path.display())]
+    NoSamples {
+        /// The file.
+        path: PathBuf,
+        /// Lines that were skipped because they were bad.
+        bad_lines: u64,
+    },
+    /// A line of a JSON Lines file that is not a sample.
+    #[error(transparent)]
+    BadLine(#[from] BadLine),
+    /// A sample that could not be read while a batch was put together.
+    #[error("sample {index} ({at}) cannot be read")]
+    Sample {
+        /// The sample's index in the data set.
+        index: usize,
+        /// Where the data set says that it lies: a file and line, for example.
+        at: String,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// Reading a sample panicked; the data set has a defect.
+    #[error("reading sample {index} panicked: {message}")]
+    SamplePanicked {
+        /// The sample's index in the data set.
+        index: usize,
+        /// What the panic said.
+        message: String,
+    },
+    /// No batch arrived before the loader's deadline.
+    #[error("no batch within {waited:?}: the next one begins with sample {first_index}")]
+    Stalled {
+        /// How long the loader waited.
+        waited: Duration,
+        /// First index of the batch that is missing.
+        first_index: usize,
+    },
+    /// A setting that cannot work.
+    #[error("{setting} = {value}: {expected}")]
+    Setting {
+        /// The setting's name.
+        setting: &'static str,
+        /// The value that was given.
+        value: usize,
+        /// What is allowed.
+        expected: &'static str,
+    },
+    /// A sequence whose parts do not fit together.
+    #[error("row {row}: {what} has {got} elements, expected {expected}")]
+    Length {
+        /// The row of the batch.
+        row: usize,
+        /// Which part.
+        what: &'static str,
+        /// Its length.
+        got: usize,
+        /// The length that it should have, or the most that is allowed.
+        expected: usize,
+    },
+    /// Images or videos that cannot be matched with their prompts.
+    #[error("prompt {prompt}: {kind}: {problem}")]
+    Media {
+        /// The prompt's place in the batch, from 0.
+        prompt: usize,
+        /// Images or videos.
+        kind: MediaKind,
+        /// What does not match.
+        problem: MediaProblem,
+    },
+    /// A data set of the caller's own failed; see [`Error::other`].
+    #[error(transparent)]
+    Other(Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Error {
+    /// Wraps an error of a [`Dataset`](crate::Dataset) that is not one of this crate's.
+    pub fn other(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Error::Other(error.into())
+    }
+}
+
+/// A line of a JSON Lines file that is not a sample, with its place.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}:{line}: {problem}", path.display())]
+pub struct BadLine {
+    /// The file.
+    pub path: PathBuf,
+    /// The line, counted from 1; blank lines count.
+    pub line: u64,
+    /// What is wrong with it.
+    pub problem: LineProblem,
+}
+
+/// What can be wrong with one line of a JSON Lines file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LineProblem {
+    /// Not JSON.
+    #[error("not JSON: {message} (column {column})")]
+    Json {
+        /// Column in bytes, from 1.
+        column: usize,
+        /// What the parser said.
+        message: String,
+    },
+    /// Bytes that are not UTF-8.
+    #[error("not UTF-8 from byte {byte} of the line on")]
+    InvalidUtf8 {
+        /// Offset in the line of the first wrong byte, from 0.
+        byte: usize,
+    },
+    /// JSON, but not an object.
+    #[error("expected an object, found {found}")]
+    NotAnObject {
+        /// The JSON type that stands there.
+        found: &'static str,
+    },
+    /// The object lacks a key that was asked for.
+    #[error("no key `{key}`; the line has: {present}")]
+    MissingKey {
+        /// The key that is missing.
+        key: String,
+        /// The keys that are there, with commas.
+        present: String,
+    },
+    /// The value under a key has the wrong type.
+    #[error("`{key}` must be {expected}, found {found}")]
+    WrongType {
+        /// The key.
+        key: String,
+        /// The JSON type that is wanted.
+        expected: &'static str,
+        /// The JSON type that stands there.
+        found: &'static str,
+    },
+    /// The prompt is a list of chat messages, which needs a chat template that this reader does not apply.
+    #[error(
+        "`{key}` is a list of {messages} chat messages; render it to a string with the model's chat template"
+    )]
+    ChatPrompt {
+        /// The key.
+        key: String,
+        /// How many messages the list holds.
+        messages: usize,
+    },
+    /// The line is longer than the reader accepts.
+    #[error("longer than {limit} bytes")]
+    TooLong {
+        /// The limit that was set.
+        limit: usize,
+    },
+}

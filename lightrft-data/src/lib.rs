@@ -1,0 +1,74 @@
+//! Which prompt, in which order, on which rank: resumable distributed sampling and loading.
+//!
+//! ```
+//! use lightrft_data::{DistributedSampler, SamplerConfig, Shuffle, Tail};
+//!
+//! // Two ranks share ten prompts. Each knows its own part without asking the other.
+//! let rank = |rank| {
+//!     DistributedSampler::new(SamplerConfig {
+//!         len: 10, rank, world: 2, seed: 42, shuffle: Shuffle::TorchExact, tail: Tail::Drop,
+//!     })
+//! };
+//! let (mut zero, mut one) = (rank(0)?, rank(1)?);
+//! assert_eq!(zero.next_indices(3)?, [2, 1, 4]);
+//! assert_eq!(one.next_indices(3)?, [6, 8, 5]);
+//!
+//! // The run stops here. Any rank's state goes into the checkpoint, and any number of ranks resumes from it.
+//! let state = zero.state();
+//! let mut alone = DistributedSampler::new(SamplerConfig { rank: 0, world: 1, ..zero.config().clone() })?;
+//! assert_eq!(alone.restore(&state)?, lightrft_data::Resume::Exact);
+//! assert_eq!(alone.next_indices(10)?, [0, 9, 3, 7]);
+//! # Ok::<_, lightrft_data::Error>(())
+//! ```
+//!
+//! | step | here |
+//! |---|---|
+//! | where samples lie | [`Dataset`], [`JsonLines`], [`InMemory`] |
+//! | the order of an epoch | [`Shuffle`], [`Permutation`] |
+//! | a rank's share, and where it stands | [`DistributedSampler`], [`SamplerState`], [`Resume`] |
+//! | batches, read ahead by threads | [`DataLoader`] |
+//! | token sequences to rectangles | [`pad`], [`sequence_parallel_slice`] |
+//! | images and videos to their prompts | [`build_multimodal_inputs`] |
+//!
+//! Everything blocks; waits have deadlines. Ranks are plain numbers: nothing here talks to another process.
+//!
+//! Not here: tokenizing, chat templates, decoding of media, tensors. The crate hands out text, indices and plain
+//! vectors.
+#![forbid(unsafe_code)]
+
+mod collate;
+mod cursor;
+mod dataset;
+mod error;
+mod jsonl;
+mod keyed;
+mod lines;
+mod loader;
+mod mt19937;
+mod multimodal;
+mod placeholders;
+mod prefetch;
+mod prompt;
+mod sampler;
+mod sequence_parallel;
+mod shuffle;
+
+pub use collate::{PadConfig, Side, TokenBatch, TokenSequence, pad};
+pub use cursor::{Resume, SamplerState};
+pub use dataset::{Dataset, InMemory};
+pub use error::{BadLine, Error, LineProblem};
+pub use jsonl::{BadLines, JsonLines, JsonLinesOptions, Skipped};
+pub use loader::{Batch, DataLoader, LastBatch, LoaderConfig};
+pub use multimodal::{
+    Media, MediaColumn, MediaKind, MediaProblem, Mode, MultimodalInput, build_multimodal_inputs,
+    is_multimodal,
+};
+pub use prompt::{Keys, Prompt};
+pub use sampler::{DistributedSampler, Indices, SamplerConfig, Tail};
+pub use sequence_parallel::{SequenceSlice, sequence_parallel_slice};
+pub use shuffle::{Permutation, Shuffle};
+
+/// Compiles the example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

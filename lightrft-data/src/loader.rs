@@ -1,0 +1,243 @@
+//! Batches of samples, in the sampler's order whatever the threads do, with a position for checkpoints.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::cursor::{Resume, SamplerState};
+use crate::prefetch::Prefetch;
+use crate::{Dataset, DistributedSampler, Error};
+
+/// What happens to the samples at the end of an epoch that do not fill a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LastBatch {
+    /// They come as a smaller batch, equally small on every rank.
+    #[default]
+    Keep,
+    /// They are left out of this epoch.
+    Drop,
+}
+
+/// How a [`DataLoader`] works.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoaderConfig {
+    /// Samples in a batch of this rank.
+    pub batch_size: usize,
+    /// What happens to the samples that do not fill the last batch.
+    pub last_batch: LastBatch,
+    /// Threads that read samples; with none, a batch is read when it is asked for.
+    pub workers: usize,
+    /// Batches in memory or being read ahead of the one asked for, at least 1 where there are workers. No more than
+    /// this many are ever held, however slow the consumer is.
+    pub prefetch_batches: usize,
+    /// How long to wait for a batch of the workers before [`Error::Stalled`].
+    pub deadline: Duration,
+}
+
+impl LoaderConfig {
+    /// Batches of `batch_size`, the last one kept, no threads.
+    pub fn new(batch_size: usize) -> Self {
+        Self {
+            batch_size,
+            last_batch: LastBatch::default(),
+            workers: 0,
+            prefetch_batches: 2,
+            deadline: Duration::from_secs(300),
+        }
+    }
+}
+
+/// Samples that are consumed together.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch<T> {
+    /// The epoch they belong to.
+    pub epoch: u64,
+    /// Their indices in the data set.
+    pub indices: Vec<usize>,
+    /// The samples, in the order of `indices`.
+    pub samples: Vec<T>,
+}
+
+/// Batches over a data set and a sampler.
+///
+/// The loader's position is that of the last batch it gave out: batches read ahead do not count, so
+/// [`state`](Self::state) may be saved at any moment. An error does not move it either; asking again reads the same
+/// batch again.
+///
+/// ```
+/// use lightrft_data::{
+///     DataLoader, DistributedSampler, InMemory, LoaderConfig, SamplerConfig, Shuffle, Tail,
+/// };
+///
+/// let dataset: InMemory<_> = ["a", "b", "c", "d", "e"].into_iter().collect();
+/// let sampler = DistributedSampler::new(SamplerConfig {
+///     len: 5, rank: 0, world: 1, seed: 0, shuffle: Shuffle::InOrder, tail: Tail::Pad,
+/// })?;
+/// let mut loader = DataLoader::new(dataset, sampler, LoaderConfig { workers: 2, ..LoaderConfig::new(2) })?;
+///
+/// let mut seen = Vec::new();
+/// for batch in loader.batches() {
+///     seen.push(batch?.samples.concat());
+/// }
+/// assert_eq!(seen, ["ab", "cd", "e"]);
+/// # Ok::<_, lightrft_data::Error>(())
+/// ```
+pub struct DataLoader<D: Dataset> {
+    dataset: Arc<D>,
+    sampler: DistributedSampler,
+    config: LoaderConfig,
+    ahead: Option<Prefetch<D>>,
+}
+
+impl<D: Dataset + 'static> DataLoader<D> {
+    /// Begins where the sampler stands.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a batch size of 0, for workers without room to read ahead, or for a sampler that was
+    /// made for another length.
+    pub fn new(dataset: D, sampler: DistributedSampler, config: LoaderConfig) -> Result<Self, Error> {
+        let positive = |setting, value: usize| match value {
+            0 => Err(Error::Setting { setting, value, expected: "at least 1" }),
+            _ => Ok(()),
+        };
+        positive("batch_size", config.batch_size)?;
+        if config.workers > 0 {
+            positive("prefetch_batches", config.prefetch_batches)?;
+        }
+        if sampler.config().len != dataset.len() {
+            let expected = "the length of the data set";
+            return Err(Error::Setting { setting: "sampler len", value: sampler.config().len, expected });
+        }
+        Ok(Self { dataset: Arc::new(dataset), sampler, config, ahead: None })
+    }
+
+    /// The next batch of this epoch, `None` at its end.
+    ///
+    /// # Errors
+    /// [`Error::Sample`] with index and place of the sample that could not be read, [`Error::SamplePanicked`],
+    /// [`Error::Stalled`] after the deadline. The loader stays at this batch.
+    pub fn next_batch(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
+        let result = if self.config.workers == 0 { self.read_here() } else { self.read_ahead() };
+        if result.is_err() {
+            // What was read ahead of the failure is read again: the position alone says what comes next.
+            self.ahead = None;
+        }
+        let batch = result?;
+        if let Some(batch) = &batch {
+            self.sampler.advance(batch.indices.len() as u64)?;
+        }
+        Ok(batch)
+    }
+
+    fn read_here(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
+        let indices = batch_of(&mut self.sampler.indices()?, &self.config);
+        if indices.is_empty() {
+            return Ok(None);
+        }
+        let samples = indices.iter().map(|&i| read(&*self.dataset, i)).collect::<Result<_, _>>()?;
+        Ok(Some(Batch { epoch: self.sampler.epoch(), indices, samples }))
+    }
+
+    fn read_ahead(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
+        let mut ahead = match self.ahead.take() {
+            Some(ahead) => ahead,
+            None => Prefetch::start(&self.dataset, self.config.workers)?,
+        };
+        if ahead.is_idle() {
+            ahead.begin(self.sampler.indices()?);
+        }
+        let next = ahead.next(self.sampler.epoch(), &self.config);
+        self.ahead = Some(ahead);
+        next
+    }
+
+    /// The batches from here to the end of the epoch, or to the first error.
+    pub fn batches(&mut self) -> impl Iterator<Item = Result<Batch<D::Item>, Error>> + '_ {
+        let mut failed = false;
+        std::iter::from_fn(move || {
+            if failed {
+                return None;
+            }
+            let next = self.next_batch().transpose();
+            failed = matches!(next, Some(Err(_)));
+            next
+        })
+    }
+
+    /// Goes to an epoch of which `consumed` samples (over all ranks) are done; see [`DistributedSampler::set_epoch`].
+    ///
+    /// # Errors
+    /// [`Error::ConsumedBeyondEpoch`]; the loader stays where it was.
+    pub fn set_epoch(&mut self, epoch: u64, consumed: u64) -> Result<(), Error> {
+        self.sampler.set_epoch(epoch, consumed)?;
+        self.forget_what_was_read_ahead();
+        Ok(())
+    }
+
+    /// Goes to a saved position; see [`DistributedSampler::restore`].
+    ///
+    /// # Errors
+    /// As there; the loader stays where it was.
+    pub fn restore(&mut self, state: &SamplerState) -> Result<Resume, Error> {
+        let resume = self.sampler.restore(state)?;
+        self.forget_what_was_read_ahead();
+        Ok(resume)
+    }
+
+    fn forget_what_was_read_ahead(&mut self) {
+        self.ahead = None;
+    }
+
+    /// The position after the last batch that was given out.
+    pub fn state(&self) -> SamplerState {
+        self.sampler.state()
+    }
+
+    /// The sampler, which knows the position.
+    pub fn sampler(&self) -> &DistributedSampler {
+        &self.sampler
+    }
+
+    /// The data set.
+    pub fn dataset(&self) -> &D {
+        &self.dataset
+    }
+
+    /// Batches of this rank that are left in this epoch.
+    pub fn remaining_batches(&self) -> u64 {
+        let samples = self.sampler.remaining();
+        match self.config.last_batch {
+            LastBatch::Keep => samples.div_ceil(self.config.batch_size as u64),
+            LastBatch::Drop => samples / self.config.batch_size as u64,
+        }
+    }
+}
+
+impl<D: Dataset> fmt::Debug for DataLoader<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DataLoader")
+            .field("sampler", &self.sampler)
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Takes the indices of the next batch; empty at the end of the epoch.
+pub(crate) fn batch_of(
+    indices: &mut impl ExactSizeIterator<Item = usize>,
+    config: &LoaderConfig,
+) -> Vec<usize> {
+    if config.last_batch == LastBatch::Drop && indices.len() < config.batch_size {
+        return Vec::new();
+    }
+    indices.take(config.batch_size).collect()
+}
+
+/// Reads one sample; an error says which one it was and where it lies.
+pub(crate) fn read<D: Dataset>(dataset: &D, index: usize) -> Result<D::Item, Error> {
+    dataset.get(index).map_err(|source| Error::Sample {
+        index,
+        at: dataset.locate(index),
+        source: Box::new(source),
+    })
+}

@@ -1,0 +1,83 @@
+//! A prompt with its label, and how it is read from one line of JSON.
+
+use serde_json::{Map, Value};
+
+use crate::error::LineProblem;
+
+/// Under which keys a line holds its prompt and its label (LightRFT's `input_key` and `label_key`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keys {
+    /// Key of the prompt, a string.
+    pub input: String,
+    /// Key of the label, a string; `None` for data without one, or to leave a label of another type in
+    /// [`Prompt::fields`].
+    pub label: Option<String>,
+}
+
+impl Default for Keys {
+    /// `{"prompt": ..., "label": ...}`
+    fn default() -> Self {
+        Self { input: "prompt".into(), label: Some("label".into()) }
+    }
+}
+
+/// One sample: a text for the model, and what a reward is computed from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prompt {
+    /// What the model is asked.
+    pub text: String,
+    /// The reference answer; `None` only where [`Keys::label`] is.
+    pub label: Option<String>,
+    /// Everything else that the line holds.
+    pub fields: Map<String, Value>,
+}
+
+impl Prompt {
+    /// Reads a line. A byte-order mark has been taken off by the caller.
+    pub(crate) fn parse(line: &[u8], keys: &Keys) -> Result<Self, LineProblem> {
+        let text =
+            std::str::from_utf8(line).map_err(|e| LineProblem::InvalidUtf8 { byte: e.valid_up_to() })?;
+        let value: Value = serde_json::from_str(text).map_err(|e| LineProblem::Json {
+            column: e.column(),
+            // The parser counts lines within this one; the true place is said by whoever knows the file.
+            message: e.to_string().split(" at line ").next().unwrap_or_default().to_owned(),
+        })?;
+        let Value::Object(mut fields) = value else {
+            return Err(LineProblem::NotAnObject { found: type_name(&value) });
+        };
+        let text = text_at(&fields, &keys.input)?;
+        let label = keys.label.as_ref().map(|key| text_at(&fields, key)).transpose()?;
+        fields.remove(&keys.input);
+        if let Some(key) = &keys.label {
+            fields.remove(key);
+        }
+        Ok(Self { text, label, fields })
+    }
+}
+
+fn text_at(fields: &Map<String, Value>, key: &str) -> Result<String, LineProblem> {
+    let key = key.to_owned();
+    match fields.get(&key) {
+        Some(Value::String(text)) => Ok(text.clone()),
+        // A list of objects is what chat data looks like; any other list is merely a wrong type.
+        Some(Value::Array(messages)) if messages.iter().any(Value::is_object) => {
+            Err(LineProblem::ChatPrompt { key, messages: messages.len() })
+        }
+        Some(other) => Err(LineProblem::WrongType { key, expected: "a string", found: type_name(other) }),
+        None => {
+            let present = fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            Err(LineProblem::MissingKey { key, present })
+        }
+    }
+}
+
+fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}

@@ -1,0 +1,42 @@
+//! An engine in this process: Llama and Qwen2 folders on candle, one decoder that trains and generates.
+//!
+//! ```
+//! use candle_core::Device;
+//! use lightrft_engine::embedded::{DecoderConfig, EmbeddedEngine, Settings, Weights};
+//! use lightrft_engine::{EngineExt, Request, Sampling};
+//!
+//! let config = DecoderConfig::from_json(
+//!     r#"{"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+//!         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+//!         "max_position_embeddings": 128}"#,
+//! )?;
+//! let weights = Weights::random(&config, 1, 0.1, &Device::Cpu)?;
+//! let mut engine = EmbeddedEngine::new(config, weights, Settings::default())?;
+//!
+//! let request = Request::new([3, 1, 4, 1, 5], Sampling { max_new_tokens: 8, ..Sampling::default() });
+//! let completions = engine.complete(&[request.samples(4)])?;
+//! assert_eq!(completions.len(), 4);
+//! assert_eq!(completions[3].tokens.len(), completions[3].log_probs.len());
+//! # Ok::<_, lightrft_engine::Error>(())
+//! ```
+//!
+//! [`EmbeddedEngine`] is the engine; [`Decoder`], [`Weights`] and [`DecoderConfig`] are the model itself, which a
+//! trainer uses too. [`draw`] is the sampling of one token, with [`uniform`] for its random number.
+
+mod batch;
+mod config;
+mod decoder;
+mod engine;
+mod error;
+mod graft;
+mod kv_cache;
+mod sampling;
+mod weights;
+
+pub use config::{DecoderConfig, Family, Parameter, ParameterGroup, RopeScaling};
+pub use decoder::{Decoder, Frame};
+pub use engine::{EmbeddedEngine, Settings};
+pub use error::{ModelError, ModelResult};
+pub use kv_cache::{KvCache, LayerCache};
+pub use sampling::{Draw, DrawKey, Unusable, draw, uniform};
+pub use weights::Weights;

@@ -1,0 +1,168 @@
+//! What an engine refuses or fails at, as outcomes that a caller can act on.
+
+use std::time::Duration;
+
+use safetensors::Dtype;
+
+use crate::lifecycle::Refusal;
+
+/// The result of every call into an engine.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an engine did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The engine is not in a state that allows the call; nothing was done. The message says what would help.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A field of a request cannot be honoured; nothing was generated for any request of the call.
+    #[error("request {request}: {field} = {value}: {expected}")]
+    Request {
+        /// Index of the request in the call.
+        request: usize,
+        /// The field of [`Request`](crate::Request) or [`Sampling`](crate::Sampling).
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What was expected.
+        expected: &'static str,
+    },
+    /// A prompt and what may be generated after it do not fit the engine's context.
+    #[error(
+        "request {request}: prompt of {prompt_tokens} tokens + max_new_tokens {max_new_tokens} = {} exceeds the context of {context_tokens} tokens",
+        prompt_tokens.saturating_add(*max_new_tokens)
+    )]
+    ContextExceeded {
+        /// Index of the request in the call.
+        request: usize,
+        /// Length of its prompt.
+        prompt_tokens: usize,
+        /// How many tokens it may generate.
+        max_new_tokens: usize,
+        /// What the engine holds of one sequence.
+        context_tokens: usize,
+    },
+    /// A token id that the model does not know. Some servers die of one, so it is found before anything is sent.
+    #[error(
+        "request {request}: {field}[{position}] = {token} is outside the vocabulary of {vocabulary} tokens"
+    )]
+    OutsideVocabulary {
+        /// Index of the request in the call.
+        request: usize,
+        /// `prompt` or `stop_tokens`.
+        field: &'static str,
+        /// Index in that field.
+        position: usize,
+        /// The token id.
+        token: u32,
+        /// Number of token ids that exist.
+        vocabulary: usize,
+    },
+    /// A pushed tensor that the engine's model does not have; nothing of its bucket was taken.
+    #[error("tensor `{name}` is not a parameter of the engine's model")]
+    UnknownTensor {
+        /// The name as it was pushed.
+        name: String,
+    },
+    /// A tensor pushed twice in one update; nothing of its bucket was taken.
+    #[error("tensor `{name}` was already pushed in this update")]
+    RepeatedTensor {
+        /// The name as it was pushed.
+        name: String,
+    },
+    /// A commit before every parameter was pushed; the engine is stale.
+    #[error("update to {version}: {missing} of {total} tensors were never pushed, among them {}", examples.join(", "))]
+    MissingTensors {
+        /// The version that was to be committed.
+        version: crate::Version,
+        /// How many are missing.
+        missing: usize,
+        /// How many the model has.
+        total: usize,
+        /// Up to four of the missing names.
+        examples: Vec<String>,
+    },
+    /// A pushed tensor has another shape than the engine's model gives it; nothing of its bucket was taken.
+    #[error("tensor `{name}` has shape {got:?}, the engine's model has {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// Shape pushed.
+        got: Vec<usize>,
+        /// Shape expected.
+        expected: Vec<usize>,
+    },
+    /// A pushed tensor has elements that the engine cannot take; nothing of its bucket was taken.
+    #[error("tensor `{name}` has elements of type {got:?}; this engine takes {expected}")]
+    Dtype {
+        /// The tensor.
+        name: String,
+        /// Type pushed.
+        got: Dtype,
+        /// Types that are taken.
+        expected: &'static str,
+    },
+    /// A tensor's bytes do not fill its shape: a shard where the whole parameter was expected, for example.
+    #[error("tensor `{name}`: {got} bytes, but {dtype:?}{shape:?} has {expected}")]
+    Bytes {
+        /// The tensor.
+        name: String,
+        /// Type of its elements.
+        dtype: Dtype,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Bytes given.
+        got: usize,
+        /// Bytes that shape and type ask for.
+        expected: usize,
+    },
+    /// A parameter's name has no counterpart in the engine, or shares it with another; nothing was sent.
+    #[error("parameter `{name}`: {reason}")]
+    Name {
+        /// The trainer's name.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The caller's deadline passed. Completions of the call are lost; the engine can be used again.
+    #[error("{operation}: {waited:?} passed with {done} of {total} done")]
+    Deadline {
+        /// What was under way.
+        operation: &'static str,
+        /// How long it had been running.
+        waited: Duration,
+        /// Completions finished by then.
+        done: usize,
+        /// Completions asked for.
+        total: usize,
+    },
+    /// The model gave a row of logits that no token can be drawn from (NaN, +inf, or nothing but -inf): the weights
+    /// are broken.
+    #[error("request {request}, sample {sample}, position {position}: {reason}")]
+    Logits {
+        /// Index of the request in the call.
+        request: usize,
+        /// Index of the sample.
+        sample: usize,
+        /// Index of the token that was to be drawn.
+        position: usize,
+        /// What is wrong with the row.
+        reason: String,
+    },
+    /// The embedded engine's model: its folder, its configuration, its tensors, or its arithmetic.
+    #[cfg(feature = "embedded")]
+    #[error(transparent)]
+    Model(#[from] crate::embedded::ModelError),
+    /// The engine itself failed.
+    #[error("{engine}: {operation}: {source}")]
+    Backend {
+        /// Which engine.
+        engine: &'static str,
+        /// What it was doing.
+        operation: &'static str,
+        /// Its own error.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}

@@ -1,0 +1,60 @@
+//! An inference engine as a trainer sees it: generate, sleep, wake, take new weights.
+//!
+//! ```
+//! use lightrft_engine::testing::{ScriptedEngine, TensorBytes};
+//! use lightrft_engine::{EngineExt, Engine, Level, Parts, Request, Sampling, State, Version};
+//!
+//! // An engine of few lines, with a vocabulary of 32 tokens; the others are used the same way.
+//! let mut engine = ScriptedEngine::new(32);
+//! let prompt = Request::new([5, 6, 7], Sampling { max_new_tokens: 4, ..Sampling::default() }).samples(2);
+//! assert_eq!(engine.complete(&[prompt.clone()])?.len(), 2);
+//!
+//! // The trainer needs the memory. Weights dropped at level 2 do not come back by waking.
+//! engine.sleep(Level::Two)?;
+//! engine.wake(Parts::All)?;
+//! let refused = engine.complete(&[prompt.clone()]).unwrap_err();
+//! assert_eq!(refused.to_string(), "cannot generate while stale: update its weights first");
+//!
+//! // New weights are a transaction, and every completion says which weights drew it.
+//! let weights = engine.example_weights(1);
+//! let tensors = weights.iter().map(TensorBytes::view).collect::<Result<Vec<_>, _>>()?;
+//! engine.replace_weights(Version(1), &tensors, 1 << 20)?;
+//! assert_eq!(engine.state(), State::READY);
+//! assert_eq!(engine.complete(&[prompt])?[1].version, Version(1));
+//! # Ok::<_, lightrft_engine::Error>(())
+//! ```
+//!
+//! [`Engine`] is what an engine implements, [`EngineExt`] what callers use besides. Every call blocks; a caller's
+//! deadline and progress listener are a [`Watch`]. Which call is allowed when is one table: [`State::after`].
+//!
+//! | feature | what it adds |
+//! |---|---|
+//! | `embedded` | `embedded::EmbeddedEngine`: Llama and Qwen2 folders on candle, in this process |
+//! | `testing` | `testing::ScriptedEngine`, and `testing::conformance` for any engine |
+//!
+//! Not here: gathering prompts of many ranks, and gathering sharded parameters for an update (`lightrft-strategy`).
+
+mod engine;
+mod error;
+mod generate;
+mod lifecycle;
+mod names;
+mod update;
+
+#[cfg(feature = "embedded")]
+pub mod embedded;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use engine::{Engine, EngineExt, MemoryBytes, Progress, Watch};
+pub use error::{Error, Result};
+pub use generate::{Completion, FinishReason, Limits, LogProbs, Request, Sampling, check_requests};
+pub use lifecycle::{Cache, Event, Level, Parts, Refusal, State};
+pub use names::{Identity, NameMap, Table, engine_names};
+pub use safetensors::Dtype;
+pub use update::{NamedTensor, Update, Version};
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,118 @@
+//! New weights as a transaction: begin, push whole tensors in buckets, commit a version.
+
+use std::fmt;
+
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// Which weights: the trainer's count of updates, or any number that tells two sets of weights apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Version(pub u64);
+
+impl Version {
+    /// The version after this one.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "version {}", self.0)
+    }
+}
+
+/// A whole parameter in host memory, row-major and little-endian, under the engine's name for it.
+///
+/// A rank's shard is not one: the constructor refuses bytes that do not fill the shape.
+#[derive(Clone, Copy)]
+pub struct NamedTensor<'a> {
+    name: &'a str,
+    dtype: Dtype,
+    shape: &'a [usize],
+    bytes: &'a [u8],
+}
+
+impl<'a> NamedTensor<'a> {
+    /// Names the bytes of a parameter.
+    ///
+    /// # Errors
+    /// [`Error::Bytes`] if `bytes` is not exactly what `dtype` and `shape` ask for.
+    pub fn new(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
+        let elems = shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim));
+        let expected =
+            elems.and_then(|n| n.checked_mul(dtype.bitsize())).map_or(usize::MAX, |bits| bits.div_ceil(8));
+        if bytes.len() != expected {
+            return Err(Error::Bytes {
+                name: name.to_owned(),
+                dtype,
+                shape: shape.to_vec(),
+                got: bytes.len(),
+                expected,
+            });
+        }
+        Ok(Self { name, dtype, shape, bytes })
+    }
+
+    /// The engine's name of the parameter.
+    pub fn name(&self) -> &'a str {
+        self.name
+    }
+
+    /// Type of its elements.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Its whole shape, outermost dim first.
+    pub fn shape(&self) -> &'a [usize] {
+        self.shape
+    }
+
+    /// Its elements, row-major and little-endian.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// The same tensor under another name.
+    #[must_use]
+    pub fn renamed<'b>(self, name: &'b str) -> NamedTensor<'b>
+    where
+        'a: 'b,
+    {
+        NamedTensor { name, ..self }
+    }
+}
+
+impl fmt::Debug for NamedTensor<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:?}{:?}", self.name, self.dtype, self.shape)
+    }
+}
+
+/// An update under way, made by [`Engine::begin_update`](crate::Engine::begin_update).
+///
+/// # Contract
+/// - A bucket is taken whole or refused whole. After a refusal the update goes on as if it had never been pushed.
+/// - A pushed tensor is copied or sent before `push` returns: the bytes may be reused at once.
+/// - Every parameter is pushed exactly once, in any order and in any number of buckets. Order by layer: engines that
+///   fuse projections finish a layer as soon as all of its parts are there.
+/// - Dropped before [`commit`](Update::commit), or after a commit that failed, the engine is stale.
+pub trait Update: fmt::Debug {
+    /// Hands over a bucket of whole parameters.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::RepeatedTensor`], [`Error::Shape`], [`Error::Dtype`]; or the engine's own.
+    fn push(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()>;
+
+    /// Makes the pushed parameters the engine's weights, under the version that was announced.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensors`] if the model has parameters that were not pushed; or the engine's own. The engine is
+    /// then stale.
+    fn commit(self: Box<Self>) -> Result<()>;
+}

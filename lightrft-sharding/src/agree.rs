@@ -1,0 +1,79 @@
+//! Do all ranks mean the same model? Asked once, before anything is cut.
+
+use lightrft_collectives::{Communicator, CommunicatorExt as _, Error as CollectiveError};
+
+use crate::error::{Error, Result};
+use crate::plan::{Plan, UnitSpec};
+
+/// Returns an error, the same on every rank, unless all ranks of `comm` have equal plans.
+///
+/// Sends eight bytes per rank; the full specifications follow only when those differ, which all ranks see alike.
+pub(crate) fn on_plan(plan: &Plan, comm: &dyn Communicator) -> Result<()> {
+    if comm.world_size() == 1 {
+        return Ok(());
+    }
+    let failed = |source: CollectiveError| Error::Collective {
+        op: "comparison",
+        what: "the plans".to_owned(),
+        source,
+    };
+    let mut prints = vec![0u8; comm.world_size() * size_of::<u64>()];
+    comm.all_gather(&plan.fingerprint().to_le_bytes(), &mut prints).map_err(failed)?;
+    let mut prints = prints.chunks_exact(size_of::<u64>());
+    let first = prints.next();
+    if prints.all(|print| Some(print) == first) {
+        return Ok(());
+    }
+    let all = comm.all_gather_object(&(plan.alignment(), plan.specs())).map_err(failed)?;
+    let Some(((alignment, units), others)) = all.split_first() else {
+        return Ok(());
+    };
+    for (peer, (peer_alignment, peer_units)) in others.iter().enumerate() {
+        let difference = if alignment != peer_alignment {
+            Some((format!("an alignment of {alignment}"), format!("an alignment of {peer_alignment}")))
+        } else {
+            first_difference(units, peer_units)
+        };
+        if let Some((ours, theirs)) = difference {
+            return Err(Error::PlanMismatch { rank: 0, ours, peer: peer + 1, theirs });
+        }
+    }
+    Ok(())
+}
+
+/// What stands in the first place where two models differ, on either side.
+fn first_difference(ours: &[UnitSpec], theirs: &[UnitSpec]) -> Option<(String, String)> {
+    let (ours, theirs) = (lines(ours), lines(theirs));
+    let length = ours.len().max(theirs.len());
+    let line =
+        |side: &[String], at: usize| side.get(at).cloned().unwrap_or_else(|| "nothing more".to_owned());
+    (0..length).map(|at| (line(&ours, at), line(&theirs, at))).find(|(ours, theirs)| ours != theirs)
+}
+
+fn lines(units: &[UnitSpec]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for unit in units {
+        lines.push(format!("unit `{}`", unit.name));
+        lines.extend(unit.params.iter().map(|param| format!("`{}` of shape {:?}", param.name, param.shape)));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::ParamSpec;
+
+    #[test]
+    fn the_first_difference_names_both_sides() {
+        let model = |dim| vec![UnitSpec::new("u", [ParamSpec::new("a", [1]), ParamSpec::new("b", [dim, 2])])];
+        assert_eq!(first_difference(&model(3), &model(3)), None);
+        let (ours, theirs) = first_difference(&model(3), &model(4)).unwrap();
+        assert!(
+            ours.contains("b") && ours.contains("[3, 2]") && theirs.contains("[4, 2]"),
+            "{ours} / {theirs}"
+        );
+        let (_, theirs) = first_difference(&model(3), &[]).unwrap();
+        assert_eq!(theirs, "nothing more");
+    }
+}

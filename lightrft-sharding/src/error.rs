@@ -1,0 +1,176 @@
+//! What can go wrong, and between whom.
+
+use lightrft_collectives::Error as CollectiveError;
+
+use crate::state::StateKind;
+
+/// Any error that a model, or a reader of weights, may return into this crate.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync + 'static>;
+
+/// This crate's results.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong in sharding.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A plan needs at least one rank and an alignment of at least one element.
+    #[error("a plan over {world} ranks with an alignment of {alignment} elements: both must be at least 1")]
+    InvalidPlan {
+        /// Ranks asked for.
+        world: usize,
+        /// Alignment asked for, in elements.
+        alignment: usize,
+    },
+    /// Two units, or two parameters, bear one name.
+    #[error("{what} `{name}` stands twice: in {first} and in {second}")]
+    DuplicateName {
+        /// `"unit"` or `"parameter"`.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// Where it stands first.
+        first: String,
+        /// Where it stands again.
+        second: String,
+    },
+    /// A unit's size in bytes does not fit the address space.
+    #[error("unit `{unit}` is too large: its size in bytes cannot be addressed")]
+    TooLarge {
+        /// The unit.
+        unit: String,
+    },
+    /// A unit was named that the plan does not have.
+    #[error("unit #{unit} does not exist: the plan has {units} units")]
+    NoSuchUnit {
+        /// Index asked for.
+        unit: usize,
+        /// Units in the plan.
+        units: usize,
+    },
+    /// The plan is for another number of ranks than the group has.
+    #[error("the plan is for {plan} ranks, the group `{group}` has {world}")]
+    WorldMismatch {
+        /// Ranks of the plan.
+        plan: usize,
+        /// The group's name.
+        group: String,
+        /// Ranks of the group.
+        world: usize,
+    },
+    /// Ranks disagree about the model. Every rank of the group returns this, and names the same first difference.
+    #[error("ranks disagree about the model: rank {rank} has {ours}, rank {peer} has {theirs}")]
+    PlanMismatch {
+        /// The lower rank.
+        rank: usize,
+        /// What it has at the first difference.
+        ours: String,
+        /// The other rank.
+        peer: usize,
+        /// What that one has in the same place.
+        theirs: String,
+    },
+    /// A buffer is not as long as the unit or the parameter.
+    #[error("{what} of `{name}` has {got} elements, expected {expected}")]
+    Length {
+        /// What the buffer holds.
+        what: &'static str,
+        /// The unit or parameter.
+        name: String,
+        /// Elements given.
+        got: usize,
+        /// Elements needed.
+        expected: usize,
+    },
+    /// Gradients were asked of units that are kept without them.
+    #[error("unit `{unit}` is frozen: it has no gradient")]
+    Frozen {
+        /// The unit.
+        unit: String,
+    },
+    /// The state of the optimizer and the units it is asked to step are not of one plan.
+    #[error("the optimizer was made for another plan: {what}")]
+    ForeignOptimizer {
+        /// What differs.
+        what: String,
+    },
+    /// An earlier backward pass failed half-way, so that some gradients contain its part and some do not.
+    #[error("a backward pass failed half-way: zero the gradients before going on")]
+    IncompleteBackward,
+    /// A tape was played back after the parameters had changed, or on another model.
+    #[error(
+        "the forward pass belongs to other parameters (an optimizer step, a load, or another model came between): run it again"
+    )]
+    StaleTape,
+    /// A value that a setting cannot have.
+    #[error("{setting} = {value}: {expected}")]
+    InvalidSetting {
+        /// The setting's name.
+        setting: &'static str,
+        /// What it was.
+        value: f64,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// The model's stages cannot be run.
+    #[error("stage `{stage}`: {what}")]
+    InvalidStage {
+        /// The stage's name.
+        stage: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The model failed. Other ranks may be waiting in a collective: leave, so that they notice.
+    #[error("{phase} of `{what}` failed")]
+    Compute {
+        /// `"bind"`, `"forward"` or `"backward"`.
+        phase: &'static str,
+        /// The stage or unit.
+        what: String,
+        /// The model's own error.
+        #[source]
+        source: BoxError,
+    },
+    /// A reader of weights or state failed.
+    #[error("reading {kind} of `{name}` (elements {start}..{end}) failed")]
+    Read {
+        /// Which of the tensors kept for a parameter.
+        kind: StateKind,
+        /// The parameter.
+        name: String,
+        /// First element of the flattened parameter.
+        start: usize,
+        /// One past the last element.
+        end: usize,
+        /// The reader's own error.
+        #[source]
+        source: BoxError,
+    },
+    /// A visitor of whole units failed.
+    #[error("visiting unit `{unit}` failed")]
+    Visit {
+        /// The unit.
+        unit: String,
+        /// The visitor's own error.
+        #[source]
+        source: BoxError,
+    },
+    /// A collective failed.
+    #[error("{op} of `{what}` failed")]
+    Collective {
+        /// What it was for: `"gather"`, `"gradient reduce-scatter"`, ...
+        op: &'static str,
+        /// The unit, or what else was sent.
+        what: String,
+        /// The group's error.
+        #[source]
+        source: CollectiveError,
+    },
+}
+
+/// So that a program which uses the group itself beside sharding needs one error type only.
+impl From<CollectiveError> for Error {
+    fn from(source: CollectiveError) -> Self {
+        Self::Collective { op: "a call", what: "the caller".to_owned(), source }
+    }
+}

@@ -1,0 +1,83 @@
+//! Parameters, gradients and optimizer state cut over ranks: each keeps its part, and a unit becomes whole while it is
+//! used.
+//!
+//! A **unit** is a group of parameters that are used together: a decoder layer, the embedding, the head. Its
+//! parameters lie one after another in one flat buffer, and the buffer is cut evenly over the ranks:
+//!
+//! ```text
+//!             |------- weight -------|-- bias --|pad|
+//! whole        0  1  2  3  4  5  6  7  8  9 10  .       gather ▲          │ reduce-scatter
+//!             |--- rank 0 ---|--- rank 1 ---|--- rank 2 ---|   │ shards   ▼ of gradients
+//! ```
+//!
+//! So the output of an all-gather *is* the unit and the output of a reduce-scatter *is* a shard's gradient: nothing is
+//! copied into order before or after, and padding is less than one element a rank and unit.
+//!
+//! ```
+//! use std::{convert::Infallible, sync::Arc};
+//! use lightrft_collectives::{Communicator, local::World};
+//! use lightrft_sharding::{AdamW, AdamWConfig, Error, Mode, ParamSpec, Plan, ShardedUnits, UnitSpec};
+//!
+//! let sums = World::new(3).launch(|comm| {
+//!     let mlp = UnitSpec::new("mlp", [ParamSpec::new("mlp.weight", [4, 2]), ParamSpec::new("mlp.bias", [2])]);
+//!     let plan = Arc::new(Plan::new(vec![mlp], comm.world_size())?);
+//!     let mut units = ShardedUnits::new(plan, comm, Mode::Train)?;
+//!     units.load(|_param, range, out| Ok::<_, Infallible>(out.copy_from_slice(&vec![1.0; range.len()])))?;
+//!
+//!     // Four elements on each rank (the last two of rank 2 are padding); ten when whole.
+//!     assert_eq!(units.param(0)?.len(), 4);
+//!     assert_eq!(units.gather(0)?.values()[..10], [1.0; 10]);
+//!
+//!     // A gradient of the whole unit from every rank; its sum, clipped to norm 1, moves each rank's part.
+//!     units.reduce_gradient(0, vec![0.5; 10])?;
+//!     let mut adamw = AdamW::new(AdamWConfig::default(), &units)?;
+//!     let report = adamw.step(&mut units, 0.1)?;
+//!     Ok::<_, Error>((units.gather(0)?.values()[..10].to_vec(), report.grad_norm))
+//! })?;
+//! for (values, norm) in sums {
+//!     assert!(values.iter().all(|value| (value - 0.9).abs() < 1e-4));
+//!     assert!((norm - 22.5f32.sqrt()).abs() < 1e-6); // ten elements of 3 x 0.5
+//! }
+//! # Ok::<_, Error>(())
+//! ```
+//!
+//! To train a model, implement [`StagedModel`] for it (no tensor type is needed here, and none is known), and let
+//! [`ShardedModel`] gather, compute, free and reduce; [`AdamW`] then steps the shards. For checkpoints,
+//! [`state_parts`] and [`load_state`] speak of named parts of tensors, so what was saved on eight ranks loads on four.
+//!
+//! | | each rank keeps, in bytes for P parameters over N ranks | collectives of a pass |
+//! |---|---|---|
+//! | parameters, f32 | 4 P/N | 2 all-gathers of each unit ([`ReshardAfterForward::Always`]) or 1 (`Never`) |
+//! | gradients, f32 | 4 P/N | 1 reduce-scatter of each unit |
+//! | AdamW's two means | 8 P/N | none; 1 all-reduce of 8 bytes a step |
+//!
+//! This is ZeRO stage 3, or FSDP. Not here: tensors, automatic differentiation and learning-rate schedules; files
+//! (`lightrft-ckpt`); the groups themselves (`lightrft-collectives`).
+
+mod agree;
+mod buffers;
+mod compute;
+mod error;
+mod flat;
+mod model;
+mod optim;
+mod plan;
+mod schedule;
+mod state;
+mod unit;
+
+pub use buffers::{FullUnit, Lease, TransientBytes};
+pub use compute::{StageGrads, StageSpec, StagedModel};
+pub use error::{BoxError, Error, Result};
+pub use flat::{FlatParam, FlatUnit, Owned};
+pub use model::{ShardOptions, ShardedModel, Tape};
+pub use optim::{AdamW, AdamWConfig, AdamWCounters, Decay, StepReport, Update, decay_by_name};
+pub use plan::{ParamSpec, Plan, UnitSpec};
+pub use schedule::ReshardAfterForward;
+pub use state::{StateKind, StatePart, load_state, state_parts};
+pub use unit::{Mode, ShardedUnits};
+
+/// The README's example is compiled and run with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,160 @@
+//! Bytes as a rank's own allocator counts them: 16 P/N kept from step to step, and a few units while computing.
+#![allow(missing_docs, unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../examples/tiny/mod.rs"]
+mod tiny;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::Arc;
+
+use lightrft_collectives::{Communicator, Operation, Result as GroupResult, local::World};
+use lightrft_sharding::{
+    AdamW, AdamWConfig, Error, FlatUnit, Plan, ReshardAfterForward, ShardOptions, ShardedModel,
+    StagedModel as _,
+};
+use tiny::{Batch, Tiny};
+
+/// The system's allocator, counting what each thread holds. A rank of `local::World` is a thread.
+struct Counting;
+
+thread_local! {
+    static LIVE: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+    static PAUSED: Cell<bool> = const { Cell::new(false) };
+}
+
+fn count(bytes: isize) {
+    if PAUSED.get() {
+        return;
+    }
+    let live = LIVE.get() + bytes;
+    LIVE.set(live);
+    PEAK.set(PEAK.get().max(live));
+}
+
+// SAFETY: every call is handed on unchanged to the system's allocator, whose contract is the same; counting touches
+// only constant-initialised thread-local cells without destructors, so it neither allocates nor unwinds.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as isize);
+        // SAFETY: the caller keeps `alloc`'s contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as isize);
+        // SAFETY: the caller keeps `alloc_zeroed`'s contract.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count(-(layout.size() as isize));
+        // SAFETY: the pointer came from `System` with this layout, as the caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// A group whose own buffers are not counted: ranks as threads pass them from one to another.
+#[derive(Debug)]
+struct Uncounted(Arc<dyn Communicator>);
+
+impl Communicator for Uncounted {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+
+    fn ranks(&self) -> &[usize] {
+        self.0.ranks()
+    }
+
+    fn run(&self, operation: Operation<'_>) -> GroupResult<()> {
+        PAUSED.set(true);
+        let result = self.0.run(operation);
+        PAUSED.set(false);
+        result
+    }
+
+    fn subgroup(&self, ranks: &[usize]) -> GroupResult<Option<Arc<dyn Communicator>>> {
+        self.0.subgroup(ranks)
+    }
+}
+
+const MODEL: Tiny = Tiny { vocab: 601, width: 101, layers: 4 };
+
+/// Names, shapes, intervals and the schedule: not parameters, and not growing with them.
+const BOOKKEEPING: usize = 32 << 10;
+
+/// (live after preparing, live after three steps, most during them, transient peak as the crate counts it, its count of
+/// persistent bytes)
+fn measure(comm: Arc<dyn Communicator>, options: ShardOptions) -> Result<[usize; 5], Error> {
+    let batch = Batch { tokens: vec![3], targets: vec![4] };
+    let before = LIVE.get();
+    let since = |now: isize| usize::try_from(now - before).expect("more than before");
+    let mut model = ShardedModel::new(MODEL, Arc::new(Uncounted(comm)), options)?;
+    model.units_mut().load(tiny::start)?;
+    let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
+    let prepared = since(LIVE.get());
+    PEAK.set(LIVE.get());
+    for _ in 0..3 {
+        for _ in 0..2 {
+            let (logits, tape) = model.forward(&batch)?;
+            let (_, grad) = MODEL.loss(&logits, &batch, 1);
+            model.backward(tape, grad)?;
+        }
+        adamw.step(model.units_mut(), 1e-3)?;
+    }
+    let peak = since(PEAK.get());
+    let transient = model.units().transient_bytes().peak;
+    model.units_mut().release_buffers();
+    let kept = since(LIVE.get());
+    let own_count = model.units().persistent_bytes() + adamw.persistent_bytes();
+    Ok([prepared, kept, peak, transient, own_count])
+}
+
+#[test]
+fn a_rank_keeps_sixteen_bytes_a_parameter_over_the_ranks_and_padding() {
+    for world in [1, 2, 3, 4] {
+        let ranks = World::new(world).launch(|comm| {
+            let rank = comm.rank();
+            let plan = Plan::new(MODEL.units(), world)?;
+            let (elems, padding) = (plan.elems(), plan.padding_elems());
+            let [prepared, kept, _, _, own_count] = measure(comm, ShardOptions::default())?;
+            assert_eq!(own_count * world, 16 * (elems + padding), "rank {rank} of {world}");
+            assert!(prepared >= own_count && prepared - own_count < BOOKKEEPING, "{prepared} {own_count}");
+            assert!(kept >= own_count && kept - own_count < BOOKKEEPING, "{kept} {own_count}");
+            Ok::<_, Error>(())
+        });
+        ranks.unwrap();
+    }
+}
+
+#[test]
+fn computing_takes_no_more_than_the_units_of_one_stage_and_their_gradients() {
+    let layouts = Plan::new(MODEL.units(), 2).unwrap();
+    let bytes = |unit: &FlatUnit| 4 * unit.padded_elems();
+    let all: usize = layouts.units().iter().map(bytes).sum();
+    let largest = layouts.units().iter().map(bytes).max().unwrap();
+    // The tied head uses two units at once; their gradients are two more; a reduced part of one, and a buffer waiting
+    // for reuse.
+    let head = bytes(&layouts.units()[0]) + bytes(&layouts.units()[MODEL.layers + 1]);
+    let bound = 2 * head + largest / 2 + largest;
+    let peaks = |reshard_after_forward| {
+        let ranks = World::new(2)
+            .launch(|comm| measure(comm, ShardOptions { reshard_after_forward, ..ShardOptions::default() }));
+        let [prepared, _, peak, transient, _] = ranks.unwrap()[0];
+        // The crate's count is the allocator's, but for activations and bookkeeping.
+        assert!((peak - prepared).abs_diff(transient) < BOOKKEEPING, "{} {transient}", peak - prepared);
+        transient
+    };
+    let always = peaks(ReshardAfterForward::Always);
+    assert!(always <= bound, "{always} > {bound}");
+    assert!(peaks(ReshardAfterForward::Never) >= all);
+}

@@ -1,0 +1,136 @@
+//! Any number of ranks learns what one rank learns, bit for bit where sums have one order.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../examples/tiny/mod.rs"]
+mod tiny;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use lightrft_collectives::{Communicator, local::World};
+use lightrft_sharding::{AdamW, AdamWConfig, Error, ReshardAfterForward, ShardOptions, ShardedModel, Update};
+use tiny::{Batch, Tiny};
+
+const MODEL: Tiny = Tiny { vocab: 11, width: 7, layers: 2 };
+const STEPS: usize = 5;
+
+/// The global batch of a step, in twelve micro-batches of three tokens.
+fn micro_batch(step: usize, index: usize) -> Batch {
+    let tokens: Vec<usize> = (0..3).map(|i| (7 * step + 3 * index + i * i) % MODEL.vocab).collect();
+    let targets = tokens.iter().map(|t| (3 * t + step) % MODEL.vocab).collect();
+    Batch { tokens, targets }
+}
+
+/// Parameters after [`STEPS`] steps. Each step has `count` micro-batches, dealt to ranks in blocks of `count / world`.
+fn train(
+    comm: Arc<dyn Communicator>,
+    count: usize,
+    options: ShardOptions,
+) -> Result<BTreeMap<String, Vec<f32>>, Error> {
+    let (rank, world) = (comm.rank(), comm.world_size());
+    let mut model = ShardedModel::new(MODEL, comm, options)?;
+    model.units_mut().load(tiny::start)?;
+    let config = AdamWConfig { weight_decay: 0.1, max_norm: 0.3, ..AdamWConfig::default() };
+    let mut adamw = AdamW::new(config, model.units())?;
+    for step in 0..STEPS {
+        for index in rank * count / world..(rank + 1) * count / world {
+            let batch = micro_batch(step, index);
+            let (logits, tape) = model.forward(&batch)?;
+            assert_eq!(logits, model.evaluate(&batch)?, "evaluation sees what training sees");
+            let (_, grad) = MODEL.loss(&logits, &batch, 3 * count);
+            model.backward(tape, grad)?;
+            assert_eq!(model.params_without_gradient().count(), 0);
+        }
+        let report = adamw.step(model.units_mut(), 0.05)?;
+        assert_eq!(report.update, Update::Applied);
+        assert!(report.clip_factor < 1.0, "clipping takes part in the test");
+    }
+    let mut params = BTreeMap::new();
+    model.units_mut().for_each_full_unit(|unit, values| {
+        for param in unit.params() {
+            params.insert(param.name().to_owned(), values[param.range()].to_vec());
+        }
+        Ok::<_, Error>(())
+    })?;
+    Ok(params)
+}
+
+fn on(world: usize, count: usize, options: ShardOptions) -> BTreeMap<String, Vec<f32>> {
+    let mut ranks = World::new(world).launch(|comm| train(comm, count, options)).unwrap();
+    let first = ranks.swap_remove(0);
+    assert!(ranks.iter().all(|params| *params == first), "ranks disagree");
+    first
+}
+
+/// How far the parameter that moved least moved.
+fn smallest_change(params: &BTreeMap<String, Vec<f32>>) -> f32 {
+    let change = |(name, values): (&String, &Vec<f32>)| {
+        let mut start = vec![0.0; values.len()];
+        Tiny::fill(name, 0, &mut start);
+        values.iter().zip(start).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    params.iter().map(change).fold(f32::INFINITY, f32::min)
+}
+
+#[test]
+fn ranks_with_one_micro_batch_each_equal_one_rank_with_all_bit_for_bit() {
+    for world in [1, 2, 3, 4] {
+        // Rank order is the order of accumulation: ((g0 + g1) + g2) + g3 on either side.
+        let one = on(1, world, ShardOptions::default());
+        let many = on(world, world, ShardOptions::default());
+        assert_eq!(one, many, "{world} ranks");
+        assert!(smallest_change(&one) > 1e-3, "every parameter learns");
+    }
+}
+
+#[test]
+fn ranks_that_accumulate_equal_one_rank_to_rounding() {
+    let one = on(1, 12, ShardOptions::default());
+    for world in [2, 3, 4] {
+        let many = on(world, 12, ShardOptions::default());
+        for (name, values) in &one {
+            for (a, b) in values.iter().zip(&many[name]) {
+                assert!((a - b).abs() <= 1e-6 + 1e-6 * a.abs(), "{world} ranks, {name}: {a} {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn neither_resharding_nor_alignment_changes_a_bit() {
+    let always = on(3, 3, ShardOptions::default());
+    let never = ShardOptions { reshard_after_forward: ReshardAfterForward::Never, ..ShardOptions::default() };
+    assert_eq!(always, on(3, 3, never));
+    assert_eq!(always, on(3, 3, ShardOptions { alignment: 16, ..ShardOptions::default() }));
+}
+
+#[test]
+fn gradients_written_by_hand_equal_differences() {
+    // Without this, all ranks could agree on nonsense.
+    let world = World::new(1).launch(|comm| {
+        let mut model = ShardedModel::new(MODEL, comm, ShardOptions::default())?;
+        model.units_mut().load(tiny::start)?;
+        let batch = micro_batch(0, 0);
+        let (logits, tape) = model.forward(&batch)?;
+        let (_, grad) = MODEL.loss(&logits, &batch, batch.tokens.len());
+        model.backward(tape, grad)?;
+        for unit in 0..model.units().plan().units().len() {
+            let values = model.units().param(unit)?.to_vec();
+            let grad = model.units().grad(unit)?.expect("a gradient").to_vec();
+            for at in (0..values.len()).step_by(5) {
+                let mut loss_at = |delta: f32| -> Result<f32, Error> {
+                    let mut moved = values.clone();
+                    moved[at] += delta;
+                    model.units_mut().load_unit(unit, &moved)?;
+                    let logits = model.evaluate(&batch)?;
+                    Ok(MODEL.loss(&logits, &batch, 1).0)
+                };
+                let slope = (loss_at(1e-2)? - loss_at(-1e-2)?) / 2e-2;
+                assert!((slope - grad[at]).abs() < 2e-3, "unit {unit} element {at}: {slope} {}", grad[at]);
+            }
+            model.units_mut().load_unit(unit, &values)?;
+        }
+        Ok::<_, Error>(())
+    });
+    world.unwrap();
+}

@@ -1,0 +1,284 @@
+//! What is refused, where, and in which words: wrong lengths, other models, NaN, half-finished passes.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../examples/tiny/mod.rs"]
+mod tiny;
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lightrft_collectives::{Communicator, Single, local::World};
+use lightrft_sharding::{
+    AdamW, AdamWConfig, Error, FlatUnit, Mode, ParamSpec, Plan, ReshardAfterForward, ShardOptions,
+    ShardedModel, ShardedUnits, StageGrads, StageSpec, StagedModel, UnitSpec, Update, load_state,
+};
+use tiny::{Batch, Tiny};
+
+const MODEL: Tiny = Tiny { vocab: 5, width: 3, layers: 1 };
+
+fn batch() -> Batch {
+    Batch { tokens: vec![0, 1, 2], targets: vec![1, 2, 3] }
+}
+
+fn sharded(comm: Arc<dyn Communicator>, options: ShardOptions) -> Result<ShardedModel<Tiny>, Error> {
+    let mut model = ShardedModel::new(MODEL, comm, options)?;
+    model.units_mut().load(tiny::start)?;
+    Ok(model)
+}
+
+#[test]
+fn ranks_with_other_shapes_are_told_both_on_every_rank() {
+    let results = World::new(3).timeout(Duration::from_secs(20)).launch(|comm| {
+        let rows = if comm.rank() == 2 { 5 } else { 4 };
+        let unit = UnitSpec::new("u", [ParamSpec::new("same", [2]), ParamSpec::new("w", [rows, 3])]);
+        let plan = Arc::new(Plan::new(vec![unit], 3)?);
+        Ok::<_, Error>(ShardedUnits::new(plan, comm, Mode::Train).map(drop).unwrap_err())
+    });
+    for error in results.unwrap() {
+        assert!(matches!(error, Error::PlanMismatch { rank: 0, peer: 2, .. }));
+        let text = error.to_string();
+        assert!(text.contains("`w`") && text.contains("[4, 3]") && text.contains("[5, 3]"), "{text}");
+    }
+}
+
+#[test]
+fn a_plan_for_another_world_is_refused() {
+    let plan = Arc::new(Plan::new(vec![], 2).unwrap());
+    let error = ShardedUnits::new(plan, Single::world(), Mode::Train).map(drop).unwrap_err();
+    assert!(matches!(error, Error::WorldMismatch { plan: 2, world: 1, .. }));
+}
+
+#[test]
+fn gradients_and_values_of_wrong_lengths_are_refused_before_anything_is_sent() {
+    let unit = UnitSpec::new("u", [ParamSpec::new("w", [3, 2])]);
+    let mut units =
+        ShardedUnits::new(Arc::new(Plan::new(vec![unit], 1).unwrap()), Single::world(), Mode::Train).unwrap();
+    let error = units.reduce_gradient(0, vec![0.0; 5]).unwrap_err();
+    assert!(matches!(&error, Error::Length { name, got: 5, expected: 6, .. } if name == "u"));
+    assert!(matches!(units.load_unit(0, &[0.0; 7]), Err(Error::Length { got: 7, .. })));
+    assert!(matches!(units.gather(1), Err(Error::NoSuchUnit { unit: 1, units: 1 })));
+    assert_eq!(units.grad(0).unwrap(), None);
+}
+
+#[test]
+fn a_nan_on_one_rank_skips_the_step_on_all_and_is_counted() {
+    let ranks = World::new(3).launch(|comm| {
+        let rank = comm.rank();
+        let mut model = sharded(comm, ShardOptions::default())?;
+        let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
+        let before = model.units().param(0)?.to_vec();
+        let mut updates = Vec::new();
+        for poison in [None, Some(f32::NAN), Some(f32::INFINITY), None] {
+            let batch = batch();
+            let (logits, tape) = model.forward(&batch)?;
+            let (_, mut grad) = MODEL.loss(&logits, &batch, 9);
+            if let Some(poison) = poison.filter(|_| rank == 1) {
+                grad[4] = poison;
+            }
+            model.backward(tape, grad)?;
+            let was = model.units().param(0)?.to_vec();
+            let report = adamw.step(model.units_mut(), 0.01)?;
+            updates.push(report.update);
+            assert_eq!(report.grad_norm.is_finite(), report.update == Update::Applied);
+            assert_eq!(was == model.units().param(0)?, report.update == Update::Skipped);
+            assert_eq!(model.units().grad(0)?, None, "gradients are zero after a step, skipped or not");
+        }
+        assert_ne!(before, model.units().param(0)?);
+        assert!(model.units().param(0)?.iter().all(|value| value.is_finite()));
+        Ok::<_, Error>((updates, adamw.counters()))
+    });
+    for (updates, counters) in ranks.unwrap() {
+        assert_eq!(updates, [Update::Applied, Update::Skipped, Update::Skipped, Update::Applied]);
+        assert_eq!((counters.steps, counters.skipped), (2, 2));
+    }
+}
+
+#[test]
+fn a_tape_is_refused_once_the_parameters_have_changed() {
+    let mut model = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let mut adamw = AdamW::new(AdamWConfig::default(), model.units()).unwrap();
+    let batch = batch();
+    let (logits, first) = model.forward(&batch).unwrap();
+    let (_, second) = model.forward(&batch).unwrap();
+    let (_, grad) = MODEL.loss(&logits, &batch, 3);
+    model.backward(first, grad.clone()).unwrap();
+    adamw.step(model.units_mut(), 0.1).unwrap();
+    assert!(matches!(model.backward(second, grad.clone()), Err(Error::StaleTape)));
+    // Nor may another model play it.
+    let (_, tape) = model.forward(&batch).unwrap();
+    let mut other = sharded(Single::world(), ShardOptions::default()).unwrap();
+    assert!(matches!(other.backward(tape, grad), Err(Error::StaleTape)));
+}
+
+#[test]
+fn units_that_stay_gathered_are_gathered_anew_after_a_step() {
+    let never = ShardOptions { reshard_after_forward: ReshardAfterForward::Never, ..ShardOptions::default() };
+    let mut model = sharded(Single::world(), never).unwrap();
+    let batch = batch();
+    let (before, _unused) = model.forward(&batch).unwrap();
+    let plan = Arc::clone(model.units().plan());
+    for (unit, layout) in plan.units().iter().enumerate() {
+        model.units_mut().load_unit(unit, &vec![0.0; layout.elems()]).unwrap();
+    }
+    let (after, _unused) = model.forward(&batch).unwrap();
+    assert_ne!(before, after);
+    assert!(after.iter().all(|&logit| logit == 0.0));
+    assert!(model.units().transient_bytes().now > 0);
+    model.reshard();
+    model.units_mut().release_buffers();
+    assert_eq!(model.units().transient_bytes().now, 0);
+}
+
+#[test]
+fn frozen_units_predict_and_refuse_to_learn() {
+    let frozen = ShardOptions { mode: Mode::Frozen, ..ShardOptions::default() };
+    let mut model = sharded(Single::world(), frozen).unwrap();
+    let mut trained = sharded(Single::world(), ShardOptions::default()).unwrap();
+    assert_eq!(model.evaluate(&batch()).unwrap(), trained.evaluate(&batch()).unwrap());
+    assert_eq!(2 * model.units().persistent_bytes(), trained.units().persistent_bytes());
+    assert!(matches!(model.forward(&batch()), Err(Error::Frozen { .. })));
+    assert!(matches!(AdamW::new(AdamWConfig::default(), model.units()), Err(Error::Frozen { .. })));
+    assert!(matches!(model.units().grad(0), Err(Error::Frozen { .. })));
+    assert!(matches!(model.units_mut().reduce_gradient(0, vec![0.0; 15]), Err(Error::Frozen { .. })));
+}
+
+#[test]
+fn settings_that_cannot_be_are_refused_by_name() {
+    let mut model = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let default = AdamWConfig::default();
+    for (config, setting) in [
+        (AdamWConfig { betas: (1.0, 0.9), ..default }, "betas.0"),
+        (AdamWConfig { betas: (0.9, f64::NAN), ..default }, "betas.1"),
+        (AdamWConfig { eps: -1.0, ..default }, "eps"),
+        (AdamWConfig { weight_decay: f64::INFINITY, ..default }, "weight_decay"),
+        (AdamWConfig { max_norm: -0.5, ..default }, "max_norm"),
+    ] {
+        let error = AdamW::new(config, model.units()).map(drop).unwrap_err();
+        assert!(matches!(error, Error::InvalidSetting { setting: named, .. } if named == setting));
+    }
+    let mut adamw = AdamW::new(default, model.units()).unwrap();
+    for lr in [-1.0, f64::NAN, f64::INFINITY] {
+        assert!(matches!(
+            adamw.step(model.units_mut(), lr),
+            Err(Error::InvalidSetting { setting: "lr", .. })
+        ));
+    }
+}
+
+#[test]
+fn an_optimizer_of_another_model_is_refused() {
+    let model = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let mut other =
+        ShardedModel::new(Tiny { width: 4, ..MODEL }, Single::world(), ShardOptions::default()).unwrap();
+    let mut adamw = AdamW::new(AdamWConfig::default(), model.units()).unwrap();
+    assert!(matches!(adamw.step(other.units_mut(), 0.1), Err(Error::ForeignOptimizer { .. })));
+    let loaded = load_state(other.units_mut(), Some(&mut adamw), |_, param, range, out| {
+        tiny::start(param, range, out)
+    });
+    assert!(matches!(loaded, Err(Error::ForeignOptimizer { .. })));
+}
+
+#[test]
+fn a_reader_that_fails_is_quoted_with_what_it_was_asked_for() {
+    let mut model = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let failed = model.units_mut().load(|param, _, _| match param.name() {
+        "head.bias" => Err("the disk is gone"),
+        _ => Ok(()),
+    });
+    let error = failed.unwrap_err();
+    assert!(matches!(&error, Error::Read { name, start: 0, end: 5, .. } if name == "head.bias"));
+    assert_eq!(std::error::Error::source(&error).unwrap().to_string(), "the disk is gone");
+}
+
+#[test]
+fn a_visitor_that_fails_on_one_rank_keeps_no_other_waiting() {
+    let ranks = World::new(2).timeout(Duration::from_secs(20)).launch(|comm| {
+        let rank = comm.rank();
+        let mut model = sharded(comm, ShardOptions::default())?;
+        let mut seen = 0;
+        let visited = model.units_mut().for_each_full_unit(|_, _| {
+            seen += 1;
+            if rank == 1 && seen == 2 { Err("enough") } else { Ok(()) }
+        });
+        Ok::<_, Error>((seen, visited.err().map(|error| error.to_string())))
+    });
+    let ranks = ranks.unwrap();
+    assert_eq!(ranks[0], (3, None));
+    assert!(ranks[1].0 == 2 && ranks[1].1.as_ref().is_some_and(|error| error.contains("layers.0")));
+}
+
+/// A model whose one stage fails in backward when told to, after it has given a gradient.
+struct Fragile {
+    fails: Cell<bool>,
+    gradient: usize,
+}
+
+impl StagedModel for Fragile {
+    type Batch = ();
+    type Activation = ();
+    type Params = ();
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+
+    fn units(&self) -> Vec<UnitSpec> {
+        vec![UnitSpec::new("u", [ParamSpec::new("w", [4]), ParamSpec::new("unused", [1])])]
+    }
+
+    fn stages(&self) -> Vec<StageSpec> {
+        vec![StageSpec::new("only", [0])]
+    }
+
+    fn bind(&self, _: &FlatUnit, _: Vec<f32>) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    fn forward(&self, _: usize, _: &[&()], (): &(), _: Option<&()>) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        _: usize,
+        _: &[&()],
+        (): &(),
+        _: Option<&()>,
+        (): (),
+        grads: &mut StageGrads<'_>,
+    ) -> Result<Option<()>, Self::Error> {
+        assert_eq!(grads.layouts().map(FlatUnit::name).collect::<Vec<_>>(), ["u"]);
+        grads.add(0, 0, &vec![1.0; self.gradient])?;
+        grads.add(0, 0, &vec![1.0; self.gradient])?;
+        if self.fails.get() { Err("out of paper".into()) } else { Ok(None) }
+    }
+}
+
+#[test]
+fn a_backward_that_failed_half_way_blocks_the_step_until_gradients_are_zeroed() {
+    let fragile = Fragile { fails: Cell::new(true), gradient: 4 };
+    let mut model = ShardedModel::new(fragile, Single::world(), ShardOptions::default()).unwrap();
+    let mut adamw = AdamW::new(AdamWConfig::default(), model.units()).unwrap();
+    let ((), tape) = model.forward(&()).unwrap();
+    let error = model.backward(tape, ()).unwrap_err();
+    assert!(matches!(&error, Error::Compute { phase: "backward", what, .. } if what == "only"));
+    assert!(matches!(adamw.step(model.units_mut(), 0.1), Err(Error::IncompleteBackward)));
+    model.units_mut().release_buffers();
+    assert_eq!(model.units().transient_bytes().now, 0, "nothing stays gathered after a failure");
+
+    model.units_mut().zero_gradients();
+    model.model().fails.set(false);
+    let ((), tape) = model.forward(&()).unwrap();
+    model.backward(tape, ()).unwrap();
+    assert_eq!(model.units().grad(0).unwrap().unwrap(), [2.0, 2.0, 2.0, 2.0, 0.0]);
+    assert_eq!(model.params_without_gradient().collect::<Vec<_>>(), ["unused"]);
+    adamw.step(model.units_mut(), 0.1).unwrap();
+}
+
+#[test]
+fn a_gradient_of_the_wrong_length_names_the_parameter() {
+    let fragile = Fragile { fails: Cell::new(false), gradient: 3 };
+    let mut model = ShardedModel::new(fragile, Single::world(), ShardOptions::default()).unwrap();
+    let ((), tape) = model.forward(&()).unwrap();
+    let error = model.backward(tape, ()).unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(source.contains("`w`") && source.contains('3') && source.contains('4'), "{source}");
+}

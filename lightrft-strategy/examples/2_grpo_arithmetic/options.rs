@@ -1,0 +1,122 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use lexopt::prelude::*;
+use lightrft_strategy::StrategyConfig;
+
+pub const HELP: &str = "\
+GRPO on sums: a small language model learns arithmetic by reinforcement learning.
+
+  --ranks N       processes that share the work (2); under torchrun its number counts
+  --steps N       rollouts with their updates (300)
+  --seed N        seeds the model, the order of prompts and every sampled token (1)
+  --out DIR       where checkpoints, metrics and pictures go (target/demo, begun anew each time)
+  --resume        go on from the newest checkpoint in DIR
+  --kill-at N     kill a rank with SIGKILL in the middle of step N, then resume; 0 for no kill
+                  (in the middle of the run)
+  --prompts FILE  questions to train on, JSON Lines of {\"prompt\": ..., \"label\": ...}
+  --held-out FILE questions to evaluate on
+  --config FILE   TOML of settings that replace the example's
+  --help          this text";
+
+/// What the command line asks for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub ranks: usize,
+    pub steps: u64,
+    pub seed: u64,
+    pub out: Option<PathBuf>,
+    pub resume: bool,
+    pub kill_at: Option<u64>,
+    pub prompts: PathBuf,
+    pub held_out: PathBuf,
+    pub config: Option<PathBuf>,
+    /// Set for the ranks that this program starts itself.
+    pub launched_here: bool,
+}
+
+impl Options {
+    /// Reads the command line; `None` when help was asked for.
+    pub fn parse() -> Result<Option<Self>, lexopt::Error> {
+        let mut options = Self {
+            ranks: 2,
+            steps: 300,
+            seed: 1,
+            out: None,
+            resume: false,
+            kill_at: None,
+            prompts: crate::task::training_file(),
+            held_out: crate::task::held_out_file(),
+            config: None,
+            launched_here: false,
+        };
+        let mut parser = lexopt::Parser::from_env();
+        while let Some(argument) = parser.next()? {
+            match argument {
+                Long("ranks") => options.ranks = parser.value()?.parse()?,
+                Long("steps") => options.steps = parser.value()?.parse()?,
+                Long("seed") => options.seed = parser.value()?.parse()?,
+                Long("out") => options.out = Some(parser.value()?.into()),
+                Long("resume") => options.resume = true,
+                Long("kill-at") => options.kill_at = Some(parser.value()?.parse()?),
+                Long("prompts") => options.prompts = parser.value()?.into(),
+                Long("held-out") => options.held_out = parser.value()?.into(),
+                Long("config") => options.config = Some(parser.value()?.into()),
+                Long("launched-here") => options.launched_here = true,
+                Long("help") | Short('h') => return Ok(None),
+                other => return Err(other.unexpected()),
+            }
+        }
+        if options.ranks == 0 || options.steps == 0 {
+            return Err("--ranks and --steps must be at least 1".into());
+        }
+        Ok(Some(options))
+    }
+
+    /// The command line of a rank with these options.
+    pub fn arguments(&self) -> Vec<OsString> {
+        let mut list: Vec<OsString> = Vec::new();
+        let mut add = |name: &str, value: OsString| list.extend([name.into(), value]);
+        add("--ranks", self.ranks.to_string().into());
+        add("--steps", self.steps.to_string().into());
+        add("--seed", self.seed.to_string().into());
+        add("--kill-at", self.kill_at.unwrap_or(0).to_string().into());
+        add("--prompts", self.prompts.clone().into());
+        add("--held-out", self.held_out.clone().into());
+        for (name, path) in [("--out", &self.out), ("--config", &self.config)] {
+            if let Some(path) = path {
+                add(name, path.into());
+            }
+        }
+        if self.resume {
+            list.push("--resume".into());
+        }
+        list.push("--launched-here".into());
+        list
+    }
+
+    /// The run's settings for a world of `ranks`: those of `--config`, or the example's own.
+    pub fn settings(&self, ranks: usize) -> lightrft_strategy::Result<StrategyConfig> {
+        let Some(file) = &self.config else { return Ok(crate::task::settings(self.seed, ranks, self.steps)) };
+        StrategyConfig::from_file(file)
+    }
+
+    /// The output folder.
+    pub fn out(&self) -> PathBuf {
+        self.out.clone().unwrap_or_else(|| PathBuf::from("target/demo"))
+    }
+
+    /// In which step a rank is killed: by custom a few steps after a checkpoint near the middle, so that the resumed
+    /// run does some steps again that can be compared.
+    pub fn kill_step(&self) -> Option<u64> {
+        let every = crate::task::save_steps(self.steps) as u64;
+        match self.kill_at {
+            Some(0) => None,
+            Some(step) => Some(step),
+            None if self.resume || self.steps < 3 * every => None,
+            None => Some(self.steps / 2 / every * every + every.div_ceil(2) + 1),
+        }
+    }
+}

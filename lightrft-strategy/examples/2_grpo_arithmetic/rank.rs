@@ -1,0 +1,308 @@
+//! What every rank does: a short supervised warm-up, then RL from its result, checkpoints on the way.
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use lightrft_collectives::{Communicator, CommunicatorExt};
+use lightrft_data::{
+    Dataset, DistributedSampler, JsonLines, JsonLinesOptions, SamplerConfig, Shuffle, Tail,
+};
+use lightrft_engine::embedded::{EmbeddedEngine, Settings, Weights};
+use lightrft_engine::Engine;
+use lightrft_strategy::model::Sequence;
+use lightrft_strategy::{Grpo, GrpoParts, MetricsLog, Series, StepMetrics, Strategy, Text, line_chart, read_lines};
+use serde_json::{Value, json};
+
+use crate::options::Options;
+use crate::task;
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// Training stops the warm-up once it answers this share of a probe of training questions.
+const WARM_UP_ACCURACY: f64 = 0.25;
+const WARM_UP_STEPS: usize = 1000;
+const WARM_UP_LR: f64 = 2e-3;
+const WARM_UP_BATCH: usize = 128;
+/// Questions of the probe.
+const PROBE: usize = 256;
+
+/// Where a run keeps its files.
+struct Folders {
+    /// The model as it was drawn.
+    random: PathBuf,
+    /// The model as it was before RL, which is also the frozen reference.
+    start: PathBuf,
+    checkpoints: PathBuf,
+    metrics: PathBuf,
+    picture: PathBuf,
+    result: PathBuf,
+    /// The model after RL.
+    trained: PathBuf,
+}
+
+impl Folders {
+    fn new(out: &Path) -> Self {
+        Self {
+            random: out.join("random"),
+            start: out.join("start"),
+            checkpoints: out.join("checkpoints"),
+            metrics: out.join("metrics.jsonl"),
+            picture: out.join("reward.svg"),
+            result: result_file(out),
+            trained: out.join("trained"),
+        }
+    }
+
+    /// Clears the way for a new run. One that the user named a folder for is never deleted.
+    fn begin(&self, named: bool) -> Result<()> {
+        if named && (self.metrics.exists() || self.checkpoints.exists()) {
+            let out = self.metrics.with_file_name("");
+            return Err(format!("{} holds a run: go on with --resume, or name another folder", out.display()).into());
+        }
+        for folder in [&self.start, &self.random, &self.checkpoints, &self.trained] {
+            if folder.exists() {
+                std::fs::remove_dir_all(folder)?;
+            }
+        }
+        for file in [&self.metrics, &self.picture, &self.result] {
+            if file.exists() {
+                std::fs::remove_file(file)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where rank 0 leaves the run's result.
+pub fn result_file(out: &Path) -> PathBuf {
+    out.join("result.json")
+}
+
+/// One rank of the run, from start to end.
+pub fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()> {
+    let strategy = Strategy::with_world(options.settings(world.world_size())?, world)?;
+    let folders = Folders::new(&options.out());
+    let prompts = JsonLines::open(&options.prompts, JsonLinesOptions::default())?;
+    let held_out = JsonLines::open(&options.held_out, JsonLinesOptions::default())?;
+    say(&strategy, || {
+        let settings = strategy.config().summary();
+        format!("{} ranks; settings that differ from the defaults:\n{settings}", strategy.world_size())
+    });
+
+    if strategy.is_rank_0() && !options.resume {
+        folders.begin(options.out.is_some())?;
+    }
+    // Nobody looks before that is done, and nobody writes before all have looked.
+    strategy.world().barrier()?;
+    let warm = folders.start.join("model.safetensors").exists();
+    strategy.world().barrier()?;
+    if !warm {
+        warm_up(&strategy, &folders, &prompts, options)?;
+    }
+
+    let mut grpo = Grpo::new(&strategy, parts(&strategy, &folders.start, prompts, options.steps, Kind::Policy)?)?;
+    let mut client = json!({});
+    let mut done_before = Vec::new();
+    let resumed = if options.resume { grpo.resume(&folders.checkpoints)? } else { None };
+    let mut log = None;
+    match resumed {
+        Some(loaded) => {
+            client = loaded.state.client;
+            for skipped in &loaded.report.skipped {
+                say(&strategy, || format!("passed over checkpoint {}: {}", skipped.name, skipped.reason));
+            }
+            if strategy.is_rank_0() {
+                let (file, again) = MetricsLog::resume(&folders.metrics, grpo.steps_done())?;
+                log = Some(file);
+                done_before = again;
+            }
+            say(&strategy, || {
+                let repeat = done_before.len();
+                format!("resumed from {}; {repeat} later steps are done again", loaded.report.tag)
+            });
+        }
+        None => {
+            let before = grpo.evaluate(&held_out, 0..held_out.len())?;
+            client["accuracy_before"] = before.into();
+            say(&strategy, || format!("held-out accuracy before RL {before:.3}"));
+            if strategy.is_rank_0() {
+                log = Some(MetricsLog::create(&folders.metrics)?);
+            }
+        }
+    }
+
+    let every = strategy.config().save_steps as u64;
+    while grpo.steps_done() < options.steps {
+        let next = grpo.steps_done() + 1;
+        let victim = strategy.rank() == strategy.world_size() - 1 && options.kill_at == Some(next);
+        let metrics = grpo.step_with(|| {
+            if victim {
+                die();
+            }
+        })?;
+        if let Some(log) = log.as_mut() {
+            log.append(&serde_json::to_value(&metrics)?)?;
+        }
+        say(&strategy, || progress(&metrics, options.steps));
+        if every > 0 && (metrics.step % every == 0 || metrics.step == options.steps) {
+            let saved = grpo.save(&folders.checkpoints, client.clone())?;
+            say(&strategy, || format!("saved {} ({} KiB)", saved.tag, saved.bytes / 1024));
+        }
+    }
+
+    let after = grpo.evaluate(&held_out, 0..held_out.len())?;
+    say(&strategy, || format!("held-out accuracy after RL {after:.3}"));
+    strategy.save_model(grpo.actor_mut(), &folders.trained, Some(&folders.start.join("tokenizer.json")))?;
+    if strategy.is_rank_0() {
+        let lines = read_lines(&folders.metrics)?;
+        draw(&lines, &folders.picture)?;
+        let tokens: f64 = lines.iter().filter_map(|l| l["tokens"].as_f64()).sum();
+        let seconds: f64 = lines.iter().filter_map(|l| Some(l["tokens"].as_f64()? / l["tokens_per_s"].as_f64()?)).sum();
+        let result = json!({
+            "accuracy_before": client["accuracy_before"],
+            "accuracy_after": after,
+            "steps": grpo.steps_done(),
+            "ranks": strategy.world_size(),
+            "tokens_per_s": (tokens / seconds.max(1e-9)).round(),
+            "resumed_exactly": same_steps(&done_before, &lines),
+        });
+        std::fs::write(&folders.result, format!("{result}\n"))?;
+    }
+    // No rank leaves while another may still need it.
+    strategy.world().barrier()?;
+    Ok(())
+}
+
+enum Kind {
+    /// Trained by supervision: no reference.
+    WarmUp,
+    Policy,
+}
+
+fn parts(strategy: &Strategy, folder: &Path, prompts: JsonLines, steps: u64, kind: Kind) -> Result<GrpoParts> {
+    let actor = strategy.prepare_actor(folder)?;
+    let reference = match kind {
+        Kind::WarmUp => None,
+        Kind::Policy => Some(strategy.prepare_reference(folder)?),
+    };
+    let engine = if strategy.holds_engine() {
+        let decoder = actor.model.model().decoder().config().clone();
+        let settings = Settings {
+            max_sequences: match strategy.config().micro_rollout_batch_size {
+                0 => Settings::default().max_sequences,
+                n => n,
+            },
+            ..Settings::default()
+        };
+        Some(Box::new(EmbeddedEngine::without_weights(decoder, settings)?) as Box<dyn Engine>)
+    } else {
+        None
+    };
+    Ok(GrpoParts {
+        actor,
+        reference,
+        engine,
+        text: Text::from_folder(folder)?,
+        prompts,
+        reward: Box::new(task::score),
+        stop_tokens: vec![task::END],
+        total_steps: steps,
+    })
+}
+
+/// Trains a random model on the answers until it gives some of them, and leaves it in the `start` folder.
+fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options: &Options) -> Result<()> {
+    let began = Instant::now();
+    let random = &folders.random;
+    if strategy.is_rank_0() {
+        let config = task::model();
+        let weights = Weights::random(&config, options.seed, 0.08, &candle_core::Device::Cpu)?;
+        lightrft_strategy::write_model(random, &config, &weights)?;
+        std::fs::write(random.join("tokenizer.json"), task::TOKENIZER)?;
+    }
+    strategy.world().barrier()?;
+    let questions = JsonLines::open(&options.prompts, JsonLinesOptions::default())?;
+    let mut run = Grpo::new(strategy, parts(strategy, random, questions, 1, Kind::WarmUp)?)?;
+    let text = Text::from_folder(random)?;
+    let world = strategy.world_size();
+    let mut sampler = DistributedSampler::new(SamplerConfig {
+        len: prompts.len(),
+        rank: strategy.rank(),
+        world,
+        seed: options.seed,
+        shuffle: Shuffle::TorchExact,
+        tail: Tail::Drop,
+    })?;
+    let per_rank = WARM_UP_BATCH.div_ceil(world);
+    let mut accuracy = 0.0;
+    let mut steps = 0;
+    while steps < WARM_UP_STEPS && accuracy < WARM_UP_ACCURACY {
+        if sampler.remaining() < per_rank as u64 {
+            sampler.set_epoch(sampler.epoch() + 1, 0)?;
+        }
+        let mut pairs = Vec::with_capacity(per_rank);
+        for index in sampler.next_indices(per_rank)? {
+            let prompt = prompts.get(index)?;
+            let mut answer = text.encode(prompt.label.as_deref().unwrap_or_default())?;
+            answer.push(task::END);
+            pairs.push((text.encode(&prompt.text)?, answer));
+        }
+        let sequences: Vec<Sequence<'_>> =
+            pairs.iter().map(|(prompt, answer)| Sequence { prompt, answer }).collect();
+        let lr = WARM_UP_LR * ((steps + 1) as f64 / 20.0).min(1.0);
+        let (loss, _) = strategy.supervised_step(run.actor_mut(), &sequences, lr)?;
+        steps += 1;
+        if steps % 5 == 0 {
+            accuracy = run.evaluate(prompts, 0..PROBE.min(prompts.len()))?;
+        }
+        if steps % 25 == 0 {
+            say(strategy, || format!("warm-up step {steps:3}  loss {loss:.3}  accuracy {accuracy:.3}"));
+        }
+    }
+    strategy.save_model(run.actor_mut(), &folders.start, Some(&random.join("tokenizer.json")))?;
+    say(strategy, || {
+        let seconds = began.elapsed().as_secs_f64();
+        format!("warm-up: {steps} supervised steps in {seconds:.1} s, {accuracy:.3} of a probe answered")
+    });
+    Ok(())
+}
+
+fn progress(m: &StepMetrics, steps: u64) -> String {
+    format!(
+        "step {:3}/{steps}  reward {:.3}  accuracy {:.3}  kl {:.4}  length {:.2}  {:5.0} tokens/s  \
+         generate {:.2} s  score {:.2} s  train {:.2} s  update {:.2} s",
+        m.step, m.reward, m.accuracy, m.kl, m.length, m.tokens_per_s, m.generate_s, m.score_s, m.train_s, m.update_s
+    )
+}
+
+/// Whether steps that were done before a kill came out the same, bit for bit, when they were done again. `None` when
+/// there were none.
+fn same_steps(before: &[Value], now: &[Value]) -> Option<bool> {
+    if before.is_empty() {
+        return None;
+    }
+    let state = |lines: &[Value], step: &Value| {
+        lines.iter().find(|l| l["step"] == *step).map(|l| (l["parameters"].clone(), l["reward"].clone()))
+    };
+    Some(before.iter().all(|line| state(before, &line["step"]) == state(now, &line["step"])))
+}
+
+fn draw(lines: &[Value], picture: &Path) -> Result<()> {
+    let reward: Vec<f64> = lines.iter().filter_map(|l| l["reward"].as_f64()).collect();
+    line_chart(picture, "Reward", "mean reward of a rollout", &Series::with_moving_average("reward", &reward, 10))?;
+    Ok(())
+}
+
+fn say(strategy: &Strategy, line: impl FnOnce() -> String) {
+    if strategy.is_rank_0() {
+        println!("{}", line());
+    }
+}
+
+/// The end that a crash, a lost machine or the kernel's memory killer brings: no destructor runs.
+fn die() {
+    // Failing to kill itself, the rank goes on, and the run says that nothing was resumed.
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+}

@@ -1,0 +1,207 @@
+//! The type users hold: a world of ranks and a configuration that fits it. Each method is a line or two into a file
+//! beside this one.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use lightrft_collectives::{Communicator, CommunicatorExt, ReduceOp, Rendezvous};
+use lightrft_engine::{Completion, Engine, Request, Version};
+
+use crate::checkpoint::{self, RunState};
+use crate::config::StrategyConfig;
+use crate::error::Result;
+use crate::export;
+use crate::model::TokenBatch;
+use crate::prepare::{self, Actor, Reference};
+use crate::rollout::EngineGroup;
+use crate::step;
+use crate::weight_sync;
+
+/// Ranks, their engine groups, and the settings of a run.
+#[derive(Debug)]
+pub struct Strategy {
+    config: StrategyConfig,
+    world: Arc<dyn Communicator>,
+    engine_group: EngineGroup,
+}
+
+impl Strategy {
+    /// Joins the ranks that the environment names (those of `torchrun`, Slurm or our launcher; none means a world of
+    /// one), and checks the configuration against their number.
+    ///
+    /// # Errors
+    /// [`Error::Collectives`](crate::Error::Collectives) when the ranks do not meet,
+    /// [`Error::Config`](crate::Error::Config) for a contradiction.
+    pub fn setup_distributed(config: StrategyConfig) -> Result<Self> {
+        let world = Rendezvous::from_env()?.init()?;
+        Self::with_world(config, world)
+    }
+
+    /// As [`setup_distributed`](Self::setup_distributed), over a world that is there already. *Collective.*
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_world(config: StrategyConfig, world: Arc<dyn Communicator>) -> Result<Self> {
+        config.validate(world.world_size())?;
+        let engine_group = EngineGroup::new(&*world, config.engine_tp_size)?;
+        Ok(Self { config, world, engine_group })
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &StrategyConfig {
+        &self.config
+    }
+
+    /// All ranks.
+    pub fn world(&self) -> &Arc<dyn Communicator> {
+        &self.world
+    }
+
+    /// This rank's place among all.
+    pub fn rank(&self) -> usize {
+        self.world.rank()
+    }
+
+    /// Number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.world.world_size()
+    }
+
+    /// Whether this is the rank that speaks for all.
+    pub fn is_rank_0(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// Whether this rank holds the engine of its group.
+    pub fn holds_engine(&self) -> bool {
+        self.engine_group.is_leader()
+    }
+
+    /// Backward passes of this rank before each optimizer step.
+    pub fn accumulated_gradient(&self) -> usize {
+        self.config.accumulated_gradient(self.world_size())
+    }
+
+    /// The policy of a model folder, sharded for training, with its optimizer. *Collective.*
+    ///
+    /// # Errors
+    /// What is wrong with the folder, or ranks that found different models.
+    pub fn prepare_actor(&self, folder: &Path) -> Result<Actor> {
+        prepare::actor(&self.config, &self.world, folder)
+    }
+
+    /// The frozen reference of a model folder, sharded. *Collective.*
+    ///
+    /// # Errors
+    /// As [`prepare_actor`](Self::prepare_actor).
+    pub fn prepare_reference(&self, folder: &Path) -> Result<Reference> {
+        prepare::reference(&self.world, folder)
+    }
+
+    /// Log-probabilities of the batch's targets under the frozen reference, `[rows, cols]`. *Collective.*
+    ///
+    /// # Errors
+    /// [`Error::Sharding`](crate::Error::Sharding).
+    pub fn reference_log_probs(&self, reference: &mut Reference, batch: &TokenBatch) -> Result<Vec<f32>> {
+        step::log_probs(&mut reference.model, batch)
+    }
+
+    /// Log-probabilities of the batch's targets under the policy, `[rows, cols]`, without a gradient. *Collective.*
+    ///
+    /// # Errors
+    /// [`Error::Sharding`](crate::Error::Sharding).
+    pub fn policy_log_probs(&self, actor: &mut Actor, batch: &TokenBatch) -> Result<Vec<f32>> {
+        step::log_probs(&mut actor.model, batch)
+    }
+
+    /// One forward and backward pass. `loss` is given the log-probabilities `[rows, cols]` and returns what it likes,
+    /// with the gradient by them; gradients of all ranks and passes add up until
+    /// [`optimizer_step`](Self::optimizer_step). *Collective.*
+    ///
+    /// The loss must already be divided by what the whole batch calls for, over all passes and ranks: see
+    /// [`Reduction`](crate::rl::Reduction).
+    ///
+    /// # Errors
+    /// The loss' own, or [`Error::Sharding`](crate::Error::Sharding).
+    pub fn backward<R>(
+        &self,
+        actor: &mut Actor,
+        batch: &TokenBatch,
+        loss: impl FnOnce(&[f32]) -> Result<(R, Vec<f32>)>,
+    ) -> Result<R> {
+        step::backward(actor, batch, loss)
+    }
+
+    /// Clips the global gradient norm and steps AdamW, once enough passes have accumulated. *Collective.*
+    ///
+    /// # Errors
+    /// [`Error::Sharding`](crate::Error::Sharding).
+    pub fn optimizer_step(
+        &self,
+        actor: &mut Actor,
+        lr: f64,
+    ) -> Result<Option<lightrft_sharding::StepReport>> {
+        step::optimizer_step(actor, self.accumulated_gradient(), lr)
+    }
+
+    /// Hands the requests of an engine group to its engine and each rank its own completions back. `engine` is given
+    /// where [`holds_engine`](Self::holds_engine). *Collective over the engine group.*
+    ///
+    /// # Errors
+    /// The engine's, on every rank of its group.
+    pub fn gather_and_generate(
+        &self,
+        engine: Option<&mut (dyn Engine + 'static)>,
+        requests: &[Request],
+    ) -> Result<Vec<Completion>> {
+        self.engine_group.generate(engine, requests, self.config.enable_engine_sleep)
+    }
+
+    /// Streams the policy's parameters into the engine as one transaction, one gathered unit in memory at a time.
+    /// *Collective.*
+    ///
+    /// # Errors
+    /// The engine's; then it is stale until an update succeeds.
+    pub fn update_engine_weights(
+        &self,
+        actor: &mut Actor,
+        engine: Option<&mut (dyn Engine + 'static)>,
+        version: Version,
+    ) -> Result<()> {
+        weight_sync::update(actor, engine, version)
+    }
+
+    /// Saves parameters, optimizer and run state, and rotates old checkpoints out. *Collective.*
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint), on every rank alike.
+    pub fn save_ckpt(&self, actor: &Actor, dir: &Path, state: &RunState) -> Result<lightrft_ckpt::SaveReport> {
+        checkpoint::save(&self.config, &self.world, actor, dir, state)
+    }
+
+    /// Loads the newest whole checkpoint, or nothing when there is none. *Collective.*
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint), and [`Error::Resume`](crate::Error::Resume) for a checkpoint
+    /// of another model, with the tensors that differ.
+    pub fn load_ckpt(&self, actor: &mut Actor, dir: &Path) -> Result<Option<checkpoint::Loaded>> {
+        checkpoint::load(&self.world, actor, dir)
+    }
+
+    /// Writes the policy as a Hugging Face folder: `config.json`, `model.safetensors`, and a copy of `tokenizer`.
+    /// *Collective.*
+    ///
+    /// # Errors
+    /// On every rank, when rank 0 cannot write.
+    pub fn save_model(&self, actor: &mut Actor, folder: &Path, tokenizer: Option<&Path>) -> Result<()> {
+        export::save_model(&self.world, actor, folder, tokenizer)
+    }
+
+    /// The mean of each value over ranks, in one call. *Collective.*
+    ///
+    /// # Errors
+    /// [`Error::Collectives`](crate::Error::Collectives).
+    pub fn all_reduce_mean(&self, values: &mut [f64]) -> Result<()> {
+        Ok(self.world.all_reduce(values, ReduceOp::Mean)?)
+    }
+}
