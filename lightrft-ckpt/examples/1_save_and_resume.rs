@@ -60,7 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let saver = Saver::open(dir.path(), &Alone)?;
         for _ in 0..40 {
             unbroken.step();
-            if unbroken.step % 10 == 0 {
+            if unbroken.step.is_multiple_of(10) {
                 unbroken.save(&saver)?;
             }
         }

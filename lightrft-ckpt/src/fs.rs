@@ -206,7 +206,8 @@ impl FileSystem for OsFileSystem {
                 Ok(Some(Box::new(OsLock { _file: file })))
             }
             Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(e)) => Err(e),
+            // A free lock that cannot be had: network file systems without a lock service say so in several ways.
+            Err(TryLockError::Error(e)) => Err(io::Error::new(io::ErrorKind::Unsupported, e)),
         }
     }
 }

@@ -311,3 +311,89 @@ pub(crate) const REPLACED_INFIX: &str = ".replaced-";
 pub(crate) const TRASH_PREFIX: &str = ".trash-";
 /// The lock that the one saver of a directory holds.
 pub(crate) const LOCK: &str = ".lightrft-ckpt.lock";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One file of 4096 bytes of header and a tensor of 6 floats, cut in two.
+    fn manifest() -> Manifest {
+        let region = |start: usize, end: usize| RegionRecord {
+            place: Place::Flat([start, end]),
+            file: 0,
+            offset: 4096 + 4 * start as u64,
+            bytes: 4 * (end - start) as u64,
+            xxh3: block_sum(b""),
+        };
+        Manifest {
+            tag: "global_step1".into(),
+            step: 1,
+            world_size: 1,
+            saved_unix_ms: 0,
+            data_bytes: 4096 + 24,
+            block_bytes: BLOCK_BYTES,
+            files: vec![FileRecord {
+                name: rank_file(0),
+                bytes: 4096 + 24,
+                header_bytes: 4096,
+                header_xxh3: block_sum(b""),
+            }],
+            tensors: vec![TensorRecord {
+                name: "w".into(),
+                dtype: Dtype::F32,
+                shape: vec![2, 3],
+                regions: vec![region(0, 2), region(2, 6)],
+            }],
+            shared: Value::Null,
+            ranks: vec![Value::Null],
+        }
+    }
+
+    fn parsed(manifest: &Manifest) -> Result<Manifest> {
+        Manifest::from_bytes(&manifest.to_bytes().unwrap(), Path::new("manifest.json"))
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let read = parsed(&manifest()).unwrap();
+        assert_eq!(read.to_bytes().unwrap(), manifest().to_bytes().unwrap());
+    }
+
+    /// The checksum is right in all of these: they are made up, not rotten.
+    #[test]
+    fn a_made_up_manifest_is_refused() {
+        type Lie = (&'static str, fn(&mut Manifest));
+        let lies: [Lie; 22] = [
+            ("a file outside", |m| m.files[0].name = "../rank-00000.safetensors".into()),
+            ("an absolute file", |m| m.files[0].name = "/etc/passwd".into()),
+            ("the manifest as a file", |m| m.files[0].name = MANIFEST.into()),
+            ("a file twice", |m| m.files.push(m.files[0].clone())),
+            ("a tag outside", |m| m.tag = "../up".into()),
+            ("no ranks", |m| m.world_size = 0),
+            ("more ranks than states", |m| m.world_size = usize::MAX),
+            ("a huge shape", |m| m.tensors[0].shape = vec![usize::MAX, 3]),
+            ("a huge shape with a zero", |m| m.tensors[0].shape = vec![usize::MAX, 0]),
+            ("a shape too large for its regions", |m| m.tensors[0].shape = vec![2, 4]),
+            ("a region outside", |m| m.tensors[0].regions[1].place = Place::Flat([4, 8])),
+            ("regions that overlap", |m| m.tensors[0].regions[1].place = Place::Flat([1, 5])),
+            ("a region too few", |m| drop(m.tensors[0].regions.pop())),
+            ("a length that is not its extent's", |m| m.tensors[0].regions[0].bytes = u64::MAX),
+            ("a file that is not there", |m| m.tensors[0].regions[0].file = 7),
+            ("an offset beyond", |m| m.tensors[0].regions[0].offset = u64::MAX),
+            ("too few checksums", |m| m.tensors[0].regions[0].xxh3.clear()),
+            ("checksums of no digits", |m| m.tensors[0].regions[0].xxh3 = "\u{e9}".repeat(8)),
+            ("no block size", |m| m.block_bytes = 0),
+            ("a header longer than its file", |m| m.files[0].header_bytes = u64::MAX),
+            ("bytes that no checksum covers", |m| {
+                m.files[0].bytes += 1;
+                m.data_bytes += 1;
+            }),
+            ("a tensor twice", |m| m.tensors.push(m.tensors[0].clone())),
+        ];
+        for (lie, tell) in lies {
+            let mut made_up = manifest();
+            tell(&mut made_up);
+            assert!(matches!(parsed(&made_up), Err(Error::Damaged { .. })), "{lie}");
+        }
+    }
+}

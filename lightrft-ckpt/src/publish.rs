@@ -44,10 +44,12 @@ fn write_durably(fs: &dyn FileSystem, path: &Path, bytes: &[u8]) -> Result<()> {
 /// but has no name yet under which it would be looked for.
 pub(crate) fn seal(fs: &dyn FileSystem, staging: &Path, manifest: &Manifest) -> Result<u64> {
     let path = staging.join(MANIFEST);
-    let bytes = manifest.to_bytes().map_err(|e| Error::Snapshot {
-        tag: manifest.tag.clone(),
-        reason: format!("its state cannot be written as JSON: {e}"),
-    })?;
+    let refuse = |reason| Error::Snapshot { tag: manifest.tag.clone(), reason };
+    let bytes =
+        manifest.to_bytes().map_err(|e| refuse(format!("its state cannot be written as JSON: {e}")))?;
+    // A manifest that could not be read back, say for state nested too deep, must not become a checkpoint.
+    Manifest::from_bytes(&bytes, &path)
+        .map_err(|e| refuse(format!("its manifest could not be read back: {e}")))?;
     write_durably(fs, &path, &bytes)?;
     fs.sync_dir(staging).map_err(Error::io("sync", staging))?;
     Ok(bytes.len() as u64)

@@ -29,8 +29,7 @@ use crate::writer::{Staged, stage};
 pub struct Saver {
     fs: Arc<dyn FileSystem>,
     dir: PathBuf,
-    /// Held by rank 0, where the file system has locks.
-    _lock: Option<Box<dyn Lock>>,
+    _lock: HeldLock,
     left: Vec<Skipped>,
 }
 
@@ -237,8 +236,11 @@ impl Saver {
     }
 }
 
+/// Rank 0's lock; `None` on the other ranks, and where the file system has no locks.
+type HeldLock = Option<Box<dyn Lock>>;
+
 /// Creates, locks and sweeps the directory.
-fn take(fs: &dyn FileSystem, dir: &Path) -> Result<(Option<Box<dyn Lock>>, Vec<Skipped>)> {
+fn take(fs: &dyn FileSystem, dir: &Path) -> Result<(HeldLock, Vec<Skipped>)> {
     fs.create_dir_all(dir).map_err(Error::io("create", dir))?;
     let lock = dir.join(LOCK);
     match fs.try_lock(&lock) {

@@ -34,6 +34,7 @@ pub mod testing;
 
 pub use buffer::{Host, HostMut};
 pub use communicator::{Communicator, CommunicatorExt};
+pub use host::Transport;
 pub use error::{Error, Loss, Result};
 pub use op::{Dtype, Element, ReduceOp};
 pub use operation::{Call, Operation, Signature};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::communicator::Communicator;
 use crate::error::{Error, Result};
-use crate::host::{Join, join};
+use crate::host::{Join, Transport, join};
 use crate::single::Single;
 use crate::store::{StoreServer, TcpStore};
 
@@ -35,6 +35,7 @@ pub struct Rendezvous {
     prefix: String,
     timeout: Duration,
     join_timeout: Duration,
+    transport: Transport,
 }
 
 /// Reads variables, naming each that is missing or malformed.
@@ -90,6 +91,7 @@ impl Rendezvous {
             prefix: String::new(),
             timeout: crate::DEFAULT_TIMEOUT,
             join_timeout: JOIN_TIMEOUT,
+            transport: Transport::Auto,
         };
         if !variables.is_set("RANK") && !variables.is_set("WORLD_SIZE") {
             return Ok(rendezvous);
@@ -155,6 +157,12 @@ impl Rendezvous {
         Rendezvous { join_timeout, ..self }
     }
 
+    /// Sets how the ranks of each group exchange data. The same on all ranks.
+    #[must_use]
+    pub fn transport(self, transport: Transport) -> Self {
+        Rendezvous { transport, ..self }
+    }
+
     /// Meets the other ranks and returns the group of all of them.
     ///
     /// Rank 0 serves the store at `MASTER_ADDR:MASTER_PORT`, unless torchrun's agent does. All listeners are bound to the
@@ -179,6 +187,7 @@ impl Rendezvous {
             world_size: self.world_size,
             interface: store.local_address().ip(),
             timeout: self.join_timeout,
+            transport: self.transport,
             server,
         };
         join(request, self.timeout)

@@ -3,33 +3,44 @@
 
 use std::time::Duration;
 
-use lightrft_collectives::launch::Launcher;
+use lightrft_collectives::launch::{Launcher, Output};
 use lightrft_collectives::testing::{Mismatch, conformance, mismatch};
-use lightrft_collectives::{Communicator, CommunicatorExt, Error, Loss, Rendezvous};
+use lightrft_collectives::{Communicator, CommunicatorExt, Error, Loss, Rendezvous, Transport};
 
 /// Runs the ignored test `role` of this file as `ranks` processes.
-fn run_ranks(role: &str, ranks: usize) {
+fn run_ranks(role: &str, ranks: usize, transport: Transport) {
     let outcome = Launcher::new(std::env::current_exe().unwrap())
         .args([role, "--exact", "--ignored", "--nocapture", "--test-threads=1"])
+        .env("TRANSPORT", if transport == Transport::Tcp { "tcp" } else { "auto" })
         .ranks(ranks)
+        .output(Output::Prefixed)
         .run()
         .unwrap();
     assert!(outcome.is_success(), "{role}: {outcome}");
 }
 
 fn world() -> std::sync::Arc<dyn Communicator> {
-    Rendezvous::from_env().unwrap().timeout(Duration::from_secs(20)).init().unwrap()
+    let tcp = std::env::var("TRANSPORT").is_ok_and(|t| t == "tcp");
+    let transport = if tcp { Transport::Tcp } else { Transport::Auto };
+    Rendezvous::from_env().unwrap().timeout(Duration::from_secs(20)).transport(transport).init().unwrap()
 }
 
 #[test]
-fn processes_conform() {
+fn processes_conform_through_shared_memory() {
     for ranks in 1..=4 {
-        run_ranks("rank_conforms", ranks);
+        run_ranks("rank_conforms", ranks, Transport::Auto);
     }
 }
 
 #[test]
-#[ignore = "a rank of processes_conform"]
+fn processes_conform_over_tcp() {
+    for ranks in 2..=4 {
+        run_ranks("rank_conforms", ranks, Transport::Tcp);
+    }
+}
+
+#[test]
+#[ignore = "a rank of the two above"]
 fn rank_conforms() {
     let comm = world();
     conformance(&*comm).unwrap();
@@ -43,7 +54,9 @@ fn rank_conforms() {
 
 #[test]
 fn processes_that_disagree_all_learn_of_it() {
-    run_ranks("rank_disagrees", 3);
+    for transport in [Transport::Auto, Transport::Tcp] {
+        run_ranks("rank_disagrees", 3, transport);
+    }
 }
 
 #[test]
@@ -60,7 +73,9 @@ fn rank_disagrees() {
 
 #[test]
 fn a_process_that_leaves_is_named() {
-    run_ranks("rank_leaves", 3);
+    for transport in [Transport::Auto, Transport::Tcp] {
+        run_ranks("rank_leaves", 3, transport);
+    }
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn large_orders_equal_torch_by_digest() {
 }
 
 #[test]
-#[ignore = "860 MB and about a minute: run with --release -- --ignored huge"]
+#[ignore = "860 MB and minutes: run with --release -- --ignored huge"]
 fn huge_orders_equal_torch_on_both_sides_of_the_change_of_algorithm() {
     let cases: Vec<_> = randperm().digest.into_iter().filter(|case| case.n > 1_000_000).collect();
     assert_eq!(cases.len(), 3);

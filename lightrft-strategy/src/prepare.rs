@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
 use candle_core::{DType, Device};
 use lightrft_ckpt::{Region, SafetensorsFile};
 use lightrft_collectives::Communicator;
@@ -76,7 +77,7 @@ struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// Opens the folder's files and checks that they hold the model's tensors, each in its shape and in f32.
+    /// Opens the folder's files and checks that they hold the model's tensors, each in its shape.
     fn open(folder: &Path, config: &DecoderConfig) -> Result<Self> {
         let mut paths = vec![folder.join("model.safetensors")];
         if !paths[0].exists() {
@@ -96,10 +97,10 @@ impl ModelFiles {
                     let got = t.shape.clone();
                     return Err(ModelError::Shape { name: p.name, got, expected: p.shape }.into());
                 }
-                Some(t) if t.dtype != Dtype::F32 => {
+                Some(t) if !matches!(t.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) => {
                     return Err(ModelError::Malformed {
                         path: this.folder.clone(),
-                        what: format!("tensor `{}` is {:?}, F32 was expected", p.name, t.dtype),
+                        what: format!("tensor `{}` is {:?}, F32, BF16 or F16 was expected", p.name, t.dtype),
                     }
                     .into());
                 }
@@ -110,10 +111,28 @@ impl ModelFiles {
     }
 
     fn read(&self, name: &str, region: Region, into: &mut [f32]) -> Result<(), lightrft_ckpt::Error> {
-        match self.files.iter().find(|f| f.tensor(name).is_some()) {
-            Some(file) => file.read_into(name, &region, into),
+        let found = self.files.iter().find_map(|file| Some((file, file.tensor(name)?.dtype)));
+        match found {
+            Some((file, Dtype::BF16)) => widen::<half::bf16>(file, name, &region, into),
+            Some((file, Dtype::F16)) => widen::<half::f16>(file, name, &region, into),
+            Some((file, _)) => file.read_into(name, &region, into),
             // `open` has seen every tensor that the plan asks for.
             None => Ok(()),
         }
     }
+}
+
+/// Reads elements of a narrower type into f32.
+fn widen<T: lightrft_ckpt::Element + Into<f32>>(
+    file: &SafetensorsFile,
+    name: &str,
+    region: &Region,
+    into: &mut [f32],
+) -> Result<(), lightrft_ckpt::Error> {
+    let mut narrow = vec![T::zeroed(); into.len()];
+    file.read_into(name, region, &mut narrow)?;
+    for (wide, narrow) in into.iter_mut().zip(narrow) {
+        *wide = narrow.into();
+    }
+    Ok(())
 }

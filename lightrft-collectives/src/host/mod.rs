@@ -5,24 +5,30 @@
 
 mod exchange;
 mod fate;
+mod segment;
+mod shm;
 mod tcp;
 mod watcher;
 mod wire;
 mod world;
 
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use self::exchange::{Fault, Links};
+use self::segment::Segment;
+use self::shm::{Shm, Watch};
 use self::fate::Alarm;
 use self::tcp::Tcp;
 use self::wire::{Cause, Note};
 pub(crate) use self::world::Join;
 use self::world::{World, group_id};
-use crate::communicator::Communicator;
+use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Loss, Result};
 use crate::group::check_members;
+use crate::op::ReduceOp;
 use crate::operation::{Call, Operation, Signature, digest};
 use crate::single::Single;
 
@@ -39,8 +45,27 @@ struct Group {
     timeout: Duration,
     world: Arc<World>,
     alarm: Arc<Alarm>,
-    links: Mutex<Links>,
+    channels: Mutex<Channels>,
     groups: AtomicUsize,
+}
+
+/// What calls go through. One call at a time.
+#[derive(Debug)]
+struct Channels {
+    links: Links,
+    /// Where all members share a machine.
+    shm: Option<Shm>,
+}
+
+/// How the ranks of a group exchange data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Transport {
+    /// Shared memory where all ranks of a group are on one machine and can open each other's memory; else TCP.
+    #[default]
+    Auto,
+    /// TCP only.
+    Tcp,
 }
 
 /// Joins the world and makes its first group, of all ranks.
@@ -62,30 +87,68 @@ impl Group {
     ) -> Result<Self> {
         let (links, alarm) = world.links(&name, &ranks, limit)?;
         let rank = ranks.iter().position(|r| *r == world.rank()).unwrap_or_default();
-        let (id, links, groups) = (group_id(&name), Mutex::new(links), AtomicUsize::new(0));
-        Ok(Group { name, id, rank, ranks, timeout, world, alarm, links, groups })
+        let (id, groups) = (group_id(&name), AtomicUsize::new(0));
+        let channels = Mutex::new(Channels { links, shm: None });
+        let group = Group { name, id, rank, ranks, timeout, world, alarm, channels, groups };
+        let one_machine = group.ranks.iter().all(|r| group.world.cards[*r].host == group.world.cards[group.ranks[0]].host);
+        if one_machine && group.world.transport == Transport::Auto {
+            let shm = group.share_memory()?;
+            group.channels().shm = shm;
+        }
+        Ok(group)
     }
 
-    /// Runs one step or more on the connections and turns a fault into the group's verdict.
-    fn with_links(&self, call: Call, mine: Signature, work: impl FnOnce(&mut Tcp<'_>) -> Result<(), Fault>) -> Result<()> {
-        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.alarm.is_rung()
-            && let Some(cause) = self.world.shared.fate.cause(self.id)
-        {
-            return Err(cause.error(call, &self.name));
-        }
-        let mut tcp = Tcp {
-            links: &mut links,
-            alarm: &self.alarm,
-            rank: self.rank,
-            world: self.ranks.len(),
-            timeout: self.timeout,
+    fn channels(&self) -> MutexGuard<'_, Channels> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes and maps the group's shared memory; `None`, on all ranks alike, if one of them cannot.
+    fn share_memory(&self) -> Result<Option<Shm>> {
+        let (nonce, world) = (self.world.shared.nonce ^ self.id, self.ranks.len());
+        let made = (self.rank == 0).then(|| Segment::create(nonce, world, 0));
+        let mut file = [match &made {
+            Some(Ok((_, fd))) => fd.as_raw_fd().into(),
+            _ => -1i64,
+        }];
+        self.broadcast(&mut file, 0)?;
+        let mapped = match made {
+            Some(made) => made.map(|(segment, fd)| (segment, Some(fd))),
+            None => {
+                let pid = self.world.cards[self.ranks[0]].pid;
+                let opened = u64::try_from(file[0]).map_err(std::io::Error::other);
+                opened.and_then(|fd| Segment::open(pid, fd, nonce, world, self.rank)).map(|s| (s, None))
+            }
         };
-        work(&mut tcp).map_err(|fault| self.verdict(fault, call, mine))
+        if let Err(error) = &mapped {
+            tracing::info!(group = self.name, %error, "no shared memory, taking TCP");
+        }
+        let mut all_mapped = [u8::from(mapped.is_ok())];
+        self.all_reduce(&mut all_mapped, ReduceOp::Min)?;
+        Ok(mapped.ok().filter(|_| all_mapped == [1]).map(|(segment, _)| Shm::new(segment)))
+    }
+
+    /// Runs a call on the channels and turns a fault into the group's verdict.
+    fn with_channels(
+        &self,
+        mine: Signature,
+        work: impl FnOnce(&mut Tcp<'_>, Option<&mut Shm>, &Watch<'_>) -> Result<(), Fault>,
+    ) -> Result<()> {
+        let mut channels = self.channels();
+        let Channels { links, shm } = &mut *channels;
+        let (alarm, timeout, fate) = (&*self.alarm, self.timeout, &self.world.shared.fate);
+        if alarm.is_rung()
+            && let Some(cause) = fate.cause(self.id)
+        {
+            return Err(cause.error(mine.call, &self.name));
+        }
+        let mut tcp = Tcp { links, alarm, rank: self.rank, world: self.ranks.len(), timeout };
+        let watch = Watch { alarm, fate, group: self.id, ranks: &self.ranks, timeout };
+        work(&mut tcp, shm.as_mut(), &watch).map_err(|fault| self.verdict(fault, mine))
     }
 
     /// What happened, agreed with the other ranks: the first cause that was recorded, here or elsewhere.
-    fn verdict(&self, fault: Fault, call: Call, mine: Signature) -> Error {
+    fn verdict(&self, fault: Fault, mine: Signature) -> Error {
+        let call = mine.call;
         let fate = &self.world.shared.fate;
         let world_rank = |member: usize| self.ranks[member];
         let (group, cause) = match fault {
@@ -141,14 +204,21 @@ impl Communicator for Group {
 
     fn run(&self, operation: Operation<'_>) -> Result<()> {
         operation.check(self.rank, self.ranks.len(), &self.name)?;
-        let (call, signature) = (operation.call(), operation.signature());
-        self.with_links(call, signature, |tcp| tcp.run(operation))
+        self.with_channels(operation.signature(), |tcp, shm, watch| match (shm, operation) {
+            (_, operation @ (Operation::Send { .. } | Operation::Recv { .. })) | (None, operation) => {
+                tcp.run(operation)
+            }
+            (Some(shm), operation) => shm.run(operation, watch),
+        })
     }
 
     fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
         check_members(self, ranks)?;
         let signature = Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
-        self.with_links(Call::Subgroup, signature, |tcp| tcp.meet(signature))?;
+        self.with_channels(signature, |tcp, shm, watch| match shm {
+            Some(shm) => shm.meet(signature, watch),
+            None => tcp.meet(signature),
+        })?;
         let index = self.groups.fetch_add(1, Ordering::Relaxed);
         if !ranks.contains(&self.rank) {
             return Ok(None);

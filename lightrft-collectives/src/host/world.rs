@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::Transport;
 use super::fate::Alarm;
 use super::exchange::Links;
 use super::watcher::{Shared, Watcher};
@@ -29,6 +30,7 @@ pub(super) struct Card {
 pub(super) struct World {
     pub(super) shared: Arc<Shared>,
     pub(super) cards: Vec<Card>,
+    pub(super) transport: Transport,
     /// Served by rank 0, unless an agent does, until it leaves.
     _server: Option<StoreServer>,
 }
@@ -43,6 +45,7 @@ pub(crate) struct Join<'a> {
     /// The interface that leads to the other ranks; nothing else is listened on.
     pub(crate) interface: IpAddr,
     pub(crate) timeout: Duration,
+    pub(crate) transport: Transport,
     pub(crate) server: Option<StoreServer>,
 }
 
@@ -102,7 +105,7 @@ impl World {
                 expected: "address, host and pid of a rank".into(),
             })?);
         }
-        let world = Arc::new(World { shared, cards, _server: join.server });
+        let world = Arc::new(World { shared, cards, transport: join.transport, _server: join.server });
         let everyone: Vec<usize> = (0..world_size).collect();
         for (peer, stream) in world.connect(Purpose::Control, "world", &everyone, rest())?.into_iter().enumerate() {
             if let Some(stream) = stream {

@@ -1,0 +1,88 @@
+//! Any number of ranks trains the decoder to the same parameters as one rank on the same global batch.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::path::Path;
+
+use common::{config, on_ranks, sequences, settings, write_folder};
+use lightrft_strategy::model::Sequence;
+use lightrft_strategy::{Strategy, StrategyConfig};
+
+const ROWS: usize = 12;
+
+/// Five steps on `ranks` ranks; every parameter afterwards.
+fn train(folder: &Path, ranks: usize, settings: &StrategyConfig) -> Vec<f32> {
+    let mut of_ranks = on_ranks(ranks, |world| {
+        let strategy = Strategy::with_world(settings.clone(), world)?;
+        let mut actor = strategy.prepare_actor(folder)?;
+        let all = sequences(ROWS);
+        let share = ROWS / ranks;
+        let mine: Vec<Sequence<'_>> = all[strategy.rank() * share..][..share]
+            .iter()
+            .map(|(prompt, answer)| Sequence { prompt, answer })
+            .collect();
+        for _ in 0..5 {
+            strategy.supervised_step(&mut actor, &mine, 1e-2)?;
+        }
+        let mut parameters = Vec::new();
+        actor.model.units_mut().for_each_full_unit(|unit, values| {
+            parameters.extend_from_slice(&values[..unit.elems()]);
+            Ok::<_, lightrft_strategy::Error>(())
+        })?;
+        Ok(parameters)
+    });
+    let first = of_ranks.swap_remove(0);
+    assert!(of_ranks.iter().all(|other| *other == first), "all ranks gather the same parameters");
+    first
+}
+
+#[test]
+fn n_ranks_equal_one_bit_for_bit_when_sums_have_one_order() {
+    for tied in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(folder.path(), &config(serde_json::json!({ "tie_word_embeddings": tied })), 3);
+        for ranks in [2, 3, 4] {
+            // One rank takes the others' parts one after another, in rank order. Nothing is clipped: the norm is
+            // summed in another order, and its last bits may differ.
+            let settings = StrategyConfig { max_norm: 0.0, ..settings(ROWS, ROWS / ranks) };
+            let (one, many) = (train(folder.path(), 1, &settings), train(folder.path(), ranks, &settings));
+            assert!(one == many, "{ranks} ranks differ from one (tied embeddings: {tied})");
+        }
+    }
+}
+
+#[test]
+fn n_ranks_equal_one_to_1e_6_with_clipping_and_other_micro_batches() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &config(serde_json::json!({})), 3);
+    let one = train(folder.path(), 1, &StrategyConfig { max_norm: 0.1, ..settings(ROWS, ROWS) });
+    for ranks in [1, 2, 3, 4] {
+        let settings = StrategyConfig { max_norm: 0.1, ..settings(ROWS, 1) };
+        let many = train(folder.path(), ranks, &settings);
+        let gap = one.iter().zip(&many).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        // AdamW divides by the gradient's own size, so a rounding of a tiny gradient shows at full scale in the
+        // first steps: hence a learning rate's millionth would not do, 1e-6 of the parameters' scale does.
+        assert!(gap <= 1e-6, "{ranks} ranks in micro-batches of one differ by {gap}");
+    }
+}
+
+#[test]
+fn a_rank_keeps_16_bytes_a_parameter_over_the_number_of_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(serde_json::json!({}));
+    write_folder(folder.path(), &config, 3);
+    let units = config.parameter_groups().len();
+    for ranks in [1, 2, 3, 4] {
+        let bytes = on_ranks(ranks, |world| {
+            let strategy = Strategy::with_world(settings(ROWS, 1), world)?;
+            let actor = strategy.prepare_actor(folder.path())?;
+            Ok(actor.model.units().persistent_bytes() + actor.optimizer.persistent_bytes())
+        });
+        let exact = 16 * config.parameter_count() / ranks;
+        for bytes in bytes {
+            // Padding: less than one element a unit on each rank.
+            assert!((exact..=exact + 16 * units).contains(&bytes), "{ranks} ranks: {bytes}, {exact} expected");
+        }
+    }
+}
