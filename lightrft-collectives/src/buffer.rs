@@ -145,7 +145,9 @@ mod tests {
         let words = [0u64; 2];
         let bytes: &[u8] = bytemuck::cast_slice(&words);
         assert_eq!(Host::from_bytes(Dtype::F64, bytes).map(|h| h.len()).ok(), Some(2));
-        for (dtype, range) in [(Dtype::F64, 0..12), (Dtype::F32, 1..5), (Dtype::BF16, 0..3), (Dtype::BOOL, 0..1)] {
+        for (dtype, range) in
+            [(Dtype::F64, 0..12), (Dtype::F32, 1..5), (Dtype::BF16, 0..3), (Dtype::BOOL, 0..1)]
+        {
             assert!(matches!(Host::from_bytes(dtype, &bytes[range]), Err(Error::Buffer { .. })), "{dtype:?}");
         }
     }

@@ -200,7 +200,11 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// As [`all_gather_object`](CommunicatorExt::all_gather_object).
-    fn gather_object<S: Serialize + DeserializeOwned>(&self, object: &S, root: usize) -> Result<Option<Vec<S>>> {
+    fn gather_object<S: Serialize + DeserializeOwned>(
+        &self,
+        object: &S,
+        root: usize,
+    ) -> Result<Option<Vec<S>>> {
         let call = Call::Gather;
         check_root(self, call, root)?;
         let bytes = encode(self, call, object)?;
@@ -228,13 +232,19 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// [`Error::Argument`] if the root gives `None`; otherwise as
     /// [`all_gather_object`](CommunicatorExt::all_gather_object).
-    fn broadcast_object<S: Serialize + DeserializeOwned>(&self, object: Option<&S>, root: usize) -> Result<S> {
+    fn broadcast_object<S: Serialize + DeserializeOwned>(
+        &self,
+        object: Option<&S>,
+        root: usize,
+    ) -> Result<S> {
         let call = Call::Broadcast;
         check_root(self, call, root)?;
         let mut bytes = match (self.rank() == root, object) {
             (false, _) => Vec::new(),
             (true, Some(object)) => encode(self, call, object)?,
-            (true, None) => return Err(argument(self, call, "no object".into(), "an object on the root".into())),
+            (true, None) => {
+                return Err(argument(self, call, "no object".into(), "an object on the root".into()));
+            }
         };
         let mut length = [bytes.len() as i64];
         self.broadcast(&mut length, root)?;
@@ -248,7 +258,11 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// [`Error::Argument`] if the root's list is missing or has another length; otherwise as
     /// [`all_gather_object`](CommunicatorExt::all_gather_object).
-    fn scatter_object<S: Serialize + DeserializeOwned>(&self, objects: Option<&[S]>, root: usize) -> Result<S> {
+    fn scatter_object<S: Serialize + DeserializeOwned>(
+        &self,
+        objects: Option<&[S]>,
+        root: usize,
+    ) -> Result<S> {
         let call = Call::Scatter;
         check_root(self, call, root)?;
         let world = self.world_size();
@@ -260,7 +274,8 @@ pub trait CommunicatorExt: Communicator {
             if objects.len() != world {
                 return Err(argument(self, call, format!("{} objects", objects.len()), expected()));
             }
-            let encoded: Vec<Vec<u8>> = objects.iter().map(|o| encode(self, call, o)).collect::<Result<_>>()?;
+            let encoded: Vec<Vec<u8>> =
+                objects.iter().map(|o| encode(self, call, o)).collect::<Result<_>>()?;
             let longest = encoded.iter().map(Vec::len).max().unwrap_or(0);
             for (rank, bytes) in encoded.iter().enumerate() {
                 lengths[rank] = bytes.len() as i64;

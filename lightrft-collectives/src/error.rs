@@ -75,6 +75,10 @@ pub enum Error {
     #[error("{bytes} bytes at {address:#x} are no whole, aligned elements of {dtype:?}")]
     #[allow(missing_docs)]
     Buffer { dtype: Dtype, bytes: usize, address: usize },
+    /// A mesh that cannot be, or an axis or rank that it does not have.
+    #[error("mesh: {got}, expected {expected}")]
+    #[allow(missing_docs)]
+    Mesh { got: String, expected: String },
     /// An argument that must be given on the root (and only there) was not.
     #[error("{call} on `{group}`: rank {rank} gave {got}, expected {expected}")]
     #[allow(missing_docs)]

@@ -13,7 +13,20 @@
 //! # Ok::<_, lightrft_collectives::Error>(())
 //! ```
 //!
+//! | you want | take |
+//! |---|---|
+//! | the group of all ranks of this job | [`Rendezvous::from_env`]`()?.`[`init`](Rendezvous::init)`()` |
+//! | ranks as threads, for a test | [`local::World::run`] |
+//! | collectives on slices and objects | [`CommunicatorExt`] |
+//! | ranks named by axis, and their groups | [`DeviceMesh`], [`axis_group`], [`sub_groups`] |
+//! | N processes on this machine | [`launch::Launcher`] |
+//! | to write a backend | [`Communicator`], and the suite in `testing` |
+//!
+//! Calls block. They are collective: every member of a group makes the same call, in the same order.
+//!
 //! Not here: tensors and layouts, see `lightrft-sharding`.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod buffer;
 mod communicator;
@@ -22,6 +35,7 @@ mod group;
 mod host;
 pub mod launch;
 pub mod local;
+mod mesh;
 mod op;
 mod operation;
 mod reduce;
@@ -34,8 +48,10 @@ pub mod testing;
 
 pub use buffer::{Host, HostMut};
 pub use communicator::{Communicator, CommunicatorExt};
-pub use host::Transport;
 pub use error::{Error, Loss, Result};
+pub use group::{SubGroups, axis_group, sub_groups};
+pub use host::Transport;
+pub use mesh::DeviceMesh;
 pub use op::{Dtype, Element, ReduceOp};
 pub use operation::{Call, Operation, Signature};
 pub use rendezvous::Rendezvous;
@@ -43,3 +59,8 @@ pub use single::Single;
 
 /// How long a rank waits for a slow one unless told otherwise: 60 minutes, as LightRFT's process groups.
 pub const DEFAULT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60 * 60);
+
+/// The README's examples, compiled and run with the others.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -56,7 +56,7 @@ impl fmt::Display for ReduceOp {
 ///
 /// | type | accumulator of sums and products |
 /// |---|---|
-/// | `f32`, [`bf16`], [`f16`] | `f32` |
+/// | `f32`, `bf16`, `f16` | `f32` |
 /// | `f64` | `f64` |
 /// | `i32`, `i64`, `u8` | itself, wrapping |
 pub trait Element: bytemuck::Pod + PartialEq + fmt::Debug + Send + Sync + private::Arithmetic {

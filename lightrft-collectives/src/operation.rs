@@ -404,9 +404,7 @@ impl Operation<'_> {
         };
         let root = |r: &usize| Some(*r as u32);
         match self {
-            Operation::AllReduce { data, op } => {
-                Signature { op: Some(*op), ..of(data.dtype(), data.len()) }
-            }
+            Operation::AllReduce { data, op } => Signature { op: Some(*op), ..of(data.dtype(), data.len()) },
             Operation::AllGather { input, .. } => of(input.dtype(), input.len()),
             Operation::AllGatherInPlace { data } => of(data.dtype(), data.len()),
             Operation::AllGatherV { counts, output, .. } => {

@@ -75,6 +75,16 @@ mod tests {
     }
 
     #[test]
+    fn contributions_are_combined_in_rank_order() {
+        // In f32, 1e8 + 1 is 1e8: only from the left the one is lost before the large terms cancel.
+        let mut out = [7f32];
+        fold(ReduceOp::Sum, &[&[1e8], &[1.0], &[-1e8]], &mut out);
+        assert_eq!(out, [0.0]);
+        fold(ReduceOp::Sum, &[&[1e8], &[-1e8], &[1.0]], &mut out);
+        assert_eq!(out, [1.0]);
+    }
+
+    #[test]
     fn nan_wins_in_min_and_max_wherever_it_stands() {
         for parts in [[f32::NAN, 1.0, 2.0], [1.0, f32::NAN, 2.0], [1.0, 2.0, f32::NAN]] {
             for op in [ReduceOp::Min, ReduceOp::Max] {

@@ -97,7 +97,8 @@ impl Rendezvous {
             return Ok(rendezvous);
         }
         let world = variables.number("WORLD_SIZE", "a number of ranks, at least 1", |n| n > 0)?;
-        let rank = variables.number("RANK", &format!("a number less than WORLD_SIZE ({world})"), |n| n < world)?;
+        let rank =
+            variables.number("RANK", &format!("a number less than WORLD_SIZE ({world})"), |n| n < world)?;
         let mut local = (rank, world);
         if variables.is_set("LOCAL_WORLD_SIZE") {
             let expected = format!("a number from 1 to WORLD_SIZE ({world})");

@@ -48,7 +48,8 @@ fn kill_one_of_three(transport: &str) {
 #[ignore = "a rank of the two above"]
 fn rank_reduces() {
     let notes = PathBuf::from(std::env::var_os("NOTES").unwrap());
-    let transport = if std::env::var("TRANSPORT").unwrap() == "tcp" { Transport::Tcp } else { Transport::Auto };
+    let transport =
+        if std::env::var("TRANSPORT").unwrap() == "tcp" { Transport::Tcp } else { Transport::Auto };
     let comm = Rendezvous::from_env().unwrap().transport(transport).init().unwrap();
     let group = comm.subgroup(&[2, 1, 0]).unwrap().unwrap();
     let mut data = vec![1f32; 1 << 20];
@@ -58,7 +59,8 @@ fn rank_reduces() {
             let time_of_death = time_of_death.clone();
             std::thread::spawn(move || {
                 std::fs::write(time_of_death, now().as_nanos().to_string()).unwrap();
-                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
+                    .unwrap();
             });
         }
         let Err(error) = comm.all_reduce(&mut data, ReduceOp::Max) else { continue };

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use lightrft_collectives::launch::{Launcher, Output};
@@ -49,8 +49,11 @@ fn a_rank_that_ignores_sigterm_is_killed() {
 
 #[test]
 fn others_may_use_the_grace_to_end_by_themselves() {
-    let outcome =
-        shell("[ $RANK = 1 ] && exit 9; sleep 0.2; exit 0").ranks(2).grace(Duration::from_secs(60)).run().unwrap();
+    let outcome = shell("[ $RANK = 1 ] && exit 9; sleep 0.2; exit 0")
+        .ranks(2)
+        .grace(Duration::from_secs(60))
+        .run()
+        .unwrap();
     assert_eq!(outcome.exit_code(), 9);
     assert!(outcome.statuses[0].success());
 }
@@ -66,7 +69,12 @@ fn lines_carry_their_rank_and_ranks_their_variables() {
     let mut text = String::new();
     child.stdout.take().unwrap().read_to_string(&mut text).unwrap();
     assert!(child.wait().unwrap().success(), "{text}");
-    for line in ["[rank 0] I am 0 of 2, 0 of 2 here", "[rank 1] I am 1 of 2, 1 of 2 here", "plain 0", "[rank 1] plain 1"] {
+    for line in [
+        "[rank 0] I am 0 of 2, 0 of 2 here",
+        "[rank 1] I am 1 of 2, 1 of 2 here",
+        "plain 0",
+        "[rank 1] plain 1",
+    ] {
         assert!(text.lines().any(|l| l == line), "no `{line}` in\n{text}");
     }
     assert!(text.lines().any(|l| l == "only 0") && !text.contains("only 1"), "{text}");
@@ -83,7 +91,7 @@ fn launcher_of_speakers() {
 
 #[test]
 fn ranks_die_with_a_launcher_that_is_killed() {
-    let (mut child, ranks) = launcher_of_sleepers();
+    let (mut child, _stdout, ranks) = launcher_of_sleepers();
     child.kill().unwrap();
     child.wait().unwrap();
     wait_for_end(ranks);
@@ -91,19 +99,24 @@ fn ranks_die_with_a_launcher_that_is_killed() {
 
 #[test]
 fn a_signal_to_the_launcher_reaches_the_ranks() {
-    let (mut child, ranks) = launcher_of_sleepers();
+    let (mut child, mut stdout, ranks) = launcher_of_sleepers();
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     wait_for_end(ranks);
-    assert!(child.wait().unwrap().success(), "the role checks the outcome");
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).unwrap();
+    assert!(child.wait().unwrap().success(), "the role checks the outcome: {text}");
 }
 
-/// A launcher of two ranks that sleep, and the ranks' process descriptors.
-fn launcher_of_sleepers() -> (Child, Vec<rustix::fd::OwnedFd>) {
+/// A launcher of two ranks that sleep, its output, and the ranks' process descriptors.
+fn launcher_of_sleepers() -> (Child, BufReader<ChildStdout>, Vec<rustix::fd::OwnedFd>) {
     let mut child = role("launcher_of_two_that_sleep");
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
-    let pids = lines.filter_map(|line| line.split_once(" pid ").and_then(|(_, pid)| pid.parse().ok())).take(2);
-    let ranks = pids.map(|pid| pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap()).collect();
-    (child, ranks)
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let lines = stdout.by_ref().lines().map(Result::unwrap);
+    let pids =
+        lines.filter_map(|line| line.split_once(" pid ").and_then(|(_, pid)| pid.parse().ok())).take(2);
+    let ranks =
+        pids.map(|pid| pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap()).collect();
+    (child, stdout, ranks)
 }
 
 #[test]

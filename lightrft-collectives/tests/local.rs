@@ -35,7 +35,10 @@ fn a_panic_reaches_the_caller_and_ends_the_others() {
             other => panic!("{other:?}"),
         }
     });
-    assert!(matches!(&result, Err(Error::Panicked { rank: 1, message }) if message.contains("one too many")), "{result:?}");
+    assert!(
+        matches!(&result, Err(Error::Panicked { rank: 1, message }) if message.contains("one too many")),
+        "{result:?}"
+    );
     assert!(begin.elapsed() < Duration::from_secs(5));
 }
 

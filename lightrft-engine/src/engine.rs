@@ -20,7 +20,7 @@ use crate::{
 /// - Same weights, same requests, same seeds: same tokens, in whatever order and company requests come, as far as the
 ///   engine's arithmetic does not depend on the batch.
 ///
-/// [`testing::conformance`](crate::testing::conformance) (feature `testing`) checks all of that for any engine.
+/// `testing::conformance` (feature `testing`) checks all of that for any engine.
 pub trait Engine: fmt::Debug + Send {
     /// Completes every request. Returns the completions of request 0 in the order of their samples, then those of
     /// request 1, and so on.

@@ -193,7 +193,7 @@ fn half_precision_weights_are_taken_and_converted() {
         })
         .collect();
     engine.replace_weights(Version(1), &views(&rounded), 1 << 12).unwrap();
-    let from_halves = engine.complete(&[request.clone()]).unwrap().remove(0);
+    let from_halves = engine.complete(std::slice::from_ref(&request)).unwrap().remove(0);
     engine.replace_weights(Version(2), &views(&widened), 1 << 12).unwrap();
     let from_words = engine.complete(&[request]).unwrap().remove(0);
     assert_eq!((from_halves.tokens, from_halves.log_probs), (from_words.tokens, from_words.log_probs));
@@ -206,7 +206,7 @@ fn an_engine_without_weights_waits_for_them() {
     assert_eq!((late.state(), late.version()), (State::EMPTY, None));
     late.replace_weights(Version(3), &views(&bytes(&weights(&config, 7))), 1 << 20).unwrap();
     let request = Request::new([1, 2, 3], Sampling::default()).samples(3);
-    let mut expected = engine(&config, 7, 64).complete(&[request.clone()]).unwrap();
+    let mut expected = engine(&config, 7, 64).complete(std::slice::from_ref(&request)).unwrap();
     expected.iter_mut().for_each(|c| c.version = Version(3));
     assert_eq!(late.complete(&[request]).unwrap(), expected);
 }
@@ -247,12 +247,12 @@ fn save(folder: &Path, config: &DecoderConfig, weights: &Weights, files: usize) 
 fn a_folder_in_one_file_or_in_three_is_the_same_engine() {
     let config = config("qwen2", false);
     let request = Request::new([1, 2, 3], Sampling::default()).samples(2);
-    let expected = engine(&config, 8, 64).complete(&[request.clone()]).unwrap();
+    let expected = engine(&config, 8, 64).complete(std::slice::from_ref(&request)).unwrap();
     for files in [1, 3] {
         let folder = tempfile::tempdir().unwrap();
         save(folder.path(), &config, &weights(&config, 8), files);
         let mut loaded = EmbeddedEngine::from_folder(folder.path(), Settings::default()).unwrap();
-        assert_eq!(loaded.complete(&[request.clone()]).unwrap(), expected, "{files} files");
+        assert_eq!(loaded.complete(std::slice::from_ref(&request)).unwrap(), expected, "{files} files");
     }
 }
 
@@ -290,7 +290,7 @@ fn sleeping_mid_training_and_waking_draws_the_same_tokens() {
     let config = config("qwen2", true);
     let mut engine = engine(&config, 9, 8);
     let request = Request::new([5, 5, 5], Sampling::default()).samples(2);
-    let expected = engine.complete(&[request.clone()]).unwrap();
+    let expected = engine.complete(std::slice::from_ref(&request)).unwrap();
     engine.sleep(Level::One).unwrap();
     engine.wake(Parts::All).unwrap();
     assert_eq!(engine.complete(&[request]).unwrap(), expected);

@@ -163,7 +163,7 @@ proptest! {
     }
 
     #[test]
-    fn sleeping_twice_is_sleeping_at_the_deeper_level(trace in trace(), a in 0..2, b in 0..2) {
+    fn sleeping_twice_is_sleeping_at_the_deeper_level(trace in trace(), a in 0..2_i32, b in 0..2_i32) {
         let level = |n: i32| if n == 0 { Level::One } else { Level::Two };
         let state = reached(&trace);
         if let Ok(once) = state.after(Event::Sleep(level(a.max(b)))) {

@@ -68,7 +68,7 @@ fn frequencies_follow_the_probabilities_through_every_filter() {
     let cases = [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 7, 1.0), (1.0, 0, 0.6), (0.8, 20, 0.9)];
     for (seed, (temperature, top_k, top_p)) in cases.into_iter().enumerate() {
         let sampling = Sampling { temperature, top_k, top_p, seed: seed as u64, ..Sampling::default() };
-        let z = chi_squared_z(&logits, &sampling, 40_000);
+        let z = chi_squared_z(&logits, &sampling, 20_000);
         assert!(z.abs() < 4.0, "temperature {temperature}, top_k {top_k}, top_p {top_p}: {z} deviations");
     }
 }
@@ -137,10 +137,13 @@ fn a_large_vocabulary_and_a_wide_nucleus_are_cut_where_a_full_sort_cuts() {
         let sampling = Sampling { top_p, ..Sampling::default() };
         let set = kept(&logits, &sampling);
         let drawn: BTreeSet<u32> =
-            numbers(2, 20_000).map(|u| draw(&logits, &sampling, 0, u).unwrap().token).collect();
+            numbers(2, 300).map(|u| draw(&logits, &sampling, 0, u).unwrap().token).collect();
         assert!(drawn.is_subset(&set), "top_p {top_p}");
-        let last = draw(&logits, &sampling, 0, 1.0 - f64::EPSILON).unwrap();
-        assert!(set.contains(&last.token) && drawn.len() * 5 > set.len().min(10_000), "top_p {top_p}");
+        // The largest random number falls on the least likely token that is kept.
+        let last = draw(&logits, &sampling, 0, 1.0 - f64::EPSILON).unwrap().token;
+        let by_rank =
+            |a: &&u32, b: &&u32| logits[**b as usize].total_cmp(&logits[**a as usize]).then(a.cmp(b));
+        assert_eq!(Some(&last), set.iter().max_by(by_rank), "top_p {top_p}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! Do all ranks mean the same model? Asked once, before anything is cut.
 
-use lightrft_collectives::{Communicator, CommunicatorExt as _, Error as CollectiveError};
+use lightrft_collectives::{Communicator, CommunicatorExt as _};
 
 use crate::error::{Error, Result};
 use crate::plan::{Plan, UnitSpec};
@@ -12,19 +12,15 @@ pub(crate) fn on_plan(plan: &Plan, comm: &dyn Communicator) -> Result<()> {
     if comm.world_size() == 1 {
         return Ok(());
     }
-    let failed = |source: CollectiveError| Error::Collective {
-        op: "comparison",
-        what: "the plans".to_owned(),
-        source,
-    };
+    let failed = Error::collective("comparison", "the plans");
     let mut prints = vec![0u8; comm.world_size() * size_of::<u64>()];
-    comm.all_gather(&plan.fingerprint().to_le_bytes(), &mut prints).map_err(failed)?;
+    comm.all_gather(&plan.fingerprint().to_le_bytes(), &mut prints).map_err(&failed)?;
     let mut prints = prints.chunks_exact(size_of::<u64>());
     let first = prints.next();
     if prints.all(|print| Some(print) == first) {
         return Ok(());
     }
-    let all = comm.all_gather_object(&(plan.alignment(), plan.specs())).map_err(failed)?;
+    let all = comm.all_gather_object(&(plan.alignment(), plan.specs())).map_err(&failed)?;
     let Some(((alignment, units), others)) = all.split_first() else {
         return Ok(());
     };

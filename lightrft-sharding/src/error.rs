@@ -164,13 +164,20 @@ pub enum Error {
         what: String,
         /// The group's error.
         #[source]
-        source: CollectiveError,
+        source: Box<CollectiveError>,
     },
+}
+
+impl Error {
+    /// For `map_err` on a collective: `op` of `what` failed.
+    pub(crate) fn collective(op: &'static str, what: &str) -> impl Fn(CollectiveError) -> Self {
+        move |source| Self::Collective { op, what: what.to_owned(), source: Box::new(source) }
+    }
 }
 
 /// So that a program which uses the group itself beside sharding needs one error type only.
 impl From<CollectiveError> for Error {
     fn from(source: CollectiveError) -> Self {
-        Self::Collective { op: "a call", what: "the caller".to_owned(), source }
+        Self::collective("a call", "the caller")(source)
     }
 }

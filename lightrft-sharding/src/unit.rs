@@ -185,11 +185,9 @@ impl ShardedUnits {
         full[layout.shard(self.rank)].copy_from_slice(self.param(unit)?);
         let mut full = FullUnit::new(full, &self.meter);
         if self.plan.world_size() > 1 {
-            self.comm.all_gather_in_place(full.values_mut()).map_err(|source| Error::Collective {
-                op: "gather",
-                what: layout.name().to_owned(),
-                source,
-            })?;
+            self.comm
+                .all_gather_in_place(full.values_mut())
+                .map_err(Error::collective("gather", layout.name()))?;
         }
         Ok(full)
     }
@@ -250,11 +248,9 @@ impl ShardedUnits {
                 output.copy_from_slice(&full);
                 return Ok(());
             }
-            self.comm.reduce_scatter(&full, output, ReduceOp::Sum).map_err(|source| Error::Collective {
-                op: "gradient reduce-scatter",
-                what: layout.name().to_owned(),
-                source,
-            })
+            self.comm
+                .reduce_scatter(&full, output, ReduceOp::Sum)
+                .map_err(Error::collective("gradient reduce-scatter", layout.name()))
         };
         match shard.grad_state {
             GradState::Zero => sum(&mut shard.grad)?,

@@ -51,7 +51,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut grpo = Grpo::new(&strategy, parts)?;
     for _ in 0..3 {
         let m = grpo.step()?;
-        println!("step {}  reward {:.3}  loss {:+.4}  log-prob gap {:.1e}", m.step, m.reward, m.loss, m.log_prob_gap);
+        println!(
+            "step {}  reward {:.3}  loss {:+.4}  log-prob gap {:.1e}",
+            m.step, m.reward, m.loss, m.log_prob_gap
+        );
         assert!(m.log_prob_gap < 1e-4);
     }
     std::fs::remove_dir_all(&work)?;

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lightrft_ckpt::{
-    Agreement, Checkpoint, Checkpoints, Dtype, LoadReport, Part, Region, Rotation, SaveReport, Saver, Snapshot,
-    Verify, Which,
+    Agreement, Checkpoint, Checkpoints, Dtype, LoadReport, Part, Region, Rotation, SaveReport, Saver,
+    Snapshot, Verify, Which,
 };
 use lightrft_collectives::{Communicator, CommunicatorExt};
 use lightrft_data::SamplerState;
@@ -85,11 +85,8 @@ pub(crate) fn save(
 ) -> Result<SaveReport> {
     let group = Group(&**world);
     let counters = actor.optimizer.counters();
-    let shared = Shared {
-        run: state.clone(),
-        optimizer_steps: counters.steps,
-        optimizer_skipped: counters.skipped,
-    };
+    let shared =
+        Shared { run: state.clone(), optimizer_steps: counters.steps, optimizer_skipped: counters.skipped };
     let mut snapshot = Snapshot::of_step(state.step);
     snapshot.shared = serde_json::to_value(&shared)
         .map_err(|e| Error::Resume { tag: snapshot.tag.clone(), what: e.to_string() })?;
@@ -117,7 +114,8 @@ pub(crate) fn load(world: &Arc<dyn Communicator>, actor: &mut Actor, dir: &Path)
     load_state(model.units_mut(), Some(optimizer), |kind, param, range, into| {
         checkpoint.read_into(&tensor_name(kind, param.name()), &Region::Flat(range), into)
     })?;
-    optimizer.set_counters(AdamWCounters { steps: shared.optimizer_steps, skipped: shared.optimizer_skipped });
+    optimizer
+        .set_counters(AdamWCounters { steps: shared.optimizer_steps, skipped: shared.optimizer_skipped });
     *accumulated = 0;
     Ok(Some(Loaded { state: shared.run, report }))
 }

@@ -144,8 +144,7 @@ impl StrategyConfig {
     /// [`Error::Io`], and [`Error::ConfigFile`] with the line of an unknown or ill-typed field.
     pub fn from_file(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        toml::from_str(&text)
-            .map_err(|e| Error::ConfigFile { path: path.to_owned(), what: e.to_string() })
+        toml::from_str(&text).map_err(|e| Error::ConfigFile { path: path.to_owned(), what: e.to_string() })
     }
 
     /// Checks that the settings fit each other and a world of `world` ranks.
@@ -222,9 +221,19 @@ impl StrategyConfig {
         }
         let ranges = [
             ("max_norm", self.max_norm, self.max_norm >= 0.0, "0 or more"),
-            ("actor_lr", self.actor_lr, self.actor_lr >= 0.0 && self.actor_lr.is_finite(), "finite, 0 or more"),
+            (
+                "actor_lr",
+                self.actor_lr,
+                self.actor_lr >= 0.0 && self.actor_lr.is_finite(),
+                "finite, 0 or more",
+            ),
             ("l2", self.l2, self.l2 >= 0.0 && self.l2.is_finite(), "finite, 0 or more"),
-            ("lr_warmup_ratio", self.lr_warmup_ratio, (0.0..=1.0).contains(&self.lr_warmup_ratio), "in [0, 1]"),
+            (
+                "lr_warmup_ratio",
+                self.lr_warmup_ratio,
+                (0.0..=1.0).contains(&self.lr_warmup_ratio),
+                "in [0, 1]",
+            ),
             ("eps_clip", self.eps_clip, self.eps_clip > 0.0 && self.eps_clip < 1.0, "in (0, 1)"),
             ("init_kl_coef", self.init_kl_coef, self.init_kl_coef >= 0.0, "0 or more"),
             ("max_ckpt_mem", self.max_ckpt_mem, self.max_ckpt_mem > 0.0, "positive"),
@@ -262,7 +271,8 @@ impl StrategyConfig {
 
     /// The settings that differ from the defaults, a line each.
     pub fn summary(&self) -> String {
-        let table = |c: &Self| serde_json::to_value(c).ok().and_then(|v| v.as_object().cloned()).unwrap_or_default();
+        let table =
+            |c: &Self| serde_json::to_value(c).ok().and_then(|v| v.as_object().cloned()).unwrap_or_default();
         let (mine, defaults) = (table(self), table(&Self::default()));
         let mut text = String::new();
         for (field, value) in mine.iter().filter(|(field, value)| defaults.get(*field) != Some(value)) {

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lightrft_ckpt::{SafetensorsWriter, TensorSpec};
-use lightrft_engine::embedded::{DecoderConfig, Weights};
 use lightrft_collectives::{Communicator, CommunicatorExt};
+use lightrft_engine::embedded::{DecoderConfig, Weights};
 use safetensors::Dtype;
 
 use crate::error::{Error, Result};

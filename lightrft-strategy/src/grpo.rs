@@ -23,7 +23,9 @@ use crate::config::OldLogProbs;
 use crate::error::{Error, Result};
 use crate::model::{Sequence, TokenBatch};
 use crate::prepare::{Actor, Reference};
-use crate::rl::{ClipRange, Matrix, PolicyLoss, PolicyLossInput, Reduction, kl_loss, policy_loss, shape_rewards};
+use crate::rl::{
+    ClipRange, Matrix, PolicyLoss, PolicyLossInput, Reduction, kl_loss, policy_loss, shape_rewards,
+};
 use crate::schedule::Schedule;
 use crate::strategy::Strategy;
 use crate::text::Text;
@@ -124,7 +126,10 @@ pub struct Grpo<'a> {
 
 impl fmt::Debug for Grpo<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Grpo").field("step", &self.step).field("updates", &self.updates).finish_non_exhaustive()
+        f.debug_struct("Grpo")
+            .field("step", &self.step)
+            .field("updates", &self.updates)
+            .finish_non_exhaustive()
     }
 }
 
@@ -163,8 +168,7 @@ impl<'a> Grpo<'a> {
         })?;
         let total = parts.total_steps * config.updates_per_rollout() as u64;
         let schedule = config.schedule(total)?;
-        let this =
-            Self { strategy, parts, sampler, schedule, step: 0, updates: 0, engine_is_current: false };
+        let this = Self { strategy, parts, sampler, schedule, step: 0, updates: 0, engine_is_current: false };
         for index in 0..this.parts.prompts.len() {
             this.encode(&this.parts.prompts, index)?;
         }
@@ -235,8 +239,19 @@ impl<'a> Grpo<'a> {
         self.strategy.all_reduce_mean(&mut means)?;
         let mut gap = [tally.log_prob_gap];
         self.strategy.world().all_reduce(&mut gap, ReduceOp::Max)?;
-        let [reward, accuracy, kl, length, loss, clip_fraction, generate_s, score_s, train_s, update_s, tokens] =
-            means;
+        let [
+            reward,
+            accuracy,
+            kl,
+            length,
+            loss,
+            clip_fraction,
+            generate_s,
+            score_s,
+            train_s,
+            update_s,
+            tokens,
+        ] = means;
         let tokens = (tokens * ranks).round();
         Ok(StepMetrics {
             step: self.step,
@@ -357,7 +372,8 @@ impl<'a> Grpo<'a> {
         }
         let engine = self.parts.engine.as_deref_mut();
         self.strategy.update_engine_weights(&mut self.parts.actor, engine, Version(self.step))?;
-        if let Some(engine) = self.parts.engine.as_deref_mut().filter(|_| self.strategy.config().enable_engine_sleep)
+        if let Some(engine) =
+            self.parts.engine.as_deref_mut().filter(|_| self.strategy.config().enable_engine_sleep)
         {
             engine.sleep(Level::One)?;
         }

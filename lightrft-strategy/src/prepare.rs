@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytemuck::Zeroable;
 use candle_core::{DType, Device};
 use lightrft_ckpt::{Region, SafetensorsFile};
 use lightrft_collectives::Communicator;
@@ -33,11 +32,7 @@ pub struct Reference {
     pub model: ShardedModel<CausalLm>,
 }
 
-pub(crate) fn actor(
-    config: &StrategyConfig,
-    world: &Arc<dyn Communicator>,
-    folder: &Path,
-) -> Result<Actor> {
+pub(crate) fn actor(config: &StrategyConfig, world: &Arc<dyn Communicator>, folder: &Path) -> Result<Actor> {
     let model = load(world, folder, Mode::Train)?;
     let optimizer = optimizer(config, &model)?;
     Ok(Actor { model, optimizer, accumulated: 0 })
@@ -64,9 +59,7 @@ fn load(world: &Arc<dyn Communicator>, folder: &Path, mode: Mode) -> Result<Shar
     let options = ShardOptions { mode, ..ShardOptions::default() };
     let mut model = ShardedModel::new(CausalLm::new(decoder), Arc::clone(world), options)?;
     let files = ModelFiles::open(folder, model.model().decoder().config())?;
-    model.units_mut().load(|param, range, into| {
-        files.read(param.name(), Region::Flat(range), into)
-    })?;
+    model.units_mut().load(|param, range, into| files.read(param.name(), Region::Flat(range), into))?;
     Ok(model)
 }
 

@@ -175,7 +175,12 @@ impl Strategy {
     ///
     /// # Errors
     /// [`Error::Checkpoint`](crate::Error::Checkpoint), on every rank alike.
-    pub fn save_ckpt(&self, actor: &Actor, dir: &Path, state: &RunState) -> Result<lightrft_ckpt::SaveReport> {
+    pub fn save_ckpt(
+        &self,
+        actor: &Actor,
+        dir: &Path,
+        state: &RunState,
+    ) -> Result<lightrft_ckpt::SaveReport> {
         checkpoint::save(&self.config, &self.world, actor, dir, state)
     }
 

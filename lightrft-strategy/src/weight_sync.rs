@@ -27,7 +27,9 @@ pub(crate) fn update(
         let bucket: Vec<NamedTensor<'_>> = unit
             .params()
             .iter()
-            .map(|p| NamedTensor::new(p.name(), Dtype::F32, p.shape(), bytemuck::cast_slice(&values[p.range()])))
+            .map(|p| {
+                NamedTensor::new(p.name(), Dtype::F32, p.shape(), bytemuck::cast_slice(&values[p.range()]))
+            })
             .collect::<Result<_, _>>()?;
         Ok(update.push(&bucket)?)
     })?;

@@ -82,7 +82,10 @@ fn a_rank_keeps_16_bytes_a_parameter_over_the_number_of_ranks() {
         let exact = 16 * config.parameter_count() / ranks;
         for bytes in bytes {
             // Padding: less than one element a unit on each rank.
-            assert!((exact..=exact + 16 * units).contains(&bytes), "{ranks} ranks: {bytes}, {exact} expected");
+            assert!(
+                (exact..=exact + 16 * units).contains(&bytes),
+                "{ranks} ranks: {bytes}, {exact} expected"
+            );
         }
     }
 }

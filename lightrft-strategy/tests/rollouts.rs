@@ -10,8 +10,13 @@ use lightrft_strategy::model::{Sequence, TokenBatch};
 use lightrft_strategy::{Strategy, StrategyConfig};
 
 fn requests(rank: usize) -> Vec<Request> {
-    let sampling =
-        Sampling { temperature: 0.8, top_p: 0.9, max_new_tokens: 8, stop_tokens: vec![1], ..Sampling::default() };
+    let sampling = Sampling {
+        temperature: 0.8,
+        top_p: 0.9,
+        max_new_tokens: 8,
+        stop_tokens: vec![1],
+        ..Sampling::default()
+    };
     (0..3)
         .map(|i| {
             // Prompts of different lengths, so that the engine pads.
@@ -109,7 +114,10 @@ fn sleep_between_rollouts_frees_the_weights_until_the_next_update() {
         assert!(matches!(engine.state(), State::Asleep { .. }));
         let held = engine.memory_bytes().unwrap();
         assert_eq!((held.weights, held.cache, held.parked), (0, 0, 0));
-        assert!(strategy.gather_and_generate(Some(&mut engine), &requests(0)).is_err(), "the weights are gone");
+        assert!(
+            strategy.gather_and_generate(Some(&mut engine), &requests(0)).is_err(),
+            "the weights are gone"
+        );
         strategy.update_engine_weights(&mut actor, Some(&mut engine), Version(1))?;
         strategy.gather_and_generate(Some(&mut engine), &requests(0))?;
         Ok(())

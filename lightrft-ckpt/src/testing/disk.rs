@@ -241,18 +241,18 @@ impl SimulatedDisk {
         let state = self.state();
         let mut nodes = state.nodes.clone();
         let mut random = match crash {
-            Crash::Tear(seed) => seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
-            _ => 1,
+            Crash::Tear(seed) => seed,
+            _ => 0,
         };
         let mut keep = || match crash {
             Crash::LoseAll => false,
             Crash::KeepAll => true,
             Crash::Tear(_) => {
-                // xorshift64: Marsaglia, "Xorshift RNGs", 2003.
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                random >> 63 == 1
+                // SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+                random = random.wrapping_add(0x9E37_79B9_7F4A_7C15);
+                let mut mixed = (random ^ (random >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+                mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+                (mixed ^ (mixed >> 31)) & 1 == 1
             }
         };
         nodes.iter_mut().for_each(|node| node.survive(&mut keep));

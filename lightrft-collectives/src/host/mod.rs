@@ -18,9 +18,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use self::exchange::{Fault, Links};
+use self::fate::Alarm;
 use self::segment::Segment;
 use self::shm::{Shm, Watch};
-use self::fate::Alarm;
 use self::tcp::Tcp;
 use self::wire::{Cause, Note};
 pub(crate) use self::world::Join;
@@ -90,7 +90,8 @@ impl Group {
         let (id, groups) = (group_id(&name), AtomicUsize::new(0));
         let channels = Mutex::new(Channels { links, shm: None });
         let group = Group { name, id, rank, ranks, timeout, world, alarm, channels, groups };
-        let one_machine = group.ranks.iter().all(|r| group.world.cards[*r].host == group.world.cards[group.ranks[0]].host);
+        let one_machine =
+            group.ranks.iter().all(|r| group.world.cards[*r].host == group.world.cards[group.ranks[0]].host);
         if one_machine && group.world.transport == Transport::Auto {
             let shm = group.share_memory()?;
             group.channels().shm = shm;
@@ -184,7 +185,9 @@ impl Group {
         match fate.cause(self.id) {
             Some(cause) => cause.error(call, &self.name),
             // An alarm is rung only after its cause was recorded.
-            None => Error::PeerLost { call, group: self.name.clone(), rank: self.world.rank(), how: Loss::Failed },
+            None => {
+                Error::PeerLost { call, group: self.name.clone(), rank: self.world.rank(), how: Loss::Failed }
+            }
         }
     }
 }
@@ -214,7 +217,8 @@ impl Communicator for Group {
 
     fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
         check_members(self, ranks)?;
-        let signature = Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
+        let signature =
+            Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
         self.with_channels(signature, |tcp, shm, watch| match shm {
             Some(shm) => shm.meet(signature, watch),
             None => tcp.meet(signature),

@@ -59,14 +59,18 @@ impl Tcp<'_> {
                     bytes.copy_from_slice(reduced.as_slice());
                     return Ok(());
                 }
-                bytes.chunks_mut(ROUND).try_for_each(|round| self.all_reduce_round(signature, op, dtype, round))
+                bytes
+                    .chunks_mut(ROUND)
+                    .try_for_each(|round| self.all_reduce_round(signature, op, dtype, round))
             }
             Operation::ReduceScatter { input, mut output, op } => {
                 let (dtype, part) = (output.dtype(), output.bytes().len());
                 let round = (ROUND / world).next_multiple_of(64);
                 for (index, out) in output.bytes_mut().chunks_mut(round).enumerate() {
                     let piece = |to: usize| &input.bytes()[to * part + index * round..][..out.len()];
-                    out.copy_from_slice(self.reduce_from_all(signature, op, dtype, out.len(), piece)?.as_slice());
+                    out.copy_from_slice(
+                        self.reduce_from_all(signature, op, dtype, out.len(), piece)?.as_slice(),
+                    );
                 }
                 self.meet_if_empty(signature, part)
             }
@@ -159,8 +163,7 @@ impl Tcp<'_> {
     ) -> Result<(), Fault> {
         let rank = self.rank;
         let peers = (0..self.world).filter(|peer| *peer != rank);
-        let traffic =
-            peers.map(|peer| Traffic { peer, send: Some(send(peer)), recv: Some(recv(peer)) });
+        let traffic = peers.map(|peer| Traffic { peer, send: Some(send(peer)), recv: Some(recv(peer)) });
         self.links.exchange(signature, signature, traffic, self.alarm, self.timeout)
     }
 

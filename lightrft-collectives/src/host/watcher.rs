@@ -151,7 +151,9 @@ impl Watcher {
                 PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
             ];
             fds.extend(controls.iter().map(|(_, c)| PollFd::from_borrowed_fd(c.as_fd(), PollFlags::IN)));
-            fds.extend(self.strangers.iter().map(|s| PollFd::from_borrowed_fd(s.stream.as_fd(), PollFlags::IN)));
+            fds.extend(
+                self.strangers.iter().map(|s| PollFd::from_borrowed_fd(s.stream.as_fd(), PollFlags::IN)),
+            );
             let timeout = (!self.strangers.is_empty()).then_some(Timespec { tv_sec: 1, tv_nsec: 0 });
             if poll(&mut fds, timeout.as_ref()).is_err() {
                 continue;
@@ -190,7 +192,8 @@ impl Watcher {
             match stranger.stream.read(&mut stranger.hello[stranger.got..]) {
                 Ok(0) => continue,
                 Ok(n) => stranger.got += n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => {
+                }
                 Err(_) => continue,
             }
             if stranger.got < HELLO_BYTES {

@@ -1,15 +1,15 @@
 //! A world of processes: connections to all other ranks, and the watcher behind them
 
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::io::Write;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::Transport;
-use super::fate::Alarm;
 use super::exchange::Links;
+use super::fate::Alarm;
 use super::watcher::{Shared, Watcher};
 use super::wire::{Cause, Hello, Purpose};
 use crate::error::{Error, Result};
@@ -91,29 +91,31 @@ impl World {
 
         let shared = Shared::new(rank, world_size, nonce).map_err(io_error("make an event descriptor"))?;
         Watcher::start(shared.clone(), listener, world_size).map_err(io_error("start the watcher"))?;
+        // From here on a failure drops this world, which ends the watcher.
+        let mut world = World { shared, cards: Vec::new(), transport: join.transport, _server: join.server };
 
         let card = Card { address, host: host_identity(), pid: std::process::id() };
         let key = |rank: usize| format!("{prefix}/rank/{rank}");
         let bytes = rmp_serde::to_vec_named(&card).unwrap_or_default();
         store.set(&key(rank), &bytes)?;
-        let mut cards = Vec::with_capacity(world_size);
         for peer in 0..world_size {
             let bytes = store.get(&key(peer), rest())?;
-            cards.push(rmp_serde::from_slice(&bytes).map_err(|e| Error::Protocol {
+            world.cards.push(rmp_serde::from_slice(&bytes).map_err(|e| Error::Protocol {
                 rank: peer,
                 got: format!("a card of {} bytes ({e})", bytes.len()),
                 expected: "address, host and pid of a rank".into(),
             })?);
         }
-        let world = Arc::new(World { shared, cards, transport: join.transport, _server: join.server });
         let everyone: Vec<usize> = (0..world_size).collect();
-        for (peer, stream) in world.connect(Purpose::Control, "world", &everyone, rest())?.into_iter().enumerate() {
+        for (peer, stream) in
+            world.connect(Purpose::Control, "world", &everyone, rest())?.into_iter().enumerate()
+        {
             if let Some(stream) = stream {
                 stream.set_nodelay(true).map_err(io_error("set a socket option"))?;
                 world.shared.watch(peer, stream).map_err(io_error("set a socket option"))?;
             }
         }
-        Ok(world)
+        Ok(Arc::new(world))
     }
 
     pub(super) fn rank(&self) -> usize {
@@ -121,7 +123,12 @@ impl World {
     }
 
     /// The data connections of a group, by rank in the group, and its alarm.
-    pub(super) fn links(&self, name: &str, ranks: &[usize], timeout: Duration) -> Result<(Links, Arc<Alarm>)> {
+    pub(super) fn links(
+        &self,
+        name: &str,
+        ranks: &[usize],
+        timeout: Duration,
+    ) -> Result<(Links, Arc<Alarm>)> {
         let id = group_id(name);
         let alarm = self.shared.fate.alarm(id).map_err(io_error("make an event descriptor"))?;
         let streams = self.connect(Purpose::Data(id), name, ranks, timeout)?;

@@ -35,7 +35,9 @@ impl Signals {
         };
         let mut caught = Caught::new([SIGINT, SIGTERM])?;
         let handle = caught.handle();
-        thread::Builder::new().name("lightrft-signals".into()).spawn(move || caught.forever().for_each(to))?;
+        thread::Builder::new()
+            .name("lightrft-signals".into())
+            .spawn(move || caught.forever().for_each(to))?;
         *launchers += 1;
         default.store(false, Ordering::SeqCst);
         Ok(Signals { handle })

@@ -34,7 +34,7 @@ fn part(bytes: &[u8], index: usize, of: usize) -> &[u8] {
 }
 
 impl Local {
-    fn new(board: Arc<Board>, rank: usize) -> Arc<dyn Communicator> {
+    fn communicator(board: Arc<Board>, rank: usize) -> Arc<dyn Communicator> {
         Arc::new(Local { board, rank, groups: AtomicUsize::new(0) })
     }
 
@@ -146,7 +146,8 @@ impl Communicator for Local {
 
     fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
         check_members(self, ranks)?;
-        let signature = Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
+        let signature =
+            Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
         self.board.exchange(self.rank, Posted { signature, bytes: AlignedBytes::default() })?;
         let index = self.groups.fetch_add(1, Ordering::Relaxed);
         let Some(rank) = ranks.iter().position(|r| *r == self.rank) else { return Ok(None) };
@@ -155,6 +156,6 @@ impl Communicator for Local {
         if world_ranks.len() == 1 {
             return Ok(Some(Single::group(name, world_ranks[0])));
         }
-        Ok(Some(Local::new(self.board.child(name, world_ranks), rank)))
+        Ok(Some(Local::communicator(self.board.child(name, world_ranks), rank)))
     }
 }

@@ -2,13 +2,13 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc;
 use std::sync::Arc;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use super::board::{Board, Fates};
 use super::Local;
+use super::board::{Board, Fates};
 use crate::communicator::Communicator;
 use crate::error::{Error, Loss, Result};
 use crate::single::Single;
@@ -51,14 +51,16 @@ impl World {
         &self,
         rank_main: impl Fn(Arc<dyn Communicator>) -> Result<T, E> + Sync,
     ) -> Result<Vec<T>, E> {
-        let board = Board::new("world".into(), (0..self.ranks).collect(), self.timeout, Arc::new(Fates::default()));
+        let board =
+            Board::new("world".into(), (0..self.ranks).collect(), self.timeout, Arc::new(Fates::default()));
         let (ended, ends) = mpsc::channel();
         thread::scope(|scope| {
             for rank in 0..self.ranks {
                 let (board, ended, rank_main) = (board.clone(), ended.clone(), &rank_main);
                 let single = self.ranks == 1;
                 scope.spawn(move || {
-                    let comm = if single { Single::world() } else { Local::new(board.clone(), rank) };
+                    let comm =
+                        if single { Single::world() } else { Local::communicator(board.clone(), rank) };
                     let result = catch_unwind(AssertUnwindSafe(|| rank_main(comm))).unwrap_or_else(|panic| {
                         Err(Error::Panicked { rank, message: message(&*panic) }.into())
                     });

@@ -53,6 +53,12 @@ impl Drop for StoreServer {
     }
 }
 
+/// Bytes taken from one client before the others have their turn.
+const TURN: usize = 16 << 20;
+
+/// The longest request. Torch's limits on one key or value allow a request that no memory holds.
+const MAX_REQUEST: usize = 256 << 20;
+
 /// What a connection that got no reply yet waits for.
 #[derive(Debug)]
 enum Waiting {
@@ -141,7 +147,10 @@ impl Serving {
                         connection.answer(request, &mut self.table);
                         rest = &rest[n..];
                     }
-                    Err(Stop::Incomplete) => break,
+                    Err(Stop::Incomplete) => {
+                        connection.open &= rest.len() <= MAX_REQUEST;
+                        break;
+                    }
                     Err(Stop::Malformed) => connection.open = false,
                 }
             }
@@ -170,7 +179,9 @@ impl Serving {
 impl Connection {
     fn receive(&mut self) {
         let mut buffer = [0u8; 64 << 10];
-        loop {
+        // What is whole is served before more is taken, however fast a client sends.
+        let enough = self.input.len() + TURN;
+        while self.input.len() < enough {
             match self.stream.read(&mut buffer) {
                 Ok(0) => self.open = false,
                 Ok(n) => {

@@ -147,6 +147,9 @@ fn a_seed_decides_whatever_the_company(mut subject: Subject) {
     assert_ne!(same_prompt[0].tokens, same_prompt[1].tokens, "a repeated request draws anew");
 }
 
+/// What makes a good request a bad one.
+type Change = fn(&mut Request);
+
 fn bad_requests_are_refused_whole(mut subject: Subject) {
     let limits = subject.engine.limits();
     let refused = |engine: &mut dyn Engine, request: Request, what: &str| {
@@ -160,19 +163,19 @@ fn bad_requests_are_refused_whole(mut subject: Subject) {
         change(&mut request);
         request
     };
-    let bad: [(&str, &dyn Fn(&mut Request)); 9] = [
-        ("prompt", &|r| r.prompt.clear()),
-        ("samples", &|r| r.samples = 0),
-        ("temperature", &|r| r.sampling.temperature = -1.0),
-        ("temperature", &|r| r.sampling.temperature = f32::NAN),
-        ("top_p", &|r| r.sampling.top_p = 0.0),
-        ("top_p", &|r| r.sampling.top_p = 1.5),
-        ("max_new_tokens", &|r| r.sampling.max_new_tokens = 0),
-        ("min_new_tokens", &|r| r.sampling.min_new_tokens = 99),
-        ("stop_tokens", &|r| r.sampling.stop_tokens = vec![u32::MAX]),
+    let bad: [(&str, Change); 9] = [
+        ("prompt", |r| r.prompt.clear()),
+        ("samples", |r| r.samples = 0),
+        ("temperature", |r| r.sampling.temperature = -1.0),
+        ("temperature", |r| r.sampling.temperature = f32::NAN),
+        ("top_p", |r| r.sampling.top_p = 0.0),
+        ("top_p", |r| r.sampling.top_p = 1.5),
+        ("max_new_tokens", |r| r.sampling.max_new_tokens = 0),
+        ("min_new_tokens", |r| r.sampling.min_new_tokens = 99),
+        ("stop_tokens", |r| r.sampling.stop_tokens = vec![u32::MAX]),
     ];
     for (field, change) in bad {
-        refused(engine, with(change), field);
+        refused(engine, with(&change), field);
     }
     let vocabulary = limits.vocabulary as u32;
     let error = refused(engine, with(&|r| r.prompt[1] = vocabulary), &vocabulary.to_string());

@@ -17,11 +17,10 @@ const CLIP_EPS: f32 = 1e-6;
 pub(super) fn global(units: &ShardedUnits) -> Result<f32> {
     let mut sum = [units.grads().map(sum_of_squares).sum::<f64>()];
     if units.plan().world_size() > 1 {
-        units.communicator().all_reduce(&mut sum, ReduceOp::Sum).map_err(|source| Error::Collective {
-            op: "gradient norm",
-            what: "all units".to_owned(),
-            source,
-        })?;
+        units
+            .communicator()
+            .all_reduce(&mut sum, ReduceOp::Sum)
+            .map_err(Error::collective("gradient norm", "all units"))?;
     }
     Ok(sum[0].sqrt() as f32)
 }

@@ -65,7 +65,8 @@ fn be_a_rank(options: &Options) -> Result<ExitCode> {
         // Ranks that share cores slow each other down with threads that spin. The tensor library reads the variable
         // when it starts, so this program starts again with it.
         let threads = threads(env::var("LOCAL_WORLD_SIZE").ok().and_then(|n| n.parse().ok()).unwrap_or(1));
-        let error = Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(THREADS, threads).exec();
+        let error =
+            Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(THREADS, threads).exec();
         return Err(error.into());
     }
     let world = Rendezvous::from_env()?.init()?;

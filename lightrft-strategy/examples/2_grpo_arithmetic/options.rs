@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use lexopt::prelude::*;
 use lightrft_strategy::StrategyConfig;
 
-pub const HELP: &str = "\
+pub(crate) const HELP: &str = "\
 GRPO on sums: a small language model learns arithmetic by reinforcement learning.
 
   --ranks N       processes that share the work (2); under torchrun its number counts
@@ -16,6 +16,7 @@ GRPO on sums: a small language model learns arithmetic by reinforcement learning
   --resume        go on from the newest checkpoint in DIR
   --kill-at N     kill a rank with SIGKILL in the middle of step N, then resume; 0 for no kill
                   (in the middle of the run)
+  --warm-up N     supervised steps before RL, at most (1000); they end when some questions are answered
   --prompts FILE  questions to train on, JSON Lines of {\"prompt\": ..., \"label\": ...}
   --held-out FILE questions to evaluate on
   --config FILE   TOML of settings that replace the example's
@@ -23,23 +24,24 @@ GRPO on sums: a small language model learns arithmetic by reinforcement learning
 
 /// What the command line asks for.
 #[derive(Clone, Debug)]
-pub struct Options {
-    pub ranks: usize,
-    pub steps: u64,
-    pub seed: u64,
-    pub out: Option<PathBuf>,
-    pub resume: bool,
-    pub kill_at: Option<u64>,
-    pub prompts: PathBuf,
-    pub held_out: PathBuf,
-    pub config: Option<PathBuf>,
+pub(crate) struct Options {
+    pub(crate) ranks: usize,
+    pub(crate) steps: u64,
+    pub(crate) seed: u64,
+    pub(crate) out: Option<PathBuf>,
+    pub(crate) resume: bool,
+    pub(crate) kill_at: Option<u64>,
+    pub(crate) warm_up_steps: usize,
+    pub(crate) prompts: PathBuf,
+    pub(crate) held_out: PathBuf,
+    pub(crate) config: Option<PathBuf>,
     /// Set for the ranks that this program starts itself.
-    pub launched_here: bool,
+    pub(crate) launched_here: bool,
 }
 
 impl Options {
     /// Reads the command line; `None` when help was asked for.
-    pub fn parse() -> Result<Option<Self>, lexopt::Error> {
+    pub(crate) fn parse() -> Result<Option<Self>, lexopt::Error> {
         let mut options = Self {
             ranks: 2,
             steps: 300,
@@ -47,6 +49,7 @@ impl Options {
             out: None,
             resume: false,
             kill_at: None,
+            warm_up_steps: 1000,
             prompts: crate::task::training_file(),
             held_out: crate::task::held_out_file(),
             config: None,
@@ -61,6 +64,7 @@ impl Options {
                 Long("out") => options.out = Some(parser.value()?.into()),
                 Long("resume") => options.resume = true,
                 Long("kill-at") => options.kill_at = Some(parser.value()?.parse()?),
+                Long("warm-up") => options.warm_up_steps = parser.value()?.parse()?,
                 Long("prompts") => options.prompts = parser.value()?.into(),
                 Long("held-out") => options.held_out = parser.value()?.into(),
                 Long("config") => options.config = Some(parser.value()?.into()),
@@ -76,13 +80,14 @@ impl Options {
     }
 
     /// The command line of a rank with these options.
-    pub fn arguments(&self) -> Vec<OsString> {
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
         let mut list: Vec<OsString> = Vec::new();
         let mut add = |name: &str, value: OsString| list.extend([name.into(), value]);
         add("--ranks", self.ranks.to_string().into());
         add("--steps", self.steps.to_string().into());
         add("--seed", self.seed.to_string().into());
         add("--kill-at", self.kill_at.unwrap_or(0).to_string().into());
+        add("--warm-up", self.warm_up_steps.to_string().into());
         add("--prompts", self.prompts.clone().into());
         add("--held-out", self.held_out.clone().into());
         for (name, path) in [("--out", &self.out), ("--config", &self.config)] {
@@ -98,19 +103,19 @@ impl Options {
     }
 
     /// The run's settings for a world of `ranks`: those of `--config`, or the example's own.
-    pub fn settings(&self, ranks: usize) -> lightrft_strategy::Result<StrategyConfig> {
+    pub(crate) fn settings(&self, ranks: usize) -> lightrft_strategy::Result<StrategyConfig> {
         let Some(file) = &self.config else { return Ok(crate::task::settings(self.seed, ranks, self.steps)) };
         StrategyConfig::from_file(file)
     }
 
     /// The output folder.
-    pub fn out(&self) -> PathBuf {
+    pub(crate) fn out(&self) -> PathBuf {
         self.out.clone().unwrap_or_else(|| PathBuf::from("target/demo"))
     }
 
     /// In which step a rank is killed: by custom a few steps after a checkpoint near the middle, so that the resumed
     /// run does some steps again that can be compared.
-    pub fn kill_step(&self) -> Option<u64> {
+    pub(crate) fn kill_step(&self) -> Option<u64> {
         let every = crate::task::save_steps(self.steps) as u64;
         match self.kill_at {
             Some(0) => None,

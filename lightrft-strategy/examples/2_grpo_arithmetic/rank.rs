@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use lightrft_collectives::{Communicator, CommunicatorExt};
-use lightrft_data::{
-    Dataset, DistributedSampler, JsonLines, JsonLinesOptions, SamplerConfig, Shuffle, Tail,
-};
-use lightrft_engine::embedded::{EmbeddedEngine, Settings, Weights};
+use lightrft_data::{Dataset, DistributedSampler, JsonLines, JsonLinesOptions, SamplerConfig, Shuffle, Tail};
 use lightrft_engine::Engine;
+use lightrft_engine::embedded::{EmbeddedEngine, Settings, Weights};
 use lightrft_strategy::model::Sequence;
-use lightrft_strategy::{Grpo, GrpoParts, MetricsLog, Series, StepMetrics, Strategy, Text, line_chart, read_lines};
+use lightrft_strategy::{
+    Grpo, GrpoParts, MetricsLog, Series, StepMetrics, Strategy, Text, line_chart, read_lines,
+};
 use serde_json::{Value, json};
 
 use crate::options::Options;
@@ -20,13 +20,12 @@ use crate::task;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// Training stops the warm-up once it answers this share of a probe of training questions.
+/// The warm-up ends once this share of a probe is answered: training questions that the warm-up does not train on.
 const WARM_UP_ACCURACY: f64 = 0.25;
-const WARM_UP_STEPS: usize = 1000;
 const WARM_UP_LR: f64 = 2e-3;
 const WARM_UP_BATCH: usize = 128;
-/// Questions of the probe.
-const PROBE: usize = 256;
+/// Questions of the probe: the last of the training file, at most a fifth of it.
+const PROBE: usize = 200;
 
 /// Where a run keeps its files.
 struct Folders {
@@ -59,7 +58,11 @@ impl Folders {
     fn begin(&self, named: bool) -> Result<()> {
         if named && (self.metrics.exists() || self.checkpoints.exists()) {
             let out = self.metrics.with_file_name("");
-            return Err(format!("{} holds a run: go on with --resume, or name another folder", out.display()).into());
+            return Err(format!(
+                "{} holds a run: go on with --resume, or name another folder",
+                out.display()
+            )
+            .into());
         }
         for folder in [&self.start, &self.random, &self.checkpoints, &self.trained] {
             if folder.exists() {
@@ -76,12 +79,12 @@ impl Folders {
 }
 
 /// Where rank 0 leaves the run's result.
-pub fn result_file(out: &Path) -> PathBuf {
+pub(crate) fn result_file(out: &Path) -> PathBuf {
     out.join("result.json")
 }
 
 /// One rank of the run, from start to end.
-pub fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()> {
+pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()> {
     let strategy = Strategy::with_world(options.settings(world.world_size())?, world)?;
     let folders = Folders::new(&options.out());
     let prompts = JsonLines::open(&options.prompts, JsonLinesOptions::default())?;
@@ -102,7 +105,8 @@ pub fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()> {
         warm_up(&strategy, &folders, &prompts, options)?;
     }
 
-    let mut grpo = Grpo::new(&strategy, parts(&strategy, &folders.start, prompts, options.steps, Kind::Policy)?)?;
+    let mut grpo =
+        Grpo::new(&strategy, parts(&strategy, &folders.start, prompts, options.steps, Kind::Policy)?)?;
     let mut client = json!({});
     let mut done_before = Vec::new();
     let resumed = if options.resume { grpo.resume(&folders.checkpoints)? } else { None };
@@ -159,7 +163,8 @@ pub fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()> {
         let lines = read_lines(&folders.metrics)?;
         draw(&lines, &folders.picture)?;
         let tokens: f64 = lines.iter().filter_map(|l| l["tokens"].as_f64()).sum();
-        let seconds: f64 = lines.iter().filter_map(|l| Some(l["tokens"].as_f64()? / l["tokens_per_s"].as_f64()?)).sum();
+        let seconds: f64 =
+            lines.iter().filter_map(|l| Some(l["tokens"].as_f64()? / l["tokens_per_s"].as_f64()?)).sum();
         let result = json!({
             "accuracy_before": client["accuracy_before"],
             "accuracy_after": after,
@@ -181,7 +186,13 @@ enum Kind {
     Policy,
 }
 
-fn parts(strategy: &Strategy, folder: &Path, prompts: JsonLines, steps: u64, kind: Kind) -> Result<GrpoParts> {
+fn parts(
+    strategy: &Strategy,
+    folder: &Path,
+    prompts: JsonLines,
+    steps: u64,
+    kind: Kind,
+) -> Result<GrpoParts> {
     let actor = strategy.prepare_actor(folder)?;
     let reference = match kind {
         Kind::WarmUp => None,
@@ -227,8 +238,9 @@ fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options:
     let mut run = Grpo::new(strategy, parts(strategy, random, questions, 1, Kind::WarmUp)?)?;
     let text = Text::from_folder(random)?;
     let world = strategy.world_size();
+    let probe = prompts.len() - PROBE.min(prompts.len() / 5)..prompts.len();
     let mut sampler = DistributedSampler::new(SamplerConfig {
-        len: prompts.len(),
+        len: probe.start,
         rank: strategy.rank(),
         world,
         seed: options.seed,
@@ -238,7 +250,7 @@ fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options:
     let per_rank = WARM_UP_BATCH.div_ceil(world);
     let mut accuracy = 0.0;
     let mut steps = 0;
-    while steps < WARM_UP_STEPS && accuracy < WARM_UP_ACCURACY {
+    while steps < options.warm_up_steps && accuracy < WARM_UP_ACCURACY {
         if sampler.remaining() < per_rank as u64 {
             sampler.set_epoch(sampler.epoch() + 1, 0)?;
         }
@@ -255,7 +267,7 @@ fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options:
         let (loss, _) = strategy.supervised_step(run.actor_mut(), &sequences, lr)?;
         steps += 1;
         if steps % 5 == 0 {
-            accuracy = run.evaluate(prompts, 0..PROBE.min(prompts.len()))?;
+            accuracy = run.evaluate(prompts, probe.clone())?;
         }
         if steps % 25 == 0 {
             say(strategy, || format!("warm-up step {steps:3}  loss {loss:.3}  accuracy {accuracy:.3}"));
@@ -273,7 +285,16 @@ fn progress(m: &StepMetrics, steps: u64) -> String {
     format!(
         "step {:3}/{steps}  reward {:.3}  accuracy {:.3}  kl {:.4}  length {:.2}  {:5.0} tokens/s  \
          generate {:.2} s  score {:.2} s  train {:.2} s  update {:.2} s",
-        m.step, m.reward, m.accuracy, m.kl, m.length, m.tokens_per_s, m.generate_s, m.score_s, m.train_s, m.update_s
+        m.step,
+        m.reward,
+        m.accuracy,
+        m.kl,
+        m.length,
+        m.tokens_per_s,
+        m.generate_s,
+        m.score_s,
+        m.train_s,
+        m.update_s
     )
 }
 
@@ -291,7 +312,12 @@ fn same_steps(before: &[Value], now: &[Value]) -> Option<bool> {
 
 fn draw(lines: &[Value], picture: &Path) -> Result<()> {
     let reward: Vec<f64> = lines.iter().filter_map(|l| l["reward"].as_f64()).collect();
-    line_chart(picture, "Reward", "mean reward of a rollout", &Series::with_moving_average("reward", &reward, 10))?;
+    line_chart(
+        picture,
+        "Reward",
+        "mean reward of a rollout",
+        &Series::with_moving_average("reward", &reward, 10),
+    )?;
     Ok(())
 }
 

@@ -7,19 +7,19 @@ use lightrft_engine::embedded::{DecoderConfig, Family, RopeScaling};
 use lightrft_strategy::{Score, StrategyConfig};
 
 /// The character tokenizer: special tokens, digits, and the signs of the questions.
-pub const TOKENIZER: &str = include_str!("../data/tokenizer.json");
+pub(crate) const TOKENIZER: &str = include_str!("../data/tokenizer.json");
 /// Number of its tokens.
 const VOCABULARY: usize = 16;
 /// The token `<eos>`.
-pub const END: u32 = 1;
+pub(crate) const END: u32 = 1;
 
 /// `{"prompt": "47+8=", "label": "55"}`, the questions that are trained on.
-pub fn training_file() -> PathBuf {
+pub(crate) fn training_file() -> PathBuf {
     data("arithmetic_train.jsonl")
 }
 
 /// Questions of the same form that training never sees.
-pub fn held_out_file() -> PathBuf {
+pub(crate) fn held_out_file() -> PathBuf {
     data("arithmetic_heldout.jsonl")
 }
 
@@ -28,13 +28,13 @@ fn data(name: &str) -> PathBuf {
 }
 
 /// 1 for exactly the right answer, else 0.
-pub fn score(prompt: &Prompt, answer: &str) -> Score {
+pub(crate) fn score(prompt: &Prompt, answer: &str) -> Score {
     let correct = prompt.label.as_deref() == Some(answer);
     Score { reward: f32::from(u8::from(correct)), correct }
 }
 
 /// A Qwen2 of about 120,000 parameters.
-pub fn model() -> DecoderConfig {
+pub(crate) fn model() -> DecoderConfig {
     DecoderConfig {
         family: Family::Qwen2,
         vocab_size: VOCABULARY,
@@ -57,7 +57,7 @@ pub fn model() -> DecoderConfig {
 }
 
 /// The run's settings for a world of `ranks`.
-pub fn settings(seed: u64, ranks: usize, steps: u64) -> StrategyConfig {
+pub(crate) fn settings(seed: u64, ranks: usize, steps: u64) -> StrategyConfig {
     // 64 prompts, or the next number that the ranks divide.
     let rollout = 64_usize.next_multiple_of(ranks);
     let samples = 8;
@@ -82,6 +82,6 @@ pub fn settings(seed: u64, ranks: usize, steps: u64) -> StrategyConfig {
 }
 
 /// Steps between checkpoints: about ten in a run, and never every step, so that a resumed run repeats some.
-pub fn save_steps(steps: u64) -> usize {
+pub(crate) fn save_steps(steps: u64) -> usize {
     (steps / 10).max(2) as usize
 }

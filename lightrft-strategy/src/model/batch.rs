@@ -44,7 +44,8 @@ impl TokenBatch {
             tokens.resize(length, 0);
             inputs.push(tokens[..cols].to_vec());
             targets.push(tokens.split_off(1.min(length)));
-            let answer = s.prompt.len().saturating_sub(1)..(s.prompt.len() + s.answer.len()).saturating_sub(1);
+            let answer =
+                s.prompt.len().saturating_sub(1)..(s.prompt.len() + s.answer.len()).saturating_sub(1);
             mask[row * cols + answer.start..row * cols + answer.end].fill(true);
             answers.push(answer);
         }

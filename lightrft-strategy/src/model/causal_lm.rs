@@ -72,7 +72,8 @@ impl StagedModel for CausalLm {
         let mut stages = vec![StageSpec::new("embed", [0])];
         stages.extend((0..layers).map(|i| StageSpec::new(format!("layers.{i}"), [i + 1])));
         // A tied head multiplies by the embedding's matrix.
-        let head = if self.decoder.config().tie_word_embeddings { vec![0, layers + 1] } else { vec![layers + 1] };
+        let head =
+            if self.decoder.config().tie_word_embeddings { vec![0, layers + 1] } else { vec![layers + 1] };
         stages.push(StageSpec::new("head", head));
         stages
     }

@@ -1,0 +1,171 @@
+//! Ranks meet through rank 0's store, and each wrong variable is named
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use lightrft_collectives::{CommunicatorExt, Error, ReduceOp, Rendezvous, Result};
+
+const GOOD: [(&str, &str); 6] = [
+    ("RANK", "3"),
+    ("WORLD_SIZE", "8"),
+    ("LOCAL_RANK", "1"),
+    ("LOCAL_WORLD_SIZE", "2"),
+    ("MASTER_ADDR", "127.0.0.1"),
+    ("MASTER_PORT", "2222"),
+];
+
+/// The good variables with one changed, or taken away.
+fn with(variable: &str, value: Option<&str>) -> Result<Rendezvous> {
+    let mut variables: HashMap<&str, &str> = GOOD.into();
+    match value {
+        Some(value) => drop(variables.insert(variable, value)),
+        None => drop(variables.remove(variable)),
+    }
+    Rendezvous::from_variables(|name| variables.get(name).map(ToString::to_string))
+}
+
+#[test]
+fn torchruns_variables_are_read() {
+    let rendezvous = with("RANK", Some("3")).unwrap();
+    assert_eq!((rendezvous.rank(), rendezvous.world_size()), (3, 8));
+    assert_eq!((rendezvous.local_rank(), rendezvous.local_world_size()), (1, 2));
+    assert_eq!(with("LOCAL_RANK", None).unwrap().local_rank(), 1);
+}
+
+#[test]
+fn a_wrong_variable_is_named_with_what_it_holds() {
+    for (variable, value) in [
+        ("RANK", Some("8")),
+        ("RANK", Some("x")),
+        ("RANK", None),
+        ("WORLD_SIZE", Some("0")),
+        ("WORLD_SIZE", Some("")),
+        ("WORLD_SIZE", None),
+        ("LOCAL_RANK", Some("2")),
+        ("LOCAL_WORLD_SIZE", Some("9")),
+        ("MASTER_ADDR", None),
+        ("MASTER_PORT", None),
+        ("MASTER_PORT", Some("65536")),
+        ("MASTER_PORT", Some("0")),
+    ] {
+        let Err(error @ Error::Environment { .. }) = with(variable, value) else {
+            panic!("{variable}={value:?} was taken");
+        };
+        let text = error.to_string();
+        assert!(text.contains(variable) && text.contains(value.unwrap_or_default()), "{text}");
+    }
+}
+
+/// Rank `rank` of `world`, meeting at `port`.
+fn rank(rank: usize, world: usize, port: u16) -> Rendezvous {
+    let variables: HashMap<&str, String> = [
+        ("RANK", rank.to_string()),
+        ("WORLD_SIZE", world.to_string()),
+        ("MASTER_ADDR", "127.0.0.1".into()),
+        ("MASTER_PORT", port.to_string()),
+    ]
+    .into();
+    Rendezvous::from_variables(|name| variables.get(name).cloned())
+        .unwrap()
+        .join_timeout(Duration::from_secs(30))
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn rank_0_serves_the_store_where_no_agent_does() {
+    let port = free_port();
+    let sums: Vec<i64> = thread::scope(|scope| {
+        // The others come first and wait for rank 0's server.
+        let ranks: Vec<_> = (0..3)
+            .rev()
+            .map(|r| {
+                scope.spawn(move || {
+                    let comm = rank(r, 3, port).init()?;
+                    let mut sum = [r as i64];
+                    comm.all_reduce(&mut sum, ReduceOp::Sum)?;
+                    comm.barrier()?;
+                    Ok::<_, Error>(sum[0])
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap().unwrap()).collect()
+    });
+    assert_eq!(sums, [3, 3, 3]);
+}
+
+#[test]
+fn a_busy_port_is_an_error_with_address_and_port() {
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = taken.local_addr().unwrap();
+    let error = rank(0, 2, address.port()).init().unwrap_err();
+    assert!(matches!(error, Error::Bind { address: named, .. } if named == address), "{error}");
+    assert!(error.to_string().contains(&address.to_string()));
+}
+
+#[test]
+fn a_rank_that_never_comes_is_waited_for_until_the_deadline() {
+    let error = rank(0, 2, free_port()).join_timeout(Duration::from_millis(200)).init().unwrap_err();
+    assert!(matches!(&error, Error::StoreTimeout { keys, .. } if keys[0].ends_with("rank/1")), "{error}");
+}
+
+#[test]
+fn strangers_at_a_ranks_listener_disturb_nobody() {
+    let port = free_port();
+    let (found, listeners) = std::sync::mpsc::channel::<u16>();
+    thread::scope(|scope| {
+        let ranks: Vec<_> = (0..2)
+            .map(|r| {
+                let found = found.clone();
+                scope.spawn(move || {
+                    let comm = rank(r, 2, port).init().unwrap();
+                    if r == 0 {
+                        for port in listening_ports().into_iter().filter(|p| *p != port) {
+                            found.send(port).unwrap();
+                        }
+                    }
+                    drop(found);
+                    // A group made while strangers knock needs connections of its own.
+                    for _ in 0..20 {
+                        comm.subgroup(&[1, 0]).unwrap().unwrap().barrier().unwrap();
+                    }
+                })
+            })
+            .collect();
+        drop(found);
+        let mut knocked = Vec::new();
+        for port in listeners {
+            for garbage in [&b"GET / HTTP/1.0\r\n\r\n............................"[..], &[0; 40], b"x"] {
+                if let Ok(mut stream) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
+                    let _ = stream.write_all(garbage);
+                    knocked.push(stream);
+                }
+            }
+        }
+        assert!(!knocked.is_empty());
+        for rank in ranks {
+            rank.join().unwrap();
+        }
+    });
+}
+
+/// Ports that this process listens on, from the kernel's table of sockets and this process's descriptors.
+fn listening_ports() -> Vec<u16> {
+    let links = std::fs::read_dir("/proc/self/fd").unwrap();
+    let own: Vec<String> = links
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()?.to_str().map(str::to_owned))
+        .collect();
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let rows = table.lines().skip(1).map(|row| row.split_whitespace().collect::<Vec<_>>());
+    // Column 1 is address:port in hexadecimal, column 3 the state (0A is LISTEN), column 9 the inode.
+    rows.filter(|row| row[3] == "0A" && own.contains(&format!("socket:[{}]", row[9])))
+        .filter_map(|row| u16::from_str_radix(row[1].rsplit(':').next()?, 16).ok())
+        .collect()
+}
