@@ -121,7 +121,7 @@ impl Model<'_> {
             if rows.is_empty() {
                 break;
             }
-            if staying.len() < batch_rows && batch_rows == 0 {
+            if staying.len() < batch_rows {
                 cache.select_rows(&staying).map_err(ModelError::from)?;
             }
             let last: Vec<[u32; 1]> = rows.iter().filter_map(|r| r.tokens.last().map(|t| [*t])).collect();

@@ -301,14 +301,14 @@ impl DecoderConfig {
                 return Err(bad(field, 0, "a positive number was expected"));
             }
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(bad(
                 "num_attention_heads and num_key_value_heads",
                 format!("{} and {}", self.heads, self.kv_heads),
                 "the first must be a multiple of the second",
             ));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(bad("head_dim", self.head_dim, "rotary embeddings need an even number"));
         }
         if let Some(id) = self.eos_token_ids.iter().find(|id| **id as usize >= self.vocab_size) {
@@ -339,7 +339,8 @@ impl DecoderConfig {
         for layer in 0..self.layers {
             let prefix = format!("model.layers.{layer}.");
             let mut list = Vec::new();
-            let mut add = |name: &str, shape: &[usize]| list.push(parameter(format!("{prefix}{name}"), shape));
+            let mut add =
+                |name: &str, shape: &[usize]| list.push(parameter(format!("{prefix}{name}"), shape));
             add("input_layernorm.weight", &[h]);
             for (name, out) in [("q_proj", q), ("k_proj", kv), ("v_proj", kv)] {
                 add(&format!("self_attn.{name}.weight"), &[out, h]);

@@ -201,7 +201,8 @@ impl Decoder {
     /// A missing weight, or those of the tensor library.
     pub fn logits(&self, weights: &Weights, x: &Tensor) -> ModelResult<Tensor> {
         let x = graft::rms_norm(x, weights.tensor("model.norm.weight")?, self.config.rms_norm_eps)?;
-        let name = if self.config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let name =
+            if self.config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
         Ok(graft::linear(&x, weights.tensor(name)?, None)?)
     }
 

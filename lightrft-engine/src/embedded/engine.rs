@@ -242,7 +242,7 @@ impl Update for EmbeddedUpdate<'_> {
 impl Drop for EmbeddedUpdate<'_> {
     fn drop(&mut self) {
         // After a commit the engine is awake and refuses this event, which is right: there is nothing to abandon.
-        let abandoned = self.engine.step(Event::Commit).is_ok();
+        let abandoned = self.engine.step(Event::Abandon).is_ok();
         if abandoned {
             tracing::warn!(to = self.to.0, "weight update dropped before its commit: the engine is stale");
         }

@@ -89,13 +89,7 @@ impl CustomOp2 for Graft2 {
     fn name(&self) -> &'static str {
         "graft2"
     }
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         self.0.host()
     }
     fn cuda_fwd(
@@ -459,7 +453,11 @@ mod tests {
                 data[k][i] = x;
                 let numeric = (up - down) / (2.0 * f64::from(h));
                 let diff = (numeric - f64::from(g[i])).abs();
-                assert!(diff < 2e-3 * (1.0 + numeric.abs()), "input {k}, element {i}: {numeric} and {}", g[i]);
+                assert!(
+                    diff < 2e-3 * (1.0 + numeric.abs()),
+                    "input {k}, element {i}: {numeric} and {}",
+                    g[i]
+                );
             }
         }
     }

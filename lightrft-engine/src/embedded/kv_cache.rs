@@ -34,8 +34,7 @@ impl LayerCache {
                 }
                 Ok(fresh)
             };
-            let grown =
-                (grow(self.kv.as_ref().map(|kv| &kv.0))?, grow(self.kv.as_ref().map(|kv| &kv.1))?);
+            let grown = (grow(self.kv.as_ref().map(|kv| &kv.0))?, grow(self.kv.as_ref().map(|kv| &kv.1))?);
             self.kv = Some(grown);
         }
         let Some((all_k, all_v)) = &self.kv else {

@@ -99,7 +99,8 @@ impl Weights {
     ) -> ModelResult<Self> {
         let mut weights = Self::default();
         for path in weight_files(folder)? {
-            let bytes = std::fs::read(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+            let bytes =
+                std::fs::read(&path).map_err(|source| ModelError::Io { path: path.clone(), source })?;
             let tensors = candle_core::safetensors::load_buffer(&bytes, device)
                 .map_err(|e| ModelError::Malformed { path: path.clone(), what: e.to_string() })?;
             for (name, tensor) in tensors {

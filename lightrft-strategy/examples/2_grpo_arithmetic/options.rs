@@ -10,7 +10,7 @@ pub(crate) const HELP: &str = "\
 GRPO on sums: a small language model learns arithmetic by reinforcement learning.
 
   --ranks N       processes that share the work (2); under torchrun its number counts
-  --steps N       rollouts with their updates (300)
+  --steps N       rollouts with their updates (360)
   --seed N        seeds the model, the order of prompts and every sampled token (1)
   --out DIR       where checkpoints, metrics and pictures go (target/demo, begun anew each time)
   --resume        go on from the newest checkpoint in DIR
@@ -44,7 +44,7 @@ impl Options {
     pub(crate) fn parse() -> Result<Option<Self>, lexopt::Error> {
         let mut options = Self {
             ranks: 2,
-            steps: 300,
+            steps: 360,
             seed: 1,
             out: None,
             resume: false,

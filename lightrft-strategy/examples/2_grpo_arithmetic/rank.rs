@@ -21,7 +21,7 @@ use crate::task;
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// The warm-up ends once this share of a probe is answered: training questions that the warm-up does not train on.
-const WARM_UP_ACCURACY: f64 = 0.25;
+const WARM_UP_ACCURACY: f64 = 0.2;
 const WARM_UP_LR: f64 = 2e-3;
 const WARM_UP_BATCH: usize = 128;
 /// Questions of the probe: the last of the training file, at most a fifth of it.
@@ -266,7 +266,7 @@ fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options:
         let lr = WARM_UP_LR * ((steps + 1) as f64 / 20.0).min(1.0);
         let (loss, _) = strategy.supervised_step(run.actor_mut(), &sequences, lr)?;
         steps += 1;
-        if steps % 5 == 0 {
+        if steps % 2 == 0 {
             accuracy = run.evaluate(prompts, probe.clone())?;
         }
         if steps % 25 == 0 {
