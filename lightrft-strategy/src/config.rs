@@ -175,7 +175,7 @@ impl StrategyConfig {
             ));
         }
         let per_pass = self.micro_train_batch_size * world;
-        if self.train_batch_size % per_pass != 0 {
+        if !self.train_batch_size.is_multiple_of(per_pass) {
             return Err(Error::config(
                 format!(
                     "train_batch_size = {}, micro_train_batch_size = {}, world size = {world}",
@@ -184,14 +184,14 @@ impl StrategyConfig {
                 format!("the first must be a multiple of the other two's product, {per_pass}"),
             ));
         }
-        if self.rollout_batch_size % world != 0 {
+        if !self.rollout_batch_size.is_multiple_of(world) {
             return Err(Error::config(
                 format!("rollout_batch_size = {}, world size = {world}", self.rollout_batch_size),
                 "the first must be a multiple of the second, so that every rank has as many prompts",
             ));
         }
         let sequences = self.rollout_batch_size * self.n_samples_per_prompt;
-        if sequences % self.train_batch_size != 0 {
+        if !sequences.is_multiple_of(self.train_batch_size) {
             return Err(Error::config(
                 format!(
                     "rollout_batch_size = {}, n_samples_per_prompt = {}, train_batch_size = {}",
@@ -200,7 +200,7 @@ impl StrategyConfig {
                 "the product of the first two must be a multiple of the third, so that no sample is left over",
             ));
         }
-        if world % self.engine_tp_size != 0 {
+        if !world.is_multiple_of(self.engine_tp_size) {
             return Err(Error::config(
                 format!("engine_tp_size = {}, world size = {world}", self.engine_tp_size),
                 "the second must be a multiple of the first",

@@ -23,7 +23,7 @@ fn train(folder: &Path, ranks: usize, settings: &StrategyConfig) -> Vec<f32> {
             .map(|(prompt, answer)| Sequence { prompt, answer })
             .collect();
         for _ in 0..5 {
-            strategy.supervised_step(&mut actor, &mine, 1e-2)?;
+            strategy.supervised_step(&mut actor, &mine, 1e-3)?;
         }
         let mut parameters = Vec::new();
         actor.model.units_mut().for_each_full_unit(|unit, values| {
@@ -55,14 +55,14 @@ fn n_ranks_equal_one_bit_for_bit_when_sums_have_one_order() {
 #[test]
 fn n_ranks_equal_one_to_1e_6_with_clipping_and_other_micro_batches() {
     let folder = tempfile::tempdir().unwrap();
-    write_folder(folder.path(), &config(serde_json::json!({})), 3);
+    // No biases: that of the key projection has a gradient of exactly zero in exact arithmetic (the softmax does not
+    // see it), and AdamW scales what rounding leaves of it up to a whole step.
+    write_folder(folder.path(), &config(serde_json::json!({ "model_type": "llama" })), 3);
     let one = train(folder.path(), 1, &StrategyConfig { max_norm: 0.1, ..settings(ROWS, ROWS) });
     for ranks in [1, 2, 3, 4] {
         let settings = StrategyConfig { max_norm: 0.1, ..settings(ROWS, 1) };
         let many = train(folder.path(), ranks, &settings);
         let gap = one.iter().zip(&many).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-        // AdamW divides by the gradient's own size, so a rounding of a tiny gradient shows at full scale in the
-        // first steps: hence a learning rate's millionth would not do, 1e-6 of the parameters' scale does.
         assert!(gap <= 1e-6, "{ranks} ranks in micro-batches of one differ by {gap}");
     }
 }

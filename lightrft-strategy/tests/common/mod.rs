@@ -1,5 +1,5 @@
 //! A tiny model folder, and worlds of threads to train it on.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use lightrft_engine::embedded::{DecoderConfig, Weights};
 use lightrft_strategy::StrategyConfig;
 
 /// A model small enough for many runs; `changes` are fields of its `config.json`.
-pub fn config(changes: serde_json::Value) -> DecoderConfig {
+pub(crate) fn config(changes: serde_json::Value) -> DecoderConfig {
     let mut json = serde_json::json!({
         "model_type": "qwen2", "vocab_size": 16, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -24,7 +24,7 @@ pub fn config(changes: serde_json::Value) -> DecoderConfig {
 }
 
 /// Writes a random model, and the tokenizer of the example.
-pub fn write_folder(folder: &Path, config: &DecoderConfig, seed: u64) {
+pub(crate) fn write_folder(folder: &Path, config: &DecoderConfig, seed: u64) {
     let weights = Weights::random(config, seed, 0.2, &Device::Cpu).unwrap();
     lightrft_strategy::write_model(folder, config, &weights).unwrap();
     let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data/tokenizer.json");
@@ -32,7 +32,7 @@ pub fn write_folder(folder: &Path, config: &DecoderConfig, seed: u64) {
 }
 
 /// Runs `rank_main` on `ranks` threads.
-pub fn on_ranks<T: Send>(
+pub(crate) fn on_ranks<T: Send>(
     ranks: usize,
     rank_main: impl Fn(Arc<dyn Communicator>) -> lightrft_strategy::Result<T> + Sync,
 ) -> Vec<T> {
@@ -40,11 +40,11 @@ pub fn on_ranks<T: Send>(
 }
 
 /// Settings for `rows` sequences a step, `micro` of them in one pass.
-pub fn settings(rows: usize, micro: usize) -> StrategyConfig {
+pub(crate) fn settings(rows: usize, micro: usize) -> StrategyConfig {
     StrategyConfig {
         train_batch_size: rows,
         micro_train_batch_size: micro,
-        rollout_batch_size: rows / 2,
+        rollout_batch_size: rows,
         n_samples_per_prompt: 2,
         prompt_max_len: 8,
         generate_max_len: 8,
@@ -53,7 +53,7 @@ pub fn settings(rows: usize, micro: usize) -> StrategyConfig {
 }
 
 /// `count` prompts with answers of pseudo-random tokens and lengths, the same in every call.
-pub fn sequences(count: usize) -> Vec<(Vec<u32>, Vec<u32>)> {
+pub(crate) fn sequences(count: usize) -> Vec<(Vec<u32>, Vec<u32>)> {
     let mut state = 7u32;
     let mut next = |below: u32| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
