@@ -21,7 +21,7 @@ pub enum Loss {
     Died,
     /// It dropped its communicator while others still needed it.
     Left,
-    /// Its function returned an error or panicked (ranks as threads).
+    /// Its function returned an error or panicked (ranks as threads), or a call failed on its side alone.
     Failed,
 }
 

@@ -13,6 +13,9 @@ use crate::store::{StoreServer, TcpStore};
 /// How long ranks wait for each other to start, unless told otherwise: as torch's store.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// The largest world: every rank is connected to every other, and a port has 16 bits.
+const MAX_WORLD: usize = 1 << 16;
+
 /// Who this process is among the ranks of a job, and where they meet.
 ///
 /// ```
@@ -96,7 +99,8 @@ impl Rendezvous {
         if !variables.is_set("RANK") && !variables.is_set("WORLD_SIZE") {
             return Ok(rendezvous);
         }
-        let world = variables.number("WORLD_SIZE", "a number of ranks, at least 1", |n| n > 0)?;
+        let world = variables
+            .number("WORLD_SIZE", "a number of ranks from 1 to 65536", |n| (1..=MAX_WORLD).contains(&n))?;
         let rank =
             variables.number("RANK", &format!("a number less than WORLD_SIZE ({world})"), |n| n < world)?;
         let mut local = (rank, world);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use lightrft_collectives::local::World;
 use lightrft_collectives::testing::{Mismatch, conformance, mismatch};
-use lightrft_collectives::{CommunicatorExt, Error, Loss};
+use lightrft_collectives::{CommunicatorExt, Error, Loss, ReduceOp};
 
 #[test]
 fn threads_conform() {
@@ -64,4 +64,19 @@ fn a_slow_rank_is_waited_for_until_the_deadline() {
         }
     });
     assert!(matches!(result, Err(Error::Timeout { missing, .. }) if missing == [1]));
+}
+
+#[test]
+fn a_message_does_not_come_through_a_dead_group() {
+    World::run(2, |comm| {
+        if comm.rank() == 0 {
+            comm.send(&[1f32], 1)?;
+            assert!(matches!(comm.barrier(), Err(Error::Mismatch { .. })));
+        } else {
+            assert!(matches!(comm.all_reduce(&mut [1f32], ReduceOp::Sum), Err(Error::Mismatch { .. })));
+            assert!(matches!(comm.recv(&mut [0f32], 0), Err(Error::Mismatch { .. })));
+        }
+        Ok(())
+    })
+    .unwrap();
 }

@@ -7,7 +7,8 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use lightrft_collectives::{CommunicatorExt, Error, ReduceOp, Rendezvous, Result};
+use lightrft_collectives::store::StoreServer;
+use lightrft_collectives::{CommunicatorExt, Error, ReduceOp, Rendezvous, Result, Transport};
 
 const GOOD: [(&str, &str); 6] = [
     ("RANK", "3"),
@@ -43,6 +44,7 @@ fn a_wrong_variable_is_named_with_what_it_holds() {
         ("RANK", Some("x")),
         ("RANK", None),
         ("WORLD_SIZE", Some("0")),
+        ("WORLD_SIZE", Some("1000000000000000")),
         ("WORLD_SIZE", Some("")),
         ("WORLD_SIZE", None),
         ("LOCAL_RANK", Some("2")),
@@ -60,9 +62,19 @@ fn a_wrong_variable_is_named_with_what_it_holds() {
     }
 }
 
-/// Rank `rank` of `world`, meeting at `port`.
+/// Rank `rank` of `world`, meeting at `port`, where rank 0 serves the store.
 fn rank(rank: usize, world: usize, port: u16) -> Rendezvous {
+    rank_of_job(rank, world, port, "False")
+}
+
+/// Rank `rank` of `world`, meeting at `port`, where a store is served already.
+fn rank_with_agent(rank: usize, world: usize, port: u16) -> Rendezvous {
+    rank_of_job(rank, world, port, "True")
+}
+
+fn rank_of_job(rank: usize, world: usize, port: u16, agent: &str) -> Rendezvous {
     let variables: HashMap<&str, String> = [
+        ("TORCHELASTIC_USE_AGENT_STORE", agent.to_owned()),
         ("RANK", rank.to_string()),
         ("WORLD_SIZE", world.to_string()),
         ("MASTER_ADDR", "127.0.0.1".into()),
@@ -99,6 +111,38 @@ fn rank_0_serves_the_store_where_no_agent_does() {
         ranks.into_iter().map(|rank| rank.join().unwrap().unwrap()).collect()
     });
     assert_eq!(sums, [3, 3, 3]);
+}
+
+#[test]
+fn a_world_is_joined_again_on_the_store_of_an_agent() {
+    let agent = StoreServer::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let port = agent.address().port();
+    thread::scope(|scope| {
+        for r in 0..2 {
+            scope.spawn(move || {
+                for _ in 0..5 {
+                    let comm = rank_with_agent(r, 2, port).init().unwrap();
+                    comm.barrier().unwrap();
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn no_deadline_at_all_is_a_deadline_too() {
+    let port = free_port();
+    thread::scope(|scope| {
+        for r in 0..2 {
+            scope.spawn(move || {
+                let rendezvous = rank(r, 2, port).timeout(Duration::MAX).transport(Transport::Tcp);
+                let comm = rendezvous.init().unwrap();
+                let mut data = vec![1f32; 1 << 20];
+                comm.all_reduce(&mut data, ReduceOp::Sum).unwrap();
+                assert_eq!(data[0], 2.0);
+            });
+        }
+    });
 }
 
 #[test]

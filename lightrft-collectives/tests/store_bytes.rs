@@ -176,3 +176,73 @@ fn a_busy_port_is_named() {
     let Err(error) = StoreServer::bind(server.address()) else { panic!("bound twice") };
     assert!(error.to_string().contains(&server.address().to_string()), "{error}");
 }
+
+#[test]
+fn what_a_client_said_before_it_left_counts() {
+    let server = server();
+    let keys: Vec<String> = (0..100).map(|n| format!("last-word-{n}")).collect();
+    for key in &keys {
+        // Sets and hangs up; a set has no answer to wait for.
+        let store = TcpStore::connect("127.0.0.1", server.address().port(), 10 * SECOND).unwrap();
+        store.set(key, b"said").unwrap();
+    }
+    let store = TcpStore::connect("127.0.0.1", server.address().port(), 10 * SECOND).unwrap();
+    for key in &keys {
+        assert_eq!(store.get(key, 5 * SECOND).unwrap(), b"said");
+    }
+}
+
+#[test]
+fn a_port_is_free_as_soon_as_its_server_is_dropped() {
+    let mut address = (Ipv4Addr::LOCALHOST, 0).into();
+    for _ in 0..50 {
+        let server = StoreServer::bind(address).unwrap();
+        address = server.address();
+        // Connections of the old server do not keep the port either.
+        drop(TcpStore::connect("127.0.0.1", address.port(), 10 * SECOND).unwrap());
+    }
+}
+
+#[test]
+fn a_server_without_descriptors_rests_and_then_goes_on() {
+    // Without descriptors no other test works, so this takes a process of its own.
+    let role = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["process_without_descriptors", "--exact", "--ignored", "--test-threads=1"])
+        .output()
+        .unwrap();
+    assert!(role.status.success(), "{}", String::from_utf8_lossy(&role.stdout));
+}
+
+#[test]
+#[ignore = "started by the test above"]
+fn process_without_descriptors() {
+    let limit = rustix::process::Rlimit { current: Some(64), maximum: Some(64) };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    let server = server();
+    let mut all = Vec::new();
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        all.push(file);
+    }
+    // One for a client's end, none for the server's; and one to look at the clock of this process.
+    drop(all.split_off(all.len() - 2));
+    let clock = std::fs::File::open("/proc/self/stat").unwrap();
+    let ticks = || {
+        let mut text = [0; 1024];
+        let n = std::os::unix::fs::FileExt::read_at(&clock, &mut text, 0).unwrap();
+        let text = String::from_utf8_lossy(&text[..n]).into_owned();
+        // User and system time, fields 14 and 15, in hundredths of a second.
+        let fields = text.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2);
+        fields.map(|n| n.parse::<u64>().unwrap()).sum::<u64>()
+    };
+    let mut client = connect(&server);
+    let before = ticks();
+    let begin = std::time::Instant::now();
+    client.set_read_timeout(Some(SECOND)).unwrap();
+    client.write_all(&hex(HELLO)).unwrap();
+    assert!(client.read(&mut [0]).is_err(), "nobody can have accepted");
+    let (busy, waited) = (ticks() - before, begin.elapsed());
+    assert!(busy < 20, "{busy} ticks of work in {waited:?} without any");
+    drop(all);
+    client.set_read_timeout(Some(10 * SECOND)).unwrap();
+    expect(&mut client, "", "2a000000");
+}

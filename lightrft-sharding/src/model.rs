@@ -128,10 +128,14 @@ impl<M: StagedModel> ShardedModel<M> {
     ///
     /// # Errors
     /// [`Error::StaleTape`] when the parameters have changed since, or the tape is another model's;
+    /// [`Error::IncompleteBackward`] when an earlier pass failed half-way and its gradients have not been zeroed;
     /// [`Error::Compute`] with the model's error, [`Error::Collective`], [`Error::Length`].
     pub fn backward(&mut self, tape: Tape<'_, M>, grad_output: M::Activation) -> Result<()> {
         if tape.version != self.units.version() || tape.inputs.len() + 1 != self.stages.len() {
             return Err(Error::StaleTape);
+        }
+        if self.units.backward_incomplete() {
+            return Err(Error::IncompleteBackward);
         }
         // Another pass may have ended, and freed what is never resharded; then this one gathers again.
         self.without_gradient.clear();

@@ -257,9 +257,14 @@ impl ShardedUnits {
             GradState::Accumulated if plan.world_size() == 1 => add(&mut shard.grad, &full),
             GradState::Accumulated => {
                 let mut part = self.pool.take(layout.shard_elems());
-                let _lease = self.meter.lease(size_of_val(part.as_slice()));
+                let lease = self.meter.lease(part.capacity() * size_of::<f32>());
                 sum(&mut part)?;
                 add(&mut shard.grad, &part);
+                drop(lease);
+                // The pool keeps whole units' buffers; this may well have been one.
+                if part.capacity() >= layout.padded_elems() {
+                    self.pool.put(part);
+                }
             }
         }
         shard.grad_state = GradState::Accumulated;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use lightrft_collectives::Rendezvous;
 use lightrft_data::{JsonLines, JsonLinesOptions};
-use lightrft_engine::embedded::{DecoderConfig, EmbeddedEngine, Settings, Weights};
+use lightrft_engine::embedded::{DecoderConfig, Weights};
 use lightrft_strategy::{Grpo, GrpoParts, Score, Strategy, StrategyConfig, Text, write_model};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -34,16 +34,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         ..StrategyConfig::default()
     };
     let strategy = Strategy::with_world(settings, Rendezvous::from_env()?.init()?)?;
+    let actor = strategy.prepare_actor(&work)?;
     let parts = GrpoParts {
-        actor: strategy.prepare_actor(&work)?,
+        engine: strategy.prepare_engine(&actor)?,
+        actor,
         reference: Some(strategy.prepare_reference(&work)?),
-        engine: Some(Box::new(EmbeddedEngine::without_weights(config, Settings::default())?)),
         text: Text::from_folder(&work)?,
         prompts: JsonLines::open(data.join("arithmetic_train.jsonl"), JsonLinesOptions::default())?,
         // A random model never answers a sum; it can learn to use digits.
         reward: Box::new(|_, answer| Score {
-            reward: answer.chars().filter(char::is_ascii_digit).count() as f32,
-            correct: !answer.is_empty() && answer.chars().all(|c| c.is_ascii_digit()),
+            reward: answer.text.chars().filter(char::is_ascii_digit).count() as f32,
+            correct: !answer.text.is_empty() && answer.text.chars().all(|c| c.is_ascii_digit()),
         }),
         stop_tokens: vec![1],
         total_steps: 3,

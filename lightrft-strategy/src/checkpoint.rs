@@ -27,8 +27,10 @@ pub struct RunState {
     pub step: u64,
     /// Optimizer steps done: the learning rate's schedule stands here.
     pub updates: u64,
-    /// The run's seed.
-    pub seed: u64,
+    /// Rollouts of the whole run, which the learning rate's schedule spans.
+    pub total_steps: u64,
+    /// The settings it was made with.
+    pub settings: StrategyConfig,
     /// Position in the prompts.
     pub sampler: SamplerState,
     /// What the program that drives the run wants back, LightRFT's `client_state`.
@@ -42,6 +44,9 @@ pub struct Loaded {
     pub state: RunState,
     /// Which checkpoint it was, and which damaged ones were passed over.
     pub report: LoadReport,
+    /// Settings that differ from those of the run that saved it, with both values: what keeps the resumed run from
+    /// being exactly that run's.
+    pub changed: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -98,7 +103,13 @@ pub(crate) fn save(
     Ok(Saver::open(dir, &group)?.save(&group, &snapshot, &limits)?)
 }
 
-pub(crate) fn load(world: &Arc<dyn Communicator>, actor: &mut Actor, dir: &Path) -> Result<Option<Loaded>> {
+/// Loads the newest whole checkpoint. `check` sees its state before anything of the policy changes.
+pub(crate) fn load(
+    world: &Arc<dyn Communicator>,
+    actor: &mut Actor,
+    dir: &Path,
+    check: impl FnOnce(&str, &RunState) -> Result<()>,
+) -> Result<Option<Loaded>> {
     let group = Group(&**world);
     let (checkpoint, report) =
         match Checkpoints::open(dir).load_together(&group, Which::Newest, Verify::Everything) {
@@ -107,21 +118,24 @@ pub(crate) fn load(world: &Arc<dyn Communicator>, actor: &mut Actor, dir: &Path)
             Err(error) => return Err(error.into()),
         };
     let wrong = |what: String| Error::Resume { tag: checkpoint.tag().to_owned(), what };
-    check(actor, &checkpoint)?;
+    check_tensors(actor, &checkpoint)?;
     let shared: Shared = serde_json::from_value(checkpoint.shared().clone())
         .map_err(|e| wrong(format!("its state cannot be read: {e}")))?;
+    check(checkpoint.tag(), &shared.run)?;
     let Actor { model, optimizer, accumulated } = actor;
     load_state(model.units_mut(), Some(optimizer), |kind, param, range, into| {
         checkpoint.read_into(&tensor_name(kind, param.name()), &Region::Flat(range), into)
     })?;
     optimizer
         .set_counters(AdamWCounters { steps: shared.optimizer_steps, skipped: shared.optimizer_skipped });
+    // What a step that failed had accumulated belongs to other parameters.
+    model.units_mut().zero_gradients();
     *accumulated = 0;
-    Ok(Some(Loaded { state: shared.run, report }))
+    Ok(Some(Loaded { state: shared.run, report, changed: Vec::new() }))
 }
 
 /// Compares names and shapes before anything is read, so that a refusal leaves the policy as it was.
-fn check(actor: &Actor, checkpoint: &Checkpoint) -> Result<()> {
+fn check_tensors(actor: &Actor, checkpoint: &Checkpoint) -> Result<()> {
     let plan = actor.model.units().plan();
     let mut expected = Vec::new();
     for param in plan.units().iter().flat_map(|unit| unit.params()) {

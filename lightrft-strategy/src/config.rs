@@ -97,6 +97,8 @@ pub struct StrategyConfig {
     pub max_ckpt_num: usize,
     /// Bytes of checkpoints kept, in GiB.
     pub max_ckpt_mem: f64,
+    /// Whether each step hashes all parameters, to compare runs bit for bit. Costs one pass over the shards.
+    pub log_parameters_hash: bool,
 }
 
 impl Default for StrategyConfig {
@@ -133,6 +135,7 @@ impl Default for StrategyConfig {
             save_steps: 0,
             max_ckpt_num: 3,
             max_ckpt_mem: 1000.0,
+            log_parameters_hash: false,
         }
     }
 }
@@ -174,7 +177,11 @@ impl StrategyConfig {
                 "only stage 3 (parameters, gradients and optimizer state sharded) is offered",
             ));
         }
-        let per_pass = self.micro_train_batch_size * world;
+        let product = |a: usize, b: usize, fields: &str| {
+            a.checked_mul(b)
+                .ok_or_else(|| Error::config(format!("{fields} = {a} and {b}"), "their product overflows"))
+        };
+        let per_pass = product(self.micro_train_batch_size, world, "micro_train_batch_size and world size")?;
         if !self.train_batch_size.is_multiple_of(per_pass) {
             return Err(Error::config(
                 format!(
@@ -190,7 +197,12 @@ impl StrategyConfig {
                 "the first must be a multiple of the second, so that every rank has as many prompts",
             ));
         }
-        let sequences = self.rollout_batch_size * self.n_samples_per_prompt;
+        let sequences = product(
+            self.rollout_batch_size,
+            self.n_samples_per_prompt,
+            "rollout_batch_size and n_samples_per_prompt",
+        )?;
+        product(sequences, self.max_epochs, "sequences of a rollout and max_epochs")?;
         if !sequences.is_multiple_of(self.train_batch_size) {
             return Err(Error::config(
                 format!(
@@ -219,8 +231,24 @@ impl StrategyConfig {
                 "a group of one sample has nothing to compare with: at least 2 were expected",
             ));
         }
+        let (beta1, beta2) = self.adam_betas;
+        let temperature = f64::from(self.temperature);
         let ranges = [
-            ("max_norm", self.max_norm, self.max_norm >= 0.0, "0 or more"),
+            (
+                "temperature",
+                temperature,
+                temperature > 0.0 && temperature.is_finite(),
+                "positive: the samples of a group must differ",
+            ),
+            ("top_p", f64::from(self.top_p), self.top_p > 0.0 && self.top_p <= 1.0, "in (0, 1]"),
+            ("adam_betas.0", beta1, (0.0..1.0).contains(&beta1), "in [0, 1)"),
+            ("adam_betas.1", beta2, (0.0..1.0).contains(&beta2), "in [0, 1)"),
+            (
+                "max_norm",
+                self.max_norm,
+                self.max_norm >= 0.0 && self.max_norm.is_finite(),
+                "finite, 0 or more",
+            ),
             (
                 "actor_lr",
                 self.actor_lr,
@@ -235,7 +263,12 @@ impl StrategyConfig {
                 "in [0, 1]",
             ),
             ("eps_clip", self.eps_clip, self.eps_clip > 0.0 && self.eps_clip < 1.0, "in (0, 1)"),
-            ("init_kl_coef", self.init_kl_coef, self.init_kl_coef >= 0.0, "0 or more"),
+            (
+                "init_kl_coef",
+                self.init_kl_coef,
+                self.init_kl_coef >= 0.0 && self.init_kl_coef.is_finite(),
+                "finite, 0 or more",
+            ),
             ("max_ckpt_mem", self.max_ckpt_mem, self.max_ckpt_mem > 0.0, "positive"),
         ];
         for (field, value, ok, expected) in ranges {
@@ -271,16 +304,32 @@ impl StrategyConfig {
 
     /// The settings that differ from the defaults, a line each.
     pub fn summary(&self) -> String {
-        let table =
-            |c: &Self| serde_json::to_value(c).ok().and_then(|v| v.as_object().cloned()).unwrap_or_default();
-        let (mine, defaults) = (table(self), table(&Self::default()));
         let mut text = String::new();
-        for (field, value) in mine.iter().filter(|(field, value)| defaults.get(*field) != Some(value)) {
-            let default = defaults.get(field).map(ToString::to_string).unwrap_or_default();
+        for (field, default, value) in Self::default().compare(self) {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "  {field:<26} {value:<20} (default {default})");
         }
         text
+    }
+
+    /// What `other` has changed, as `field: mine -> its`.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        self.compare(other)
+            .into_iter()
+            .map(|(field, mine, its)| format!("{field}: {mine} -> {its}"))
+            .collect()
+    }
+
+    fn compare(&self, other: &Self) -> Vec<(String, String, String)> {
+        let table =
+            |c: &Self| serde_json::to_value(c).ok().and_then(|v| v.as_object().cloned()).unwrap_or_default();
+        let (mine, its) = (table(self), table(other));
+        mine.into_iter()
+            .filter_map(|(field, value)| {
+                let other = its.get(&field).filter(|other| **other != value)?;
+                Some((field, value.to_string(), other.to_string()))
+            })
+            .collect()
     }
 }
 

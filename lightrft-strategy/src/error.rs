@@ -26,15 +26,29 @@ pub enum Error {
         what: String,
     },
     /// A prompt does not fit.
-    #[error("prompt {index} of {source_name} has {tokens} tokens: {what}")]
+    #[error("{location}: the prompt has {tokens} tokens: {what}")]
     Prompt {
-        /// Its index in the data set.
-        index: usize,
-        /// The data set, with the line if it has one.
-        source_name: String,
+        /// Where it stands in its data set.
+        location: String,
         /// Its length in tokens.
         tokens: usize,
         /// What was expected.
+        what: String,
+    },
+    /// A reward that is no number.
+    #[error("the answer {answer:?} to {prompt:?} has the reward {reward}: a finite number was expected")]
+    Reward {
+        /// The prompt.
+        prompt: String,
+        /// The answer.
+        answer: String,
+        /// What the reward function said.
+        reward: f32,
+    },
+    /// An engine's reply that is not what was asked for.
+    #[error("the engine's reply: {what}")]
+    Completions {
+        /// What is wrong with it.
         what: String,
     },
     /// Text that the tokenizer cannot encode, or tokens it cannot decode.
@@ -57,7 +71,8 @@ pub enum Error {
         /// What was wrong.
         what: String,
     },
-    /// What a checkpoint says does not fit this run.
+    /// A checkpoint of another run: its seed or its prompts differ. (One of another model is [`Error::Checkpoint`], with
+    /// the tensors that differ.)
     #[error("checkpoint {tag}: {what}")]
     Resume {
         /// The checkpoint's tag.

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lightrft_ckpt::{SafetensorsWriter, TensorSpec};
-use lightrft_collectives::{Communicator, CommunicatorExt};
+use lightrft_collectives::Communicator;
 use lightrft_engine::embedded::{DecoderConfig, Weights};
 use safetensors::Dtype;
 
+use crate::agree::agree;
 use crate::error::{Error, Result};
 use crate::prepare::Actor;
 
@@ -30,15 +31,9 @@ pub(crate) fn save_model(
         }
         Ok(())
     })?;
-    let finished = written.and_then(|writer| writer.map_or(Ok(()), |w| w.finish().map_err(Error::from)));
+    let finished = written.and_then(|writer| writer.map_or(Ok(()), |w| Ok(w.finish()?)));
     // The others learn whether the folder is there before they read from it.
-    let outcome = finished.as_ref().err().map(ToString::to_string);
-    let told: Option<String> = world.broadcast_object((world.rank() == 0).then_some(&outcome), 0)?;
-    finished?;
-    match told {
-        Some(what) => Err(Error::OtherRank { rank: 0, phase: "model export", what }),
-        None => Ok(()),
-    }
+    agree(&**world, "model export", finished)
 }
 
 /// Writes a model that lies in one process, such as a freshly drawn one, as a Hugging Face folder: `config.json` and

@@ -31,18 +31,30 @@ impl MetricsLog {
     /// # Errors
     /// [`Error::Io`].
     pub fn resume(path: &Path, step: u64) -> Result<(Self, Vec<Value>)> {
-        let lines = read_lines(path)?;
-        let of = |line: &Value| line["step"].as_u64().unwrap_or(0);
-        let (keep, again): (Vec<Value>, Vec<Value>) = lines.into_iter().partition(|line| of(line) <= step);
-        // Written beside and renamed, so that a crash here loses neither.
+        let text = read_text(path)?;
+        // Written beside and renamed, so that a crash here loses neither; kept lines stay as they are, byte for byte.
         let staged = path.with_extension("jsonl.tmp");
         let mut log = Self::create(&staged)?;
-        for line in &keep {
-            log.append(line)?;
+        let mut again = Vec::new();
+        for (line, value) in parse(&text) {
+            if value["step"].as_u64().unwrap_or(0) <= step {
+                log.write(line)?;
+            } else {
+                again.push(value);
+            }
         }
         std::fs::rename(&staged, path).map_err(Error::io(path))?;
         log.path = path.to_owned();
         Ok((log, again))
+    }
+
+    /// The objects of a metrics file; none where there is no file. A line that is no JSON, as a crash may leave one at
+    /// the end, is skipped.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read(path: &Path) -> Result<Vec<Value>> {
+        Ok(parse(&read_text(path)?).map(|(_, value)| value).collect())
     }
 
     /// Appends one object.
@@ -50,22 +62,24 @@ impl MetricsLog {
     /// # Errors
     /// [`Error::Io`].
     pub fn append(&mut self, line: &Value) -> Result<()> {
+        self.write(&line.to_string())
+    }
+
+    fn write(&mut self, line: &str) -> Result<()> {
         // One write for the whole line: a reader never sees the half of one.
         self.file.write_all(format!("{line}\n").as_bytes()).map_err(Error::io(&self.path))
     }
 }
 
-/// The objects of a metrics file; none where there is no file. A line that is no JSON, as a crash may leave one at
-/// the end, is skipped.
-///
-/// # Errors
-/// [`Error::Io`].
-pub fn read_lines(path: &Path) -> Result<Vec<Value>> {
+fn read_text(path: &Path) -> Result<String> {
     match std::fs::read_to_string(path) {
-        Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(Error::io(path)(error)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        other => other.map_err(Error::io(path)),
     }
+}
+
+fn parse(text: &str) -> impl Iterator<Item = (&str, Value)> {
+    text.lines().filter_map(|line| Some((line, serde_json::from_str(line).ok()?)))
 }
 
 #[cfg(test)]
@@ -85,7 +99,7 @@ mod tests {
         let (mut log, again) = MetricsLog::resume(&path, 3).unwrap();
         assert_eq!(again, [json!({ "step": 4 }), json!({ "step": 5 })]);
         log.append(&json!({ "step": 4, "second": true })).unwrap();
-        let lines = read_lines(&path).unwrap();
+        let lines = MetricsLog::read(&path).unwrap();
         assert_eq!(lines.len(), 4);
         assert_eq!(lines[3]["second"], true);
     }

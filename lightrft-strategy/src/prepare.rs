@@ -6,12 +6,13 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use lightrft_ckpt::{Region, SafetensorsFile};
 use lightrft_collectives::Communicator;
-use lightrft_engine::embedded::{Decoder, DecoderConfig, ModelError};
+use lightrft_engine::Engine;
+use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, ModelError, Settings, weight_files};
 use lightrft_sharding::{AdamW, AdamWConfig, Mode, ShardOptions, ShardedModel};
 use safetensors::Dtype;
 
-use crate::config::StrategyConfig;
-use crate::error::{Error, Result};
+use crate::config::{EngineType, StrategyConfig};
+use crate::error::Result;
 use crate::model::CausalLm;
 
 /// A policy that trains: sharded parameters and gradients, and the optimizer over this rank's shards.
@@ -40,6 +41,27 @@ pub(crate) fn actor(config: &StrategyConfig, world: &Arc<dyn Communicator>, fold
 
 pub(crate) fn reference(world: &Arc<dyn Communicator>, folder: &Path) -> Result<Reference> {
     Ok(Reference { model: load(world, folder, Mode::Frozen)? })
+}
+
+pub(crate) fn engine(
+    config: &StrategyConfig,
+    wanted: bool,
+    actor: &Actor,
+) -> Result<Option<Box<dyn Engine>>> {
+    if !wanted {
+        return Ok(None);
+    }
+    match config.engine_type {
+        EngineType::Embedded => {
+            let decoder = actor.model.model().decoder();
+            let mut settings =
+                Settings { dtype: decoder.dtype(), device: decoder.device().clone(), ..Settings::default() };
+            if config.micro_rollout_batch_size > 0 {
+                settings.max_sequences = config.micro_rollout_batch_size;
+            }
+            Ok(Some(Box::new(EmbeddedEngine::without_weights(decoder.config().clone(), settings)?)))
+        }
+    }
 }
 
 /// A fresh AdamW for these shards.
@@ -72,16 +94,8 @@ struct ModelFiles {
 impl ModelFiles {
     /// Opens the folder's files and checks that they hold the model's tensors, each in its shape.
     fn open(folder: &Path, config: &DecoderConfig) -> Result<Self> {
-        let mut paths = vec![folder.join("model.safetensors")];
-        if !paths[0].exists() {
-            paths = std::fs::read_dir(folder)
-                .map_err(Error::io(folder))?
-                .filter_map(|entry| Some(entry.ok()?.path()))
-                .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
-                .collect();
-            paths.sort();
-        }
-        let files = paths.iter().map(SafetensorsFile::open).collect::<Result<Vec<_>, _>>()?;
+        let files =
+            weight_files(folder)?.into_iter().map(SafetensorsFile::open).collect::<Result<Vec<_>, _>>()?;
         let this = Self { files, folder: folder.to_owned() };
         for p in config.parameter_groups().into_iter().flat_map(|g| g.parameters) {
             match this.files.iter().find_map(|f| f.tensor(&p.name)) {

@@ -86,6 +86,7 @@ pub enum Shape {
     /// Warmup, then `num_cycles` of a cosine; half a one ends at 0.
     Cosine {
         /// Waves.
+        #[serde(default = "half_a_wave")]
         num_cycles: f64,
     },
     /// Warmup, then `num_cycles` half cosines, each from the base rate to 0.
@@ -111,6 +112,7 @@ pub enum Shape {
         #[serde(flatten)]
         min: MinLr,
         /// Waves.
+        #[serde(default = "half_a_wave")]
         num_cycles: f64,
     },
     /// Warmup, a plateau, and a decay over the last `num_decay_steps`.
@@ -126,6 +128,11 @@ pub enum Shape {
         /// Curve of the decay.
         decay_type: Curve,
     },
+}
+
+/// HF's default of `num_cycles`.
+fn half_a_wave() -> f64 {
+    0.5
 }
 
 impl Shape {

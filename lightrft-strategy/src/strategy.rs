@@ -7,13 +7,14 @@ use std::sync::Arc;
 use lightrft_collectives::{Communicator, CommunicatorExt, ReduceOp, Rendezvous};
 use lightrft_engine::{Completion, Engine, Request, Version};
 
+use crate::agree::agree;
 use crate::checkpoint::{self, RunState};
 use crate::config::StrategyConfig;
-use crate::error::Result;
+use crate::engine_group::{Between, EngineGroup};
+use crate::error::{Error, Result};
 use crate::export;
 use crate::model::TokenBatch;
 use crate::prepare::{self, Actor, Reference};
-use crate::rollout::EngineGroup;
 use crate::step;
 use crate::weight_sync;
 
@@ -42,7 +43,16 @@ impl Strategy {
     /// # Errors
     /// As there.
     pub fn with_world(config: StrategyConfig, world: Arc<dyn Communicator>) -> Result<Self> {
-        config.validate(world.world_size())?;
+        let mine = config.validate(world.world_size()).map(|()| config.clone());
+        let mine = agree(&*world, "reading the settings", mine)?;
+        let all: Vec<StrategyConfig> = world.all_gather_object(&mine)?;
+        if let Some((rank, other)) = all.iter().enumerate().find(|(_, other)| **other != mine) {
+            let fields = mine.differences(other).join(", ");
+            return Err(Error::config(
+                fields,
+                format!("rank {} and rank {rank} have different settings", world.rank()),
+            ));
+        }
         let engine_group = EngineGroup::new(&*world, config.engine_tp_size)?;
         Ok(Self { config, world, engine_group })
     }
@@ -96,6 +106,14 @@ impl Strategy {
     /// As [`prepare_actor`](Self::prepare_actor).
     pub fn prepare_reference(&self, folder: &Path) -> Result<Reference> {
         prepare::reference(&self.world, folder)
+    }
+
+    /// The embedded engine for this policy, without weights yet, on the ranks that hold one.
+    ///
+    /// # Errors
+    /// [`Error::Engine`](crate::Error::Engine).
+    pub fn prepare_engine(&self, actor: &Actor) -> Result<Option<Box<dyn Engine>>> {
+        prepare::engine(&self.config, self.holds_engine(), actor)
     }
 
     /// Log-probabilities of the batch's targets under the frozen reference, `[rows, cols]`. *Collective.*
@@ -154,21 +172,22 @@ impl Strategy {
         engine: Option<&mut (dyn Engine + 'static)>,
         requests: &[Request],
     ) -> Result<Vec<Completion>> {
-        self.engine_group.generate(engine, requests, self.config.enable_engine_sleep)
+        let between = if self.config.enable_engine_sleep { Between::Asleep } else { Between::Awake };
+        self.engine_group.generate(engine, requests, between)
     }
 
     /// Streams the policy's parameters into the engine as one transaction, one gathered unit in memory at a time.
     /// *Collective.*
     ///
     /// # Errors
-    /// The engine's; then it is stale until an update succeeds.
+    /// The engine's, on every rank; it is then stale until an update succeeds.
     pub fn update_engine_weights(
         &self,
         actor: &mut Actor,
         engine: Option<&mut (dyn Engine + 'static)>,
         version: Version,
     ) -> Result<()> {
-        weight_sync::update(actor, engine, version)
+        weight_sync::update(&*self.world, actor, engine, version)
     }
 
     /// Saves parameters, optimizer and run state, and rotates old checkpoints out. *Collective.*
@@ -187,10 +206,10 @@ impl Strategy {
     /// Loads the newest whole checkpoint, or nothing when there is none. *Collective.*
     ///
     /// # Errors
-    /// [`Error::Checkpoint`](crate::Error::Checkpoint), and [`Error::Resume`](crate::Error::Resume) for a checkpoint
-    /// of another model, with the tensors that differ.
+    /// [`Error::Checkpoint`](crate::Error::Checkpoint); for a checkpoint of another model it names the tensors that
+    /// differ, and nothing has been loaded.
     pub fn load_ckpt(&self, actor: &mut Actor, dir: &Path) -> Result<Option<checkpoint::Loaded>> {
-        checkpoint::load(&self.world, actor, dir)
+        checkpoint::load(&self.world, actor, dir, |_, _| Ok(()))
     }
 
     /// Writes the policy as a Hugging Face folder: `config.json`, `model.safetensors`, and a copy of `tokenizer`.

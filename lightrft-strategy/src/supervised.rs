@@ -1,8 +1,9 @@
 //! Supervised steps: next-token loss over the answers, through the same shards and optimizer as RL.
 
+use lightrft_collectives::CommunicatorExt;
 use lightrft_sharding::StepReport;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Sequence, TokenBatch};
 use crate::prepare::Actor;
 use crate::rl::{Matrix, Reduction};
@@ -20,6 +21,12 @@ impl Strategy {
         sequences: &[Sequence<'_>],
         lr: f64,
     ) -> Result<(f64, StepReport)> {
+        let mut counts = vec![0i64; self.world_size()];
+        self.world().all_gather(&[sequences.len() as i64], &mut counts)?;
+        if counts[0] == 0 || counts.iter().any(|n| *n != counts[0]) {
+            let fields = format!("sequences of the ranks = {counts:?}");
+            return Err(Error::config(fields, "every rank must have as many, and at least one"));
+        }
         let reduction = Reduction::sequences_of(sequences.len() * self.world_size());
         let mut loss = 0.0;
         for micro in sequences.chunks(self.config().micro_train_batch_size) {

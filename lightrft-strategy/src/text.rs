@@ -23,6 +23,16 @@ impl Text {
         Ok(Self { tokenizer, source })
     }
 
+    /// Parses the text of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn from_json(json: &str) -> Result<Self> {
+        let source = PathBuf::from("tokenizer.json");
+        let tokenizer = json.parse().map_err(|e| Error::Tokenizer(format!("{}: {e}", source.display())))?;
+        Ok(Self { tokenizer, source })
+    }
+
     /// The file it came from.
     pub fn source(&self) -> &Path {
         &self.source

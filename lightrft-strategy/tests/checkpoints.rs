@@ -6,13 +6,14 @@ mod common;
 use common::{config, on_ranks, sequences, settings, write_folder};
 use lightrft_data::{SamplerState, Shuffle, Tail};
 use lightrft_strategy::model::Sequence;
-use lightrft_strategy::{RunState, Strategy};
+use lightrft_strategy::{RunState, Strategy, StrategyConfig};
 
 fn state(step: u64) -> RunState {
     RunState {
         step,
         updates: step,
-        seed: 42,
+        total_steps: 10,
+        settings: StrategyConfig::default(),
         sampler: SamplerState {
             len: 100,
             seed: 42,

@@ -38,7 +38,7 @@ fn small(out: &Path, ranks: usize, more: &[&str]) -> Output {
         format!(
             "seed = 5\nrollout_batch_size = {rows}\nn_samples_per_prompt = 4\ntrain_batch_size = {}\n\
              micro_train_batch_size = 4\nprompt_max_len = 12\ngenerate_max_len = 4\nenable_engine_sleep = true\n\
-             actor_lr = 1e-3\nuse_kl_loss = true\nsave_steps = 2\nmax_ckpt_num = 2\n",
+             actor_lr = 1e-3\nuse_kl_loss = true\nsave_steps = 2\nmax_ckpt_num = 2\nlog_parameters_hash = true\n",
             2 * rows
         ),
     )
@@ -84,9 +84,10 @@ fn a_run_killed_with_sigkill_and_resumed_ends_as_an_unbroken_one_bit_for_bit() {
     assert_eq!(last_line(&killed)["resumed_exactly"], true, "{}", text(&killed));
     let model = |out: &Path| std::fs::read(out.join("trained/model.safetensors")).unwrap();
     assert!(model(&whole) == model(&broken), "the resumed run ended elsewhere");
-    let steps = |out: &Path| lightrft_strategy::read_lines(&out.join("metrics.jsonl")).unwrap();
-    let states =
-        |out| steps(out).iter().map(|l| (l["step"].clone(), l["parameters"].clone())).collect::<Vec<_>>();
+    let steps = |out: &Path| lightrft_strategy::MetricsLog::read(&out.join("metrics.jsonl")).unwrap();
+    let states = |out| {
+        steps(out).iter().map(|l| (l["step"].clone(), l["parameters_hash"].clone())).collect::<Vec<_>>()
+    };
     assert_eq!(states(&whole), states(&broken));
     assert_eq!(steps(&whole).len(), 6);
     assert!(steps(&whole).iter().all(|l| l["log_prob_gap"].as_f64().unwrap() < 1e-4));
@@ -168,20 +169,14 @@ fn prompts_that_do_not_fit_the_model_or_its_tokenizer_are_refused() {
         text + &format!("{{\"prompt\": \"{last}\", \"label\": \"2\"}}\n")
     };
     for (name, prompt, names) in [
-        ("long.jsonl", "1234567+1234567=", ["long.jsonl", "16 tokens", "prompt_max_len = 12"]),
-        ("letters.jsonl", "one+1=", ["\\\"o\\\"", "one+1=", "tokenizer.json"]),
+        ("long.jsonl", "1234567+1234567=", ["long.jsonl", "81", "16 tokens", "prompt_max_len = 12"]),
+        ("letters.jsonl", "one+1=", ["letters.jsonl", "81", "one+1=", "tokenizer.json"]),
     ] {
         let path = folder.path().join(name);
         std::fs::write(&path, lines(prompt)).unwrap();
-        let out = folder.path().join("out");
-        let output = run(&out, &["--prompts", path.to_str().unwrap(), "--warm-up", "0", "--steps", "2"]);
-        let said = text(&output);
-        assert!(!output.status.success(), "{said}");
-        for name in names {
-            assert!(said.contains(&name.replace("\\\"", "\"")), "{name:?} is not in: {said}");
+        for option in ["--prompts", "--held-out"] {
+            refuses(&[option, path.to_str().unwrap()], &names);
         }
-        assert!(!out.join("metrics.jsonl").exists(), "nothing was begun");
-        std::fs::remove_dir_all(&out).unwrap();
     }
 }
 

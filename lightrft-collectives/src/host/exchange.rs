@@ -14,6 +14,9 @@ use super::fate::Alarm;
 use super::wire::{HEADER_BYTES, Header};
 use crate::operation::Signature;
 
+/// The longest single wait for the sockets.
+const LONGEST_POLL: Duration = Duration::from_secs(60 * 60);
+
 /// The data connections of a group, by rank in the group.
 #[derive(Debug)]
 pub(super) struct Links {
@@ -208,6 +211,8 @@ impl Links {
             events.set(PollFlags::IN, flight.to_receive());
             fds.push(PollFd::from_borrowed_fd(self.stream(flight.peer)?.as_fd(), events));
         }
+        // A poll takes no longer time than fits its type; whoever waits longer looks again in between.
+        let rest = rest.min(LONGEST_POLL);
         let rest = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
         match poll(&mut fds, Some(&rest)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),

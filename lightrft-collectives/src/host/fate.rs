@@ -63,27 +63,30 @@ impl Fate {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An alarm for a group; rung at once if the world is already dead.
+    /// An alarm for a group; rung at once if the group is already dead: others may have been faster in making it.
     pub(super) fn alarm(&self, group: u64) -> io::Result<Arc<Alarm>> {
         let alarm = Arc::new(Alarm::new()?);
         let mut inner = self.lock();
         inner.alarms.retain(|(_, alarm)| alarm.strong_count() > 0);
         inner.alarms.push((group, Arc::downgrade(&alarm)));
-        if inner.lost.is_some() {
+        if inner.lost.is_some() || inner.groups.contains_key(&group) {
             alarm.ring();
         }
         Ok(alarm)
     }
 
-    /// Records a failure of one group, or of the world. Whether it is the first, which all others should hear of.
-    pub(super) fn record(&self, group: Option<u64>, cause: Cause) -> bool {
+    /// Whether a failure of one group, or of the world, would be the first, which all others should hear of.
+    pub(super) fn is_news(&self, group: Option<u64>) -> bool {
+        let inner = self.lock();
+        inner.lost.is_none() && group.is_none_or(|group| !inner.groups.contains_key(&group))
+    }
+
+    /// Records a failure of one group, or of the world.
+    pub(super) fn record(&self, group: Option<u64>, cause: Cause) {
         let mut inner = self.lock();
         match group {
-            None if inner.lost.is_none() => inner.lost = Some(cause),
-            Some(group) if inner.lost.is_none() && !inner.groups.contains_key(&group) => {
-                inner.groups.insert(group, cause);
-            }
-            _ => return false,
+            None => inner.lost = Some(cause),
+            Some(group) => drop(inner.groups.insert(group, cause)),
         }
         for (id, alarm) in &inner.alarms {
             if group.is_none_or(|group| group == *id)
@@ -93,7 +96,6 @@ impl Fate {
             }
         }
         self.changed.notify_all();
-        true
     }
 
     pub(super) fn record_goodbye(&self, rank: usize, group: Option<u64>) {
@@ -132,5 +134,18 @@ impl Fate {
             // A change between the two locks is seen on the next round, at most this much later.
             drop(self.changed.wait_timeout(inner, rest.min(Duration::from_millis(20))));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_comes_late_to_a_dead_group_hears_its_alarm() {
+        let fate = Fate::default();
+        fate.record(Some(7), Cause::Timeout { waited: Duration::ZERO, missing: vec![1] });
+        assert!(fate.alarm(7).unwrap().is_rung());
+        assert!(!fate.alarm(8).unwrap().is_rung());
     }
 }

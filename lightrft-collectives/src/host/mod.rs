@@ -154,6 +154,9 @@ impl Group {
         let world_rank = |member: usize| self.ranks[member];
         let (group, cause) = match fault {
             Fault::System(source) => {
+                // A call that ended half way has left its bytes in the connections: nothing more may go there.
+                let cause = Cause::Lost { rank: self.world.rank(), how: Loss::Failed };
+                self.world.shared.declare(Some(self.id), cause);
                 return Error::Io { doing: format!("{call} on {}", self.name), source: Arc::new(source) };
             }
             Fault::Alarm => (None, None),
@@ -165,6 +168,8 @@ impl Group {
             }
             Fault::Mismatch(peer, theirs) => {
                 let Some(theirs) = theirs.filter(|theirs| *theirs != mine) else {
+                    let cause = Cause::Lost { rank: world_rank(peer), how: Loss::Failed };
+                    self.world.shared.declare(Some(self.id), cause);
                     return Error::Protocol {
                         rank: world_rank(peer),
                         got: "a frame out of turn".into(),
@@ -240,5 +245,46 @@ impl Communicator for Group {
 impl Drop for Group {
     fn drop(&mut self) {
         self.world.shared.tell_all(&Note::LeftGroup { group: self.id });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::thread;
+
+    use super::*;
+    use crate::store::MemoryStore;
+
+    #[test]
+    fn a_call_that_failed_half_way_on_one_rank_kills_the_group_on_all() {
+        let store = &MemoryStore::new();
+        let limit = Duration::from_secs(20);
+        thread::scope(|scope| {
+            for rank in [0, 1] {
+                scope.spawn(move || {
+                    let join = Join {
+                        store,
+                        prefix: "test".into(),
+                        rank,
+                        world_size: 2,
+                        interface: Ipv4Addr::LOCALHOST.into(),
+                        timeout: limit,
+                        transport: Transport::Tcp,
+                        server: None,
+                    };
+                    let world = World::join(join).unwrap();
+                    let group = Group::new(world, "world".into(), vec![0, 1], limit, limit).unwrap();
+                    if rank == 1 {
+                        let refused = Fault::System(std::io::ErrorKind::OutOfMemory.into());
+                        let error = group.verdict(refused, Signature::bare(Call::Barrier));
+                        assert!(matches!(error, Error::Io { .. }), "{error}");
+                    }
+                    let after = group.barrier();
+                    let dead = matches!(after, Err(Error::PeerLost { rank: 1, how: Loss::Failed, .. }));
+                    assert!(dead, "{after:?}");
+                });
+            }
+        });
     }
 }

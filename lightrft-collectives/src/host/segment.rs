@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// Bytes of a slot: two ranks' slots stay in the second-level cache.
@@ -70,7 +70,6 @@ impl Segment {
     pub(super) fn create(nonce: u64, world: usize, rank: usize) -> io::Result<(Self, OwnedFd)> {
         let fd = memfd_create("lightrft-group", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&fd, size(world) as u64)?;
-        // A file that shrank under a reader would kill it with SIGBUS.
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let segment = Self::map(&fd, world, rank)?;
         segment.nonce().store(nonce, std::sync::atomic::Ordering::SeqCst);
@@ -94,9 +93,13 @@ impl Segment {
             let text = format!("{} has {} bytes, expected {bytes}", file.as_fd().as_raw_fd(), stat.st_size);
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
+        // A file that shrank under a reader would kill it with SIGBUS.
+        if !fcntl_get_seals(file)?.contains(SealFlags::SHRINK) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a file that may shrink"));
+        }
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice aliases nothing of this process. The file has
-        // `bytes` bytes (checked) and is sealed against shrinking by its maker before it is opened by others.
+        // `bytes` bytes and is sealed against shrinking, which cannot be undone (both checked).
         let base = unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, file, 0)? };
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
         Ok(Segment { base, bytes, world, rank })
@@ -168,5 +171,20 @@ impl Drop for Segment {
     fn drop(&mut self) {
         // SAFETY: mapped by `map` with this length; no reference into it outlives `self`.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_may_shrink_is_not_mapped() {
+        let fd = memfd_create("loose", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, size(2) as u64).unwrap();
+        let open = || Segment::open(std::process::id(), fd.as_raw_fd() as u64, 0, 2, 1);
+        assert!(open().is_err());
+        fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        assert!(open().is_ok());
     }
 }

@@ -15,6 +15,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::fate::Fate;
 use super::wire::{Cause, HELLO_BYTES, Hello, Note, Purpose};
+use crate::acceptor::Acceptor;
 use crate::error::Loss;
 
 /// A connection that does not say hello within this time is closed.
@@ -34,6 +35,8 @@ pub(super) struct Shared {
     arrival: Condvar,
     wake: OwnedFd,
     state: Mutex<State>,
+    /// Held while a failure is declared: one after the other.
+    declaring: Mutex<()>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +56,7 @@ impl Shared {
             arrival: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             state: Mutex::new(State::Running),
+            declaring: Mutex::default(),
         }))
     }
 
@@ -88,11 +92,14 @@ impl Shared {
         }
     }
 
-    /// Records a failure and, if it is news, passes it on.
+    /// If a failure is news, passes it on and then records it. In this order: a caller that reads the record may
+    /// leave, or end this process, and the others must hear the cause before they see that.
     pub(super) fn declare(&self, group: Option<u64>, cause: Cause) {
-        if self.fate.record(group, cause.clone()) {
+        let _one_at_a_time = self.declaring.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.fate.is_news(group) {
             tracing::warn!(rank = self.rank, ?cause, "a group is dead");
-            self.tell_all(&Note::Failed { group, cause });
+            self.tell_all(&Note::Failed { group, cause: cause.clone() });
+            self.fate.record(group, cause);
         }
     }
 
@@ -119,7 +126,7 @@ struct Stranger {
 /// The thread's own state.
 pub(super) struct Watcher {
     shared: Arc<Shared>,
-    listener: TcpListener,
+    acceptor: Acceptor,
     strangers: Vec<Stranger>,
     /// Notes not yet whole, by rank.
     inputs: Vec<Vec<u8>>,
@@ -128,10 +135,9 @@ pub(super) struct Watcher {
 
 impl Watcher {
     pub(super) fn start(shared: Arc<Shared>, listener: TcpListener, world: usize) -> io::Result<()> {
-        listener.set_nonblocking(true)?;
         let watcher = Watcher {
             shared,
-            listener,
+            acceptor: Acceptor::new(Arc::new(listener))?,
             strangers: Vec::new(),
             inputs: vec![Vec::new(); world],
             closed: vec![false; world],
@@ -148,13 +154,16 @@ impl Watcher {
             };
             let mut fds = vec![
                 PollFd::from_borrowed_fd(self.shared.wake.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
+                self.acceptor.poll_fd(),
             ];
             fds.extend(controls.iter().map(|(_, c)| PollFd::from_borrowed_fd(c.as_fd(), PollFlags::IN)));
             fds.extend(
                 self.strangers.iter().map(|s| PollFd::from_borrowed_fd(s.stream.as_fd(), PollFlags::IN)),
             );
-            let timeout = (!self.strangers.is_empty()).then_some(Timespec { tv_sec: 1, tv_nsec: 0 });
+            let hellos = (!self.strangers.is_empty()).then_some(Duration::from_secs(1));
+            let timeout = self.acceptor.rest().or(hellos);
+            let timeout =
+                timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
             if poll(&mut fds, timeout.as_ref()).is_err() {
                 continue;
             }
@@ -176,12 +185,13 @@ impl Watcher {
     }
 
     fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            if self.strangers.len() < MAX_STRANGERS && stream.set_nonblocking(true).is_ok() {
+        let strangers = &mut self.strangers;
+        self.acceptor.accept(|stream| {
+            if strangers.len() < MAX_STRANGERS && stream.set_nonblocking(true).is_ok() {
                 let since = Instant::now();
-                self.strangers.push(Stranger { stream, since, hello: [0; HELLO_BYTES], got: 0 });
+                strangers.push(Stranger { stream, since, hello: [0; HELLO_BYTES], got: 0 });
             }
-        }
+        });
     }
 
     /// Reads hellos. Whoever says something else, or nothing for too long, is cut off; nobody else notices.
@@ -249,5 +259,27 @@ impl Watcher {
                 self.shared.declare(None, Cause::Lost { rank, how: Loss::Died });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_here_learns_of_a_death_before_the_others_are_told() {
+        let shared = Shared::new(0, 2, 0).unwrap();
+        let alarm = shared.fate.alarm(7).unwrap();
+        std::thread::scope(|scope| {
+            // While this is held, the others cannot be told.
+            let controls = shared.controls();
+            scope.spawn(|| shared.declare(None, Cause::Lost { rank: 1, how: Loss::Died }));
+            let rings = PollFd::new(alarm.fd(), PollFlags::IN);
+            let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+            assert_eq!(poll(&mut [rings], Some(&pause)), Ok(0));
+            assert!(shared.fate.cause(7).is_none());
+            drop(controls);
+        });
+        assert!(alarm.is_rung() && shared.fate.cause(7).is_some());
     }
 }

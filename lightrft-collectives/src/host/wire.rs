@@ -21,6 +21,13 @@ pub(super) enum Purpose {
     Data(u64),
 }
 
+impl Purpose {
+    /// The group that fails if there is no such connection; 0, which is no group's id, while the world is joined.
+    pub(super) fn group(self) -> u64 {
+        if let Purpose::Data(group) = self { group } else { 0 }
+    }
+}
+
 /// The first bytes on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Hello {

@@ -1,6 +1,6 @@
 //! A world of processes: connections to all other ranks, and the watcher behind them
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use super::exchange::Links;
 use super::fate::Alarm;
 use super::watcher::{Shared, Watcher};
 use super::wire::{Cause, Hello, Purpose};
-use crate::error::{Error, Result};
+use crate::error::{Error, Loss, Result};
 use crate::operation::{Call, digest};
 use crate::store::{Store, StoreServer};
 
@@ -62,7 +62,7 @@ pub(super) fn group_id(name: &str) -> u64 {
     digest(name.bytes().map(usize::from))
 }
 
-fn io_error(doing: impl Into<String>) -> impl FnOnce(std::io::Error) -> Error {
+fn io_error(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
     let doing = doing.into();
     |source| Error::Io { doing, source: Arc::new(source) }
 }
@@ -72,6 +72,10 @@ impl World {
     pub(super) fn join(join: Join<'_>) -> Result<Arc<World>> {
         let begin = Instant::now();
         let Join { store, prefix, rank, world_size, .. } = join;
+        // What an earlier world of this job has left on the store is not taken for this one's: the n-th join of each
+        // rank meets the n-th of the others.
+        let joins = store.add(&format!("{prefix}/joins/{rank}"), 1)?;
+        let prefix = format!("{prefix}/{joins}");
         let rest = || join.timeout.saturating_sub(begin.elapsed());
         let own = SocketAddr::new(join.interface, 0);
         let listener = TcpListener::bind(own)
@@ -107,14 +111,11 @@ impl World {
             })?);
         }
         let everyone: Vec<usize> = (0..world_size).collect();
-        for (peer, stream) in
-            world.connect(Purpose::Control, "world", &everyone, rest())?.into_iter().enumerate()
-        {
-            if let Some(stream) = stream {
-                stream.set_nodelay(true).map_err(io_error("set a socket option"))?;
-                world.shared.watch(peer, stream).map_err(io_error("set a socket option"))?;
-            }
-        }
+        // Watched from the first moment: who dies now must not be waited for.
+        world.connect(Purpose::Control, "world", &everyone, rest(), |peer, stream| {
+            stream.set_nodelay(true)?;
+            world.shared.watch(peer, stream)
+        })?;
         Ok(Arc::new(world))
     }
 
@@ -131,62 +132,97 @@ impl World {
     ) -> Result<(Links, Arc<Alarm>)> {
         let id = group_id(name);
         let alarm = self.shared.fate.alarm(id).map_err(io_error("make an event descriptor"))?;
-        let streams = self.connect(Purpose::Data(id), name, ranks, timeout)?;
+        let mut streams: Vec<Option<TcpStream>> = ranks.iter().map(|_| None).collect();
+        self.connect(Purpose::Data(id), name, ranks, timeout, |place, stream| {
+            streams[place] = Some(stream);
+            Ok(())
+        })?;
         let links = Links::new(id, streams).map_err(io_error("set a socket option"))?;
         Ok((links, alarm))
     }
 
-    /// A connection to each other rank in `ranks` (of the world), by place in the list: to those before this rank by
-    /// connecting, to those after it by waiting for theirs.
+    /// Gives `take` a connection to each other rank in `ranks` (of the world), by place in the list: to those before this
+    /// rank by connecting, to those after it by waiting for theirs.
     fn connect(
         &self,
         purpose: Purpose,
         group: &str,
         ranks: &[usize],
         timeout: Duration,
-    ) -> Result<Vec<Option<TcpStream>>> {
+        mut take: impl FnMut(usize, TcpStream) -> io::Result<()>,
+    ) -> Result<()> {
         let begin = Instant::now();
         let hello = Hello { nonce: self.shared.nonce, purpose, from: self.rank() }.encode();
         let mut after_me = false;
-        let mut streams = Vec::with_capacity(ranks.len());
-        for &peer in ranks {
+        for (place, &peer) in ranks.iter().enumerate() {
             if peer == self.rank() {
                 after_me = true;
-                streams.push(None);
                 continue;
             }
             let rest = timeout.saturating_sub(begin.elapsed());
             let stream = if after_me {
                 self.await_connection(purpose, peer, rest)
             } else {
-                let address = self.cards[peer].address;
-                let connected = TcpStream::connect_timeout(&address, rest.max(Duration::from_millis(1)));
-                connected.and_then(|mut s| s.write_all(&hello).map(|()| s)).ok()
+                self.open_connection(&hello, peer, rest)
             };
-            let Some(stream) = stream else {
-                return Err(self.not_connected(purpose, group, peer, timeout));
-            };
-            streams.push(Some(stream));
+            let taken = stream.and_then(|stream| take(place, stream));
+            taken.map_err(|failure| self.not_connected(purpose, group, peer, timeout, failure))?;
         }
-        Ok(streams)
+        Ok(())
     }
 
-    /// Waits in short turns, so that a rank that died is not waited for.
-    fn await_connection(&self, purpose: Purpose, peer: usize, timeout: Duration) -> Option<TcpStream> {
-        let begin = Instant::now();
+    fn open_connection(&self, hello: &[u8], peer: usize, timeout: Duration) -> io::Result<TcpStream> {
+        let address = &self.cards[peer].address;
+        let mut stream = TcpStream::connect_timeout(address, timeout.max(Duration::from_millis(1)))?;
+        stream.write_all(hello)?;
+        Ok(stream)
+    }
+
+    /// Waits in short turns, so that a rank that died, or left, is not waited for.
+    fn await_connection(&self, purpose: Purpose, peer: usize, timeout: Duration) -> io::Result<TcpStream> {
+        let (begin, id) = (Instant::now(), purpose.group());
         loop {
             let rest = timeout.saturating_sub(begin.elapsed());
-            let taken = self.shared.take(purpose, peer, rest.min(Duration::from_millis(50)));
-            if taken.is_some() || rest.is_zero() || self.shared.fate.cause(0).is_some() {
-                return taken;
+            // Looked at before the connection: one that was opened before its rank left counts.
+            let left = self.shared.fate.has_left(peer, id);
+            let turn = Duration::from_millis(if left { 200 } else { 50 });
+            if let Some(stream) = self.shared.take(purpose, peer, rest.min(turn)) {
+                return Ok(stream);
+            }
+            if left || rest.is_zero() || self.shared.fate.cause(id).is_some() {
+                return Err(io::ErrorKind::TimedOut.into());
             }
         }
     }
 
-    fn not_connected(&self, purpose: Purpose, group: &str, peer: usize, waited: Duration) -> Error {
-        let id = if let Purpose::Data(id) = purpose { id } else { 0 };
-        let cause = self.shared.fate.await_cause(id, peer, Duration::from_secs(1));
-        cause.unwrap_or(Cause::Timeout { waited, missing: vec![peer] }).error(Call::Subgroup, group)
+    /// Why there is no connection to `peer`, told to the others, who may wait for this rank.
+    fn not_connected(
+        &self,
+        purpose: Purpose,
+        group: &str,
+        peer: usize,
+        waited: Duration,
+        failure: io::Error,
+    ) -> Error {
+        use io::ErrorKind::{ConnectionRefused, ConnectionReset, TimedOut, WouldBlock};
+        let (id, fate, call) = (purpose.group(), &self.shared.fate, Call::Subgroup);
+        if let Some(cause) = fate.await_cause(id, peer, Duration::from_secs(1)) {
+            return cause.error(call, group);
+        }
+        let (scope, cause) = match failure.kind() {
+            _ if fate.has_left(peer, id) => (None, Cause::Lost { rank: peer, how: Loss::Left }),
+            // A rank listens for as long as it is in the world.
+            ConnectionRefused | ConnectionReset => (None, Cause::Lost { rank: peer, how: Loss::Died }),
+            TimedOut | WouldBlock => (Some(id), Cause::Timeout { waited, missing: vec![peer] }),
+            // It is this rank that cannot, for want of descriptors for instance.
+            _ => {
+                let cause = Cause::Lost { rank: self.rank(), how: Loss::Failed };
+                self.shared.declare(Some(id), cause);
+                return io_error(format!("connect `{group}` to rank {peer}"))(failure);
+            }
+        };
+        self.shared.declare(scope, cause.clone());
+        fate.cause(id).unwrap_or(cause).error(call, group)
     }
 }
 
@@ -200,4 +236,104 @@ impl Drop for World {
 fn random() -> u64 {
     use std::hash::{BuildHasher, Hasher, RandomState};
     RandomState::new().build_hasher().finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::thread;
+
+    use super::*;
+    use crate::store::MemoryStore;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    fn join(store: &MemoryStore, rank: usize, world_size: usize) -> Result<Arc<World>> {
+        World::join(Join {
+            store,
+            prefix: "test".into(),
+            rank,
+            world_size,
+            interface: Ipv4Addr::LOCALHOST.into(),
+            timeout: LIMIT,
+            transport: Transport::Tcp,
+            server: None,
+        })
+    }
+
+    #[test]
+    fn a_rank_that_dies_while_all_join_is_named_by_those_who_wait_for_it() {
+        let store = &MemoryStore::new();
+        let begin = Instant::now();
+        thread::scope(|scope| {
+            let survivors = [0, 1].map(|rank| scope.spawn(move || join(store, rank, 3).map(drop)));
+            // The last rank gets as far as its first connection.
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let card = Card { address: listener.local_addr().unwrap(), host: String::new(), pid: 1 };
+            store.set("test/1/rank/2", &rmp_serde::to_vec_named(&card).unwrap()).unwrap();
+            let nonce = store.get("test/1/nonce", LIMIT).unwrap();
+            let card: Card = rmp_serde::from_slice(&store.get("test/1/rank/0", LIMIT).unwrap()).unwrap();
+            let mut control = TcpStream::connect(card.address).unwrap();
+            let nonce = u64::from_le_bytes(nonce.try_into().unwrap());
+            control.write_all(&Hello { nonce, purpose: Purpose::Control, from: 2 }.encode()).unwrap();
+            drop(control);
+            for survivor in survivors {
+                let result = survivor.join().unwrap();
+                assert!(
+                    matches!(result, Err(Error::PeerLost { rank: 2, how: Loss::Died, .. })),
+                    "{result:?}"
+                );
+            }
+        });
+        assert!(begin.elapsed() < LIMIT / 3, "{:?}", begin.elapsed());
+    }
+
+    #[test]
+    fn a_rank_that_left_is_not_waited_for_by_those_who_make_a_group_with_it() {
+        // Once it is this rank that would connect, once the one that left.
+        for leaver in [0, 1] {
+            let store = MemoryStore::new();
+            let begin = Instant::now();
+            thread::scope(|scope| {
+                for rank in [0, 1] {
+                    let store = &store;
+                    scope.spawn(move || {
+                        let world = join(store, rank, 2).unwrap();
+                        if rank == leaver {
+                            return;
+                        }
+                        let result = world.links("world/0", &[0, 1], LIMIT).map(drop);
+                        let left = matches!(
+                            result,
+                            Err(Error::PeerLost { rank, how: Loss::Left, .. }) if rank == leaver
+                        );
+                        assert!(left, "{result:?}");
+                    });
+                }
+            });
+            assert!(begin.elapsed() < LIMIT / 3, "{:?}", begin.elapsed());
+        }
+    }
+
+    #[test]
+    fn a_connection_that_this_rank_cannot_open_is_not_blamed_on_its_peer() {
+        let store = &MemoryStore::new();
+        let mut worlds: Vec<_> = thread::scope(|scope| {
+            let ranks = [0, 1].map(|rank| scope.spawn(move || join(store, rank, 2).unwrap()));
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        // The system refuses to connect to a broadcast address.
+        let world = Arc::get_mut(&mut worlds[1]).unwrap();
+        world.cards[0].address = (Ipv4Addr::BROADCAST, 1).into();
+        let begin = Instant::now();
+        thread::scope(|scope| {
+            let other = scope.spawn(|| worlds[0].links("world/0", &[0, 1], LIMIT).map(drop));
+            let result = worlds[1].links("world/0", &[0, 1], LIMIT).map(drop);
+            assert!(matches!(result, Err(Error::Io { .. })), "{result:?}");
+            let result = other.join().unwrap();
+            let named = matches!(result, Err(Error::PeerLost { rank: 1, how: Loss::Failed, .. }));
+            assert!(named, "{result:?}");
+        });
+        assert!(begin.elapsed() < LIMIT / 3, "{:?}", begin.elapsed());
+    }
 }

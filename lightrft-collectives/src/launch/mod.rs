@@ -95,6 +95,9 @@ enum Event {
     Signal(i32),
 }
 
+/// The longest grace period, a century: time without end is no point in time.
+const LONGEST_GRACE: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
 /// How hard the remaining ranks have been told to end.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -149,7 +152,7 @@ impl Launcher {
     /// Sets how long ranks may take to end by themselves after the first failure or a signal; 5 s by default.
     #[must_use]
     pub fn grace(self, grace: Duration) -> Self {
-        Launcher { grace, ..self }
+        Launcher { grace: grace.min(LONGEST_GRACE), ..self }
     }
 
     /// Sets what becomes of the ranks' output.
@@ -174,13 +177,16 @@ impl Launcher {
         let printer = Printer::new(self.output);
         let mut ranks = Ranks { children: Vec::new(), statuses: vec![None; self.ranks], failure: None };
         for rank in 0..self.ranks {
-            let mut child = self.spawn(rank, server.address().port()).map_err(|source| {
+            let failed = |source| {
                 let doing = format!("start rank {rank} of {}", self.program.display());
                 Error::Io { doing, source: Arc::new(source) }
-            })?;
-            printer.follow(rank, child.stdout.take(), child.stderr.take());
-            announce_end(rank, &child, events.clone());
+            };
+            let mut child = self.spawn(rank, server.address().port()).map_err(failed)?;
+            let (out, err, pid) = (child.stdout.take(), child.stderr.take(), Pid::from_child(&child));
+            // From here on a failure kills it with the others.
             ranks.children.push(child);
+            printer.follow(rank, out, err).map_err(failed)?;
+            announce_end(rank, pid, events.clone()).map_err(failed)?;
         }
         let signal = ranks.supervise(&received, self.grace);
         printer.finish(Duration::from_secs(1));
@@ -217,14 +223,14 @@ impl Launcher {
 
 /// Sends an event when the child has ended, leaving it to be reaped: until then its pid is nobody else's, so that a
 /// signal to it cannot hit a stranger.
-fn announce_end(rank: usize, child: &Child, events: Sender<Event>) {
-    let pid = Pid::from_child(child);
-    thread::spawn(move || {
+fn announce_end(rank: usize, pid: Pid, events: Sender<Event>) -> std::io::Result<()> {
+    let wait = move || {
         while let Err(rustix::io::Errno::INTR) =
             waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
         {}
         let _ = events.send(Event::Ended(rank));
-    });
+    };
+    thread::Builder::new().name(format!("lightrft-rank-{rank}")).spawn(wait).map(drop)
 }
 
 struct Ranks {
@@ -262,7 +268,10 @@ impl Ranks {
                 Some(Event::Signal(number)) => {
                     signal = Some(number);
                     self.signal(if number == signals::INTERRUPT { Signal::INT } else { Signal::TERM });
-                    stage = Stage::Terminated(Instant::now() + grace);
+                    // A second signal does not put off the end that the first has set.
+                    if matches!(stage, Stage::Running | Stage::Grace(_)) {
+                        stage = Stage::Terminated(Instant::now() + grace);
+                    }
                 }
                 None => break,
             }

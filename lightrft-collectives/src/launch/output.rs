@@ -44,23 +44,29 @@ impl Printer {
         Printer { output, done, finished: Mutex::new((receiver, 0)) }
     }
 
-    pub(super) fn follow(&self, rank: usize, out: Option<ChildStdout>, err: Option<ChildStderr>) {
+    pub(super) fn follow(
+        &self,
+        rank: usize,
+        out: Option<ChildStdout>,
+        err: Option<ChildStderr>,
+    ) -> io::Result<()> {
         if let Some(out) = out {
-            self.copy(rank, out, Stream::Out);
+            self.copy(rank, out, Stream::Out)?;
         }
         if let Some(err) = err {
-            self.copy(rank, err, Stream::Err);
+            self.copy(rank, err, Stream::Err)?;
         }
+        Ok(())
     }
 
-    fn copy(&self, rank: usize, from: impl Read + Send + 'static, stream: Stream) {
+    fn copy(&self, rank: usize, from: impl Read + Send + 'static, stream: Stream) -> io::Result<()> {
         let prefix = match (self.output, rank) {
             (Output::PlainRankZero | Output::OnlyRankZero, 0) => String::new(),
             _ => format!("[rank {rank}] "),
         };
         let silent = self.output == Output::OnlyRankZero && rank != 0 && matches!(stream, Stream::Out);
         let done = self.done.clone();
-        thread::spawn(move || {
+        thread::Builder::new().name(format!("lightrft-output-{rank}")).spawn(move || {
             let mut from = BufReader::new(from);
             let mut line = prefix.clone().into_bytes();
             // Read to the end also when nothing is printed: a full pipe would stop the rank.
@@ -78,8 +84,9 @@ impl Printer {
                 line.truncate(prefix.len());
             }
             let _ = done.send(());
-        });
+        })?;
         self.finished.lock().unwrap_or_else(std::sync::PoisonError::into_inner).1 += 1;
+        Ok(())
     }
 
     /// Waits for the last lines. A process that a rank has left behind may hold its output open for longer than

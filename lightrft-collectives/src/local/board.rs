@@ -139,7 +139,11 @@ impl Board {
     }
 
     pub(super) fn receive(&self, rank: usize, from: usize, signature: Signature) -> Result<AlignedBytes> {
-        let mut state = self.wait(self.lock(), Call::Recv, |state| {
+        let state = self.lock();
+        if let Some(error) = &state.failure {
+            return Err(error.clone());
+        }
+        let mut state = self.wait(state, Call::Recv, |state| {
             let empty = state.mail.get(&(from, rank)).is_none_or(VecDeque::is_empty);
             if empty { vec![from] } else { Vec::new() }
         })?;

@@ -58,7 +58,8 @@ impl World {
             for rank in 0..self.ranks {
                 let (board, ended, rank_main) = (board.clone(), ended.clone(), &rank_main);
                 let single = self.ranks == 1;
-                scope.spawn(move || {
+                let (lost, unstarted) = (board.clone(), ended.clone());
+                let started = thread::Builder::new().spawn_scoped(scope, move || {
                     let comm =
                         if single { Single::world() } else { Local::communicator(board.clone(), rank) };
                     let result = catch_unwind(AssertUnwindSafe(|| rank_main(comm))).unwrap_or_else(|panic| {
@@ -69,6 +70,13 @@ impl World {
                     let _ = ended.send((rank, result));
                     board.lose(rank, how);
                 });
+                if let Err(source) = started {
+                    let doing = format!("start the thread of rank {rank}");
+                    let _ = unstarted.send((rank, Err(Error::Io { doing, source: Arc::new(source) }.into())));
+                    // Those that run already must not wait for it.
+                    lost.lose(rank, Loss::Failed);
+                    break;
+                }
             }
         });
         drop(ended);

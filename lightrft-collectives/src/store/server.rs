@@ -7,10 +7,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::table::Table;
-use super::wire::{MAGIC, Request, Stop, parse, put_string};
+use super::wire::{HELLO_BYTES, MAGIC, Request, Stop, parse, put_string};
+use crate::acceptor::Acceptor;
 use crate::error::{Error, Result};
 
 /// Serves a store to this library's and torch's clients until dropped.
@@ -18,6 +19,7 @@ use crate::error::{Error, Result};
 pub struct StoreServer {
     address: SocketAddr,
     stop: Arc<OwnedFd>,
+    listener: Arc<TcpListener>,
 }
 
 impl StoreServer {
@@ -27,17 +29,17 @@ impl StoreServer {
     /// [`Error::Bind`] if the address cannot be listened on, for instance because the port is taken.
     pub fn bind(address: SocketAddr) -> Result<Self> {
         let failed = |source: io::Error| Error::Bind { address, source: Arc::new(source) };
-        let listener = TcpListener::bind(address).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = Arc::new(TcpListener::bind(address).map_err(failed)?);
+        let acceptor = Acceptor::new(listener.clone()).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let stop = Arc::new(eventfd(0, flags).map_err(|e| failed(e.into()))?);
         let stopped = stop.clone();
         thread::Builder::new()
             .name("lightrft-store".into())
-            .spawn(move || Serving::new(listener).run(&stopped))
+            .spawn(move || Serving::new(acceptor).run(&stopped))
             .map_err(failed)?;
-        Ok(StoreServer { address, stop })
+        Ok(StoreServer { address, stop, listener })
     }
 
     /// Where it listens.
@@ -48,8 +50,9 @@ impl StoreServer {
 
 impl Drop for StoreServer {
     fn drop(&mut self) {
-        // The thread ends by itself and closes its connections; nobody waits for it.
+        // The thread ends by itself and closes its connections; nobody waits for it. The port is free at once.
         let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        let _ = rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both);
     }
 }
 
@@ -58,6 +61,12 @@ const TURN: usize = 16 << 20;
 
 /// The longest request. Torch's limits on one key or value allow a request that no memory holds.
 const MAX_REQUEST: usize = 256 << 20;
+
+/// The longest reply; only a list of keys with long values could be answered by a longer one.
+const MAX_REPLY: usize = 256 << 20;
+
+/// Bytes of replies from which on a client that does not read them gets no more answers, until it does.
+const MAX_UNREAD: usize = 16 << 20;
 
 /// What a connection that got no reply yet waits for.
 #[derive(Debug)]
@@ -73,39 +82,45 @@ struct Connection {
     output: Vec<u8>,
     validated: bool,
     waiting: Option<Waiting>,
+    /// Whole requests may be left in `input`, because the replies to those before were not read.
+    held_back: bool,
+    /// The client says nothing more; what it said before counts.
+    ended: bool,
     open: bool,
 }
 
 struct Serving {
-    listener: TcpListener,
+    acceptor: Acceptor,
     connections: Vec<Connection>,
     table: Table,
 }
 
 impl Serving {
-    fn new(listener: TcpListener) -> Self {
-        Serving { listener, connections: Vec::new(), table: Table::default() }
+    fn new(acceptor: Acceptor) -> Self {
+        Serving { acceptor, connections: Vec::new(), table: Table::default() }
     }
 
     fn run(mut self, stop: &OwnedFd) {
         loop {
-            let mut fds = vec![
-                PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN),
-            ];
+            let mut fds =
+                vec![PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN), self.acceptor.poll_fd()];
             fds.extend(self.connections.iter().map(|c| {
-                let out = if c.output.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
-                PollFd::from_borrowed_fd(c.stream.as_fd(), PollFlags::IN | out)
+                let mut events = PollFlags::empty();
+                events.set(PollFlags::IN, !c.held_back);
+                events.set(PollFlags::OUT, c.held_back || !c.output.is_empty());
+                PollFd::from_borrowed_fd(c.stream.as_fd(), events)
             }));
+            let rest = self.acceptor.rest();
+            let rest = rest.map(|rest| Timespec { tv_sec: 0, tv_nsec: rest.subsec_nanos().into() });
             // A signal interrupts the wait; the loop then simply looks again.
-            let polled = poll(&mut fds, None);
+            let polled = poll(&mut fds, rest.as_ref());
             if polled.is_ok() && !fds[0].revents().is_empty() {
                 return;
             }
             let ready: Vec<bool> = fds[1..].iter().map(|fd| !fd.revents().is_empty()).collect();
             drop(fds);
             for (connection, ready) in self.connections.iter_mut().zip(&ready[1..]) {
-                if *ready {
+                if *ready && !connection.held_back {
                     connection.receive();
                 }
             }
@@ -113,7 +128,7 @@ impl Serving {
             for connection in &mut self.connections {
                 connection.flush();
             }
-            self.connections.retain(|c| c.open);
+            self.connections.retain(|c| c.open && !c.ended);
             if ready[0] {
                 self.accept();
             }
@@ -121,40 +136,42 @@ impl Serving {
     }
 
     fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            if stream.set_nonblocking(true).is_err() || stream.set_nodelay(true).is_err() {
-                continue;
+        let connections = &mut self.connections;
+        self.acceptor.accept(|stream| {
+            if stream.set_nonblocking(true).is_ok() && stream.set_nodelay(true).is_ok() {
+                connections.push(Connection::new(stream));
             }
-            self.connections.push(Connection {
-                stream,
-                input: Vec::new(),
-                output: Vec::new(),
-                validated: false,
-                waiting: None,
-                open: true,
-            });
-        }
+        });
     }
 
     /// Answers all whole requests, then the waits that they fulfilled.
     fn serve(&mut self) {
         for connection in &mut self.connections {
-            let input = std::mem::take(&mut connection.input);
+            let mut input = std::mem::take(&mut connection.input);
             let mut rest = &input[..];
+            connection.held_back = false;
             while connection.open {
+                connection.held_back = connection.output.len() >= MAX_UNREAD;
+                if connection.held_back {
+                    break;
+                }
                 match parse(rest) {
                     Ok((request, n)) => {
                         connection.answer(request, &mut self.table);
                         rest = &rest[n..];
                     }
                     Err(Stop::Incomplete) => {
-                        connection.open &= rest.len() <= MAX_REQUEST;
+                        // Who has not said hello has nothing longer to say.
+                        let longest = if connection.validated { MAX_REQUEST } else { HELLO_BYTES };
+                        connection.open &= rest.len() <= longest;
                         break;
                     }
                     Err(Stop::Malformed) => connection.open = false,
                 }
             }
-            connection.input = rest.to_vec();
+            let done = input.len() - rest.len();
+            drop(input.drain(..done));
+            connection.input = input;
         }
         let mut arrived: HashMap<Vec<u8>, i64> = HashMap::new();
         for connection in &self.connections {
@@ -177,20 +194,33 @@ impl Serving {
 }
 
 impl Connection {
+    fn new(stream: TcpStream) -> Self {
+        Connection {
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            validated: false,
+            waiting: None,
+            held_back: false,
+            ended: false,
+            open: true,
+        }
+    }
+
     fn receive(&mut self) {
         let mut buffer = [0u8; 64 << 10];
         // What is whole is served before more is taken, however fast a client sends.
         let enough = self.input.len() + TURN;
         while self.input.len() < enough {
             match self.stream.read(&mut buffer) {
-                Ok(0) => self.open = false,
+                Ok(0) => self.ended = true,
                 Ok(n) => {
                     self.input.extend_from_slice(&buffer[..n]);
                     continue;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => self.open = false,
+                Err(_) => self.ended = true,
             }
             return;
         }
@@ -232,8 +262,15 @@ impl Connection {
             Request::Delete(key) => number(out, i64::from(table.delete(key))),
             Request::Append(key, value) => table.append(key, value),
             Request::MultiGet(keys) => {
-                for key in keys {
-                    put_string(out, table.value(key).unwrap_or_default());
+                let values = keys.into_iter().map(|key| table.value(key).unwrap_or_default());
+                let mut length = out.len();
+                for value in values {
+                    length += value.len() + size_of::<u64>();
+                    if length > MAX_UNREAD + MAX_REPLY {
+                        self.open = false;
+                        return;
+                    }
+                    put_string(out, value);
                 }
             }
             Request::MultiSet(pairs) => {
@@ -262,5 +299,61 @@ impl Connection {
             }
             Request::Barrier(key, world) => self.waiting = Some(Waiting::Barrier(key.to_vec(), world)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::super::wire::{GET, MULTI_GET, SET, VALIDATE, list_request, request};
+    use super::*;
+
+    /// A server with one client that has said hello and set `key` to a megabyte, and that client's end.
+    fn one_client() -> (Serving, TcpStream) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut connection = Connection::new(listener.accept().unwrap().0);
+        connection.input.push(VALIDATE);
+        connection.input.extend_from_slice(&MAGIC.to_le_bytes());
+        connection.input.extend(request(SET, &[b"key", &[7; 1 << 20]]));
+        let mut serving = Serving::new(Acceptor::new(Arc::new(listener)).unwrap());
+        serving.connections.push(connection);
+        serving.serve();
+        assert!(serving.connections[0].open && serving.connections[0].input.is_empty());
+        (serving, client)
+    }
+
+    #[test]
+    fn a_client_that_reads_no_replies_gets_no_more_of_them() {
+        let (mut serving, _client) = one_client();
+        serving.connections[0].input = request(GET, &[b"key"]).repeat(1000);
+        let mut replies = 0;
+        while !serving.connections[0].input.is_empty() {
+            serving.serve();
+            let connection = &mut serving.connections[0];
+            assert!(connection.output.len() < MAX_UNREAD + (2 << 20), "{} bytes", connection.output.len());
+            // As if the client had read them.
+            replies += connection.output.len();
+            connection.output.clear();
+        }
+        assert_eq!(replies, 1000 * (8 + (1 << 20)), "every request is answered in the end");
+    }
+
+    #[test]
+    fn a_request_whose_reply_no_memory_holds_ends_its_connection() {
+        let (mut serving, _client) = one_client();
+        serving.connections[0].input = list_request(MULTI_GET, &vec![b"key".to_vec(); 128 << 10]);
+        serving.serve();
+        assert!(!serving.connections[0].open);
+    }
+
+    #[test]
+    fn who_has_not_said_hello_fills_no_memory() {
+        let (mut serving, _client) = one_client();
+        serving.connections[0].validated = false;
+        serving.connections[0].input = request(SET, &[b"key", &[7; 1 << 20]])[..1 << 19].to_vec();
+        serving.serve();
+        assert!(!serving.connections[0].open);
     }
 }

@@ -6,6 +6,9 @@
 /// What a client says first, after the opcode VALIDATE.
 pub(super) const MAGIC: u32 = 0x3C85_F7CE;
 
+/// Bytes of VALIDATE and its magic.
+pub(super) const HELLO_BYTES: usize = 5;
+
 /// Limits of torch's server.
 const MAX_KEY: u64 = 8 << 10;
 const MAX_VALUE: u64 = 8 << 20;

@@ -122,8 +122,9 @@ struct Raw {
 
 #[derive(Debug, Deserialize, Serialize, Default)]
 struct RawRope {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// The older spelling; files of some releases hold both.
+    r#type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
@@ -318,6 +319,31 @@ impl DecoderConfig {
                 "the token must lie in the vocabulary",
             ));
         }
+        let stretch = match self.rope_scaling {
+            RopeScaling::None => None,
+            RopeScaling::Linear { factor } => Some((factor, true)),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, .. } => {
+                Some((factor, low_freq_factor > 0.0 && high_freq_factor > low_freq_factor))
+            }
+        };
+        if let Some((factor, bounds_in_order)) = stretch
+            && !(factor > 0.0 && factor.is_finite() && bounds_in_order)
+        {
+            return Err(bad(
+                "rope_scaling",
+                format!("{:?}", self.rope_scaling),
+                "factor must be positive, and 0 < low_freq_factor < high_freq_factor",
+            ));
+        }
+        if self.qkv_bias != (self.family == Family::Qwen2 || self.output_bias)
+            || (self.family == Family::Qwen2 && (self.output_bias || self.mlp_bias))
+        {
+            return Err(bad(
+                "model_type, attention_bias and mlp_bias",
+                format!("{:?}, {}, {} and {}", self.family, self.qkv_bias, self.output_bias, self.mlp_bias),
+                "Qwen2 has biases on query, key and value alone; Llama on all four projections or on none",
+            ));
+        }
         if !(self.rms_norm_eps > 0.0 && self.rope_theta > 0.0) {
             return Err(bad(
                 "rms_norm_eps and rope_theta",
@@ -416,7 +442,7 @@ fn rope_scaling(rope: Option<&RawRope>) -> ModelResult<RopeScaling> {
     let need = |field, value: Option<f64>| {
         value.ok_or_else(|| bad(field, "(absent)", "this kind of rope scaling needs it"))
     };
-    match rope.rope_type.as_deref() {
+    match rope.rope_type.as_deref().or(rope.r#type.as_deref()) {
         None | Some("default") => Ok(RopeScaling::None),
         Some("linear") => Ok(RopeScaling::Linear { factor: need("rope_scaling.factor", rope.factor)? }),
         Some("llama3") => Ok(RopeScaling::Llama3 {

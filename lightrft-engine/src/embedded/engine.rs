@@ -115,10 +115,10 @@ impl Engine for EmbeddedEngine {
         self.state.after(Event::Generate)?;
         check_requests(requests, self.limits())?;
         let model = Model { decoder: &self.decoder, weights: &self.weights, version: self.version };
-        let total = requests.iter().map(|r| r.samples).sum();
+        let total = requests.iter().fold(0_usize, |n, r| n.saturating_add(r.samples));
         let mut progress = Progress { total, ..Progress::default() };
         watch.report(progress)?;
-        let mut completions = Vec::with_capacity(total);
+        let mut completions = Vec::new();
         for pieces in plan(requests, self.settings.max_sequences) {
             completions.extend(model.run(requests, &pieces, watch, &mut progress)?);
         }

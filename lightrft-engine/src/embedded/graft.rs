@@ -231,8 +231,16 @@ pub(super) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 /// `[batch or 1, 1, queries, keys]`, 0 or -inf, with at least one 0 in every row, and gets no gradient.
 pub(super) fn masked_softmax(x: &Tensor, mask: &Tensor, scale: f64) -> Result<Tensor> {
     let x = &x.contiguous()?;
+    let ((batch, _, queries, keys), (masks, _, mask_queries, mask_keys)) = (x.dims4()?, mask.dims4()?);
+    if (mask_queries, mask_keys) != (queries, keys) || (masks != 1 && masks != batch) {
+        candle_core::bail!(
+            "attention of shape {:?} with a mask of shape {:?}: the frame is for another batch, length or cache",
+            x.dims(),
+            mask.dims()
+        );
+    }
     let value = if on_host(&[x, mask]) {
-        let (batch, heads, queries, keys) = x.dims4()?;
+        let heads = x.dim(1)?;
         let shared = mask.dim(0)? == 1;
         let data = with_slice(x, |xs| {
             with_slice(mask, |ms| {
@@ -475,6 +483,15 @@ mod tests {
         check(&[&[2, 2, 2, 2]], move |t| masked_softmax(&t[0], &mask, 0.7));
         let targets = Tensor::from_slice(&[1u32, 4, 0], 3, &Device::Cpu).unwrap();
         check(&[&[3, 5]], move |t| token_log_probs(&t[0], &targets));
+    }
+
+    #[test]
+    fn a_mask_of_another_frame_is_refused() {
+        let zeros = |shape| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let x = zeros((2, 1, 2, 3));
+        for mask in [(1, 1, 3, 3), (1, 1, 2, 2), (3, 1, 2, 3)] {
+            assert!(masked_softmax(&x, &zeros(mask), 1.0).is_err(), "{mask:?}");
+        }
     }
 
     #[test]

@@ -39,4 +39,4 @@ pub use engine::{EmbeddedEngine, Settings};
 pub use error::{ModelError, ModelResult};
 pub use kv_cache::{KvCache, LayerCache};
 pub use sampling::{Draw, DrawKey, Unusable, draw, uniform};
-pub use weights::Weights;
+pub use weights::{Weights, weight_files};

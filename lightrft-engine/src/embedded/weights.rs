@@ -116,7 +116,7 @@ impl Weights {
 
     /// A fresh model: matrices from a normal distribution of standard deviation `std`, norms one, biases zero.
     ///
-    /// The same seed gives the same bits on every machine.
+    /// The same seed gives the same bits with the same C library, whose logarithm and sine it uses.
     ///
     /// # Errors
     /// Those of the tensor library.
@@ -138,7 +138,11 @@ impl Weights {
     }
 }
 
-fn weight_files(folder: &Path) -> ModelResult<Vec<PathBuf>> {
+/// The safetensors files of a model folder: those that `model.safetensors.index.json` names, else `model.safetensors`.
+///
+/// # Errors
+/// [`ModelError::Io`] and [`ModelError::Malformed`] name the index.
+pub fn weight_files(folder: &Path) -> ModelResult<Vec<PathBuf>> {
     let index = folder.join("model.safetensors.index.json");
     if !index.exists() {
         return Ok(vec![folder.join("model.safetensors")]);

@@ -10,12 +10,14 @@ mod task;
 
 use std::env;
 use std::error::Error;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use lightrft_collectives::Rendezvous;
-use lightrft_collectives::launch::Launcher;
-use lightrft_data::{JsonLines, JsonLinesOptions};
+use lightrft_collectives::launch::{Failure, Launcher};
+use lightrft_data::{Dataset, JsonLines, JsonLinesOptions};
+use lightrft_strategy::{Text, check_prompts};
 use options::{HELP, Options};
 
 /// Threads of the tensor library in each rank.
@@ -81,10 +83,17 @@ fn be_a_rank(options: &Options) -> Result<ExitCode> {
 
 /// Starts the ranks; when the run is to show a crash, until one is killed, and then again to go on.
 fn launch(options: &Options) -> Result<ExitCode> {
-    // What is wrong with the input is said once, before any rank starts.
-    JsonLines::open(&options.prompts, JsonLinesOptions::default())?;
-    JsonLines::open(&options.held_out, JsonLinesOptions::default())?;
-    options.settings(options.ranks)?.validate(options.ranks)?;
+    let settings = options.settings(options.ranks)?;
+    settings.validate(options.ranks)?;
+    // What is wrong with the questions is said once, before any rank starts and before anything is written.
+    let text = Text::from_json(task::TOKENIZER)?;
+    for file in [&options.prompts, &options.held_out] {
+        let questions = JsonLines::open(file, JsonLinesOptions::default())?;
+        check_prompts(&text, &questions, settings.prompt_max_len, 0, 1)?;
+        for index in 0..questions.len() {
+            text.encode(questions.get(index)?.label.as_deref().unwrap_or_default())?;
+        }
+    }
 
     let program = env::current_exe()?;
     let run = |options: &Options| {
@@ -92,21 +101,35 @@ fn launch(options: &Options) -> Result<ExitCode> {
             .args(options.arguments())
             .env(THREADS, threads(options.ranks))
             .ranks(options.ranks)
+            .grace(Duration::from_secs(1))
             .run()
     };
-    let kill = options.kill_step();
+    let kill = options.kill_step(settings.save_steps);
     let mut outcome = run(&Options { kill_at: Some(kill.unwrap_or(0)), ..options.clone() })?;
-    if kill.is_some() && outcome.signal.is_none() && outcome.failure.is_some() {
+    let staged =
+        kill.is_some() && outcome.signal.is_none() && outcome.failure.is_some_and(is_staged(options));
+    if staged {
         println!("{outcome}; going on from the newest checkpoint");
         outcome = run(&Options { kill_at: Some(0), resume: true, ..options.clone() })?;
     }
-    if outcome.is_success() {
-        println!("files of the run: {}", options.out().display());
-        print!("{}", std::fs::read_to_string(rank::result_file(&options.out()))?);
-    } else {
+    if !outcome.is_success() {
         eprintln!("error: {outcome}");
+        return Ok(ExitCode::from(u8::try_from(outcome.exit_code()).unwrap_or(1)));
     }
-    Ok(ExitCode::from(u8::try_from(outcome.exit_code()).unwrap_or(1)))
+    println!("files of the run: {}", options.out().display());
+    let result = std::fs::read_to_string(rank::result_file(&options.out()))?;
+    print!("{result}");
+    let resumed: serde_json::Value = serde_json::from_str(&result)?;
+    if staged && resumed["resumed_exactly"] == false {
+        return Err("the resumed run did not repeat the steps that were done before the kill".into());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a failure is the kill that the run was asked to show.
+fn is_staged(options: &Options) -> impl Fn(Failure) -> bool {
+    let last = options.ranks - 1;
+    move |failure| failure.rank == last && failure.status.signal() == Some(9)
 }
 
 /// An equal share of the cores for each rank, and at least one.

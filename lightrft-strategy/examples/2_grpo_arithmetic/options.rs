@@ -10,7 +10,7 @@ pub(crate) const HELP: &str = "\
 GRPO on sums: a small language model learns arithmetic by reinforcement learning.
 
   --ranks N       processes that share the work (2); under torchrun its number counts
-  --steps N       rollouts with their updates (360)
+  --steps N       rollouts with their updates (450)
   --seed N        seeds the model, the order of prompts and every sampled token (1)
   --out DIR       where checkpoints, metrics and pictures go (target/demo, begun anew each time)
   --resume        go on from the newest checkpoint in DIR
@@ -27,7 +27,8 @@ GRPO on sums: a small language model learns arithmetic by reinforcement learning
 pub(crate) struct Options {
     pub(crate) ranks: usize,
     pub(crate) steps: u64,
-    pub(crate) seed: u64,
+    /// Replaces that of `--config`.
+    pub(crate) seed: Option<u64>,
     pub(crate) out: Option<PathBuf>,
     pub(crate) resume: bool,
     pub(crate) kill_at: Option<u64>,
@@ -44,8 +45,8 @@ impl Options {
     pub(crate) fn parse() -> Result<Option<Self>, lexopt::Error> {
         let mut options = Self {
             ranks: 2,
-            steps: 360,
-            seed: 1,
+            steps: 450,
+            seed: None,
             out: None,
             resume: false,
             kill_at: None,
@@ -60,7 +61,7 @@ impl Options {
             match argument {
                 Long("ranks") => options.ranks = parser.value()?.parse()?,
                 Long("steps") => options.steps = parser.value()?.parse()?,
-                Long("seed") => options.seed = parser.value()?.parse()?,
+                Long("seed") => options.seed = Some(parser.value()?.parse()?),
                 Long("out") => options.out = Some(parser.value()?.into()),
                 Long("resume") => options.resume = true,
                 Long("kill-at") => options.kill_at = Some(parser.value()?.parse()?),
@@ -85,7 +86,9 @@ impl Options {
         let mut add = |name: &str, value: OsString| list.extend([name.into(), value]);
         add("--ranks", self.ranks.to_string().into());
         add("--steps", self.steps.to_string().into());
-        add("--seed", self.seed.to_string().into());
+        if let Some(seed) = self.seed {
+            add("--seed", seed.to_string().into());
+        }
         add("--kill-at", self.kill_at.unwrap_or(0).to_string().into());
         add("--warm-up", self.warm_up_steps.to_string().into());
         add("--prompts", self.prompts.clone().into());
@@ -104,8 +107,12 @@ impl Options {
 
     /// The run's settings for a world of `ranks`: those of `--config`, or the example's own.
     pub(crate) fn settings(&self, ranks: usize) -> lightrft_strategy::Result<StrategyConfig> {
-        let Some(file) = &self.config else { return Ok(crate::task::settings(self.seed, ranks, self.steps)) };
-        StrategyConfig::from_file(file)
+        let mut settings = match &self.config {
+            Some(file) => StrategyConfig::from_file(file)?,
+            None => crate::task::settings(1, ranks, self.steps),
+        };
+        settings.seed = self.seed.unwrap_or(settings.seed);
+        Ok(settings)
     }
 
     /// The output folder.
@@ -113,14 +120,14 @@ impl Options {
         self.out.clone().unwrap_or_else(|| PathBuf::from("target/demo"))
     }
 
-    /// In which step a rank is killed: by custom a few steps after a checkpoint near the middle, so that the resumed
-    /// run does some steps again that can be compared.
-    pub(crate) fn kill_step(&self) -> Option<u64> {
-        let every = crate::task::save_steps(self.steps) as u64;
+    /// In which step a rank is killed, with checkpoints every so many steps: by custom a few steps after one near the
+    /// middle, so that the resumed run does some steps again that can be compared.
+    pub(crate) fn kill_step(&self, save_steps: usize) -> Option<u64> {
+        let every = save_steps as u64;
         match self.kill_at {
             Some(0) => None,
             Some(step) => Some(step),
-            None if self.resume || self.steps < 3 * every => None,
+            None if self.resume || every < 2 || self.steps < 3 * every => None,
             None => Some(self.steps / 2 / every * every + every.div_ceil(2) + 1),
         }
     }

@@ -7,12 +7,10 @@ use std::time::Instant;
 
 use lightrft_collectives::{Communicator, CommunicatorExt};
 use lightrft_data::{Dataset, DistributedSampler, JsonLines, JsonLinesOptions, SamplerConfig, Shuffle, Tail};
-use lightrft_engine::Engine;
-use lightrft_engine::embedded::{EmbeddedEngine, Settings, Weights};
+use lightrft_engine::embedded::Weights;
 use lightrft_strategy::model::Sequence;
-use lightrft_strategy::{
-    Grpo, GrpoParts, MetricsLog, Series, StepMetrics, Strategy, Text, line_chart, read_lines,
-};
+use lightrft_strategy::plot::{Series, line_chart};
+use lightrft_strategy::{Grpo, GrpoParts, MetricsLog, StepMetrics, Strategy, Text};
 use serde_json::{Value, json};
 
 use crate::options::Options;
@@ -97,11 +95,9 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
     if strategy.is_rank_0() && !options.resume {
         folders.begin(options.out.is_some())?;
     }
-    // Nobody looks before that is done, and nobody writes before all have looked.
-    strategy.world().barrier()?;
-    let warm = folders.start.join("model.safetensors").exists();
-    strategy.world().barrier()?;
-    if !warm {
+    // One rank looks for all, after the folder is ready: a file may appear to others later.
+    let warm = strategy.is_rank_0().then(|| folders.start.join("model.safetensors").exists());
+    if !strategy.world().broadcast_object(warm.as_ref(), 0)? {
         warm_up(&strategy, &folders, &prompts, options)?;
     }
 
@@ -126,8 +122,14 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
                 let repeat = done_before.len();
                 format!("resumed from {}; {repeat} later steps are done again", loaded.report.tag)
             });
+            for setting in &loaded.changed {
+                say(&strategy, || format!("changed since: {setting}"));
+            }
         }
         None => {
+            if options.resume {
+                say(&strategy, || "no checkpoint to resume from: the run begins".to_owned());
+            }
             let before = grpo.evaluate(&held_out, 0..held_out.len())?;
             client["accuracy_before"] = before.into();
             say(&strategy, || format!("held-out accuracy before RL {before:.3}"));
@@ -137,7 +139,6 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
         }
     }
 
-    let every = strategy.config().save_steps as u64;
     while grpo.steps_done() < options.steps {
         let next = grpo.steps_done() + 1;
         let victim = strategy.rank() == strategy.world_size() - 1 && options.kill_at == Some(next);
@@ -150,8 +151,7 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
             log.append(&serde_json::to_value(&metrics)?)?;
         }
         say(&strategy, || progress(&metrics, options.steps));
-        if every > 0 && (metrics.step % every == 0 || metrics.step == options.steps) {
-            let saved = grpo.save(&folders.checkpoints, client.clone())?;
+        if let Some(saved) = grpo.save_if_due(&folders.checkpoints, client.clone())? {
             say(&strategy, || format!("saved {} ({} KiB)", saved.tag, saved.bytes / 1024));
         }
     }
@@ -160,7 +160,7 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
     say(&strategy, || format!("held-out accuracy after RL {after:.3}"));
     strategy.save_model(grpo.actor_mut(), &folders.trained, Some(&folders.start.join("tokenizer.json")))?;
     if strategy.is_rank_0() {
-        let lines = read_lines(&folders.metrics)?;
+        let lines = MetricsLog::read(&folders.metrics)?;
         draw(&lines, &folders.picture)?;
         let tokens: f64 = lines.iter().filter_map(|l| l["tokens"].as_f64()).sum();
         let seconds: f64 =
@@ -173,7 +173,9 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
             "tokens_per_s": (tokens / seconds.max(1e-9)).round(),
             "resumed_exactly": same_steps(&done_before, &lines),
         });
-        std::fs::write(&folders.result, format!("{result}\n"))?;
+        let staged = folders.result.with_extension("tmp");
+        std::fs::write(&staged, format!("{result}\n"))?;
+        std::fs::rename(&staged, &folders.result)?;
     }
     // No rank leaves while another may still need it.
     strategy.world().barrier()?;
@@ -198,19 +200,7 @@ fn parts(
         Kind::WarmUp => None,
         Kind::Policy => Some(strategy.prepare_reference(folder)?),
     };
-    let engine = if strategy.holds_engine() {
-        let decoder = actor.model.model().decoder().config().clone();
-        let settings = Settings {
-            max_sequences: match strategy.config().micro_rollout_batch_size {
-                0 => Settings::default().max_sequences,
-                n => n,
-            },
-            ..Settings::default()
-        };
-        Some(Box::new(EmbeddedEngine::without_weights(decoder, settings)?) as Box<dyn Engine>)
-    } else {
-        None
-    };
+    let engine = strategy.prepare_engine(&actor)?;
     Ok(GrpoParts {
         actor,
         reference,
@@ -229,7 +219,7 @@ fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options:
     let random = &folders.random;
     if strategy.is_rank_0() {
         let config = task::model();
-        let weights = Weights::random(&config, options.seed, 0.08, &candle_core::Device::Cpu)?;
+        let weights = Weights::random(&config, strategy.config().seed, 0.08, &candle_core::Device::Cpu)?;
         lightrft_strategy::write_model(random, &config, &weights)?;
         std::fs::write(random.join("tokenizer.json"), task::TOKENIZER)?;
     }
@@ -243,7 +233,7 @@ fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options:
         len: probe.start,
         rank: strategy.rank(),
         world,
-        seed: options.seed,
+        seed: strategy.config().seed,
         shuffle: Shuffle::TorchExact,
         tail: Tail::Drop,
     })?;
@@ -288,7 +278,7 @@ fn progress(m: &StepMetrics, steps: u64) -> String {
         m.step,
         m.reward,
         m.accuracy,
-        m.kl,
+        m.kl.unwrap_or(f64::NAN),
         m.length,
         m.tokens_per_s,
         m.generate_s,
@@ -305,7 +295,7 @@ fn same_steps(before: &[Value], now: &[Value]) -> Option<bool> {
         return None;
     }
     let state = |lines: &[Value], step: &Value| {
-        lines.iter().find(|l| l["step"] == *step).map(|l| (l["parameters"].clone(), l["reward"].clone()))
+        lines.iter().find(|l| l["step"] == *step).map(|l| (l["parameters_hash"].clone(), l["reward"].clone()))
     };
     Some(before.iter().all(|line| state(before, &line["step"]) == state(now, &line["step"])))
 }

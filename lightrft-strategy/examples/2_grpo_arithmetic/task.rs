@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use lightrft_data::Prompt;
+use lightrft_engine::FinishReason;
 use lightrft_engine::embedded::{DecoderConfig, Family, RopeScaling};
-use lightrft_strategy::{Score, StrategyConfig};
+use lightrft_strategy::{Answer, Score, StrategyConfig};
 
 /// The character tokenizer: special tokens, digits, and the signs of the questions.
 pub(crate) const TOKENIZER: &str = include_str!("../data/tokenizer.json");
@@ -27,9 +28,10 @@ fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data").join(name)
 }
 
-/// 1 for exactly the right answer, else 0.
-pub(crate) fn score(prompt: &Prompt, answer: &str) -> Score {
-    let correct = prompt.label.as_deref() == Some(answer);
+/// 1 for exactly the right answer that was ended, else 0.
+pub(crate) fn score(prompt: &Prompt, answer: &Answer<'_>) -> Score {
+    let ended = matches!(answer.finish, FinishReason::Stop(_));
+    let correct = ended && prompt.label.as_deref() == Some(answer.text);
     Score { reward: f32::from(u8::from(correct)), correct }
 }
 
@@ -71,18 +73,15 @@ pub(crate) fn settings(seed: u64, ranks: usize, steps: u64) -> StrategyConfig {
         prompt_max_len: 12,
         generate_max_len: 4,
         enable_engine_sleep: true,
-        actor_lr: 1.5e-3,
+        actor_lr: 1e-3,
         l2: 1.0,
         lr_warmup_ratio: 0.02,
         use_kl_loss: true,
         init_kl_coef: 1e-3,
-        save_steps: save_steps(steps),
+        // About ten in a run, and never every step, so that a resumed run repeats some.
+        save_steps: (steps / 10).max(2) as usize,
         max_ckpt_num: 2,
+        log_parameters_hash: true,
         ..StrategyConfig::default()
     }
-}
-
-/// Steps between checkpoints: about ten in a run, and never every step, so that a resumed run repeats some.
-pub(crate) fn save_steps(steps: u64) -> usize {
-    (steps / 10).max(2) as usize
 }

@@ -1,11 +1,24 @@
 //! Prompts of the ranks that share an engine go to it together, and each rank gets its own completions back.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use lightrft_collectives::{Communicator, CommunicatorExt};
-use lightrft_engine::{Completion, Engine, EngineExt, Level, Parts, Request};
+use lightrft_engine::{Completion, Engine, Level, Parts, Request, Watch};
 
 use crate::error::{Error, Result};
+
+/// How long an engine may generate: less than ranks wait for each other, so that they hear why.
+const DEADLINE: Duration = Duration::from_secs(30 * 60);
+
+/// What the engine does between rollouts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Between {
+    /// It stays awake, with its weights.
+    Awake,
+    /// It wakes to generate, and drops its weights after.
+    Asleep,
+}
 
 /// Consecutive ranks that share one engine, held by the first of them.
 #[derive(Debug)]
@@ -39,44 +52,57 @@ impl EngineGroup {
         self.group.rank() == 0
     }
 
-    /// Generates for all members. With `sleep`, the engine wakes before and gives its memory back after.
+    /// Generates for all members.
     pub(crate) fn generate(
         &self,
         engine: Option<&mut (dyn Engine + 'static)>,
         requests: &[Request],
-        sleep: bool,
+        between: Between,
     ) -> Result<Vec<Completion>> {
-        let run = |engine: Option<&mut (dyn Engine + 'static)>, all: &[Request]| -> Result<Vec<Completion>> {
-            let engine = engine.ok_or_else(|| {
-                Error::config("engine = none", "the first rank of an engine group must hold the engine")
-            })?;
-            if sleep {
-                engine.wake(Parts::All)?;
-            }
-            let completions = engine.complete(all)?;
-            if sleep {
-                // The weights are about to be outdated: dropping them costs nothing, and frees the most.
-                engine.sleep(Level::Two)?;
-            }
-            Ok(completions)
-        };
         if self.group.world_size() == 1 {
-            return run(engine, requests);
+            return run(engine, requests, between);
         }
-        let owned = requests.to_vec();
-        let gathered = self.group.gather_object(&owned, 0)?;
+        let gathered = self.group.gather_object(&requests.to_vec(), 0)?;
+        // The leader keeps its error; the others wait for an answer, and get its text.
+        let mut failed = None;
         let parts: Option<Vec<Answer>> = gathered.map(|per_rank| {
             let all: Vec<Request> = per_rank.iter().flatten().cloned().collect();
-            match run(engine, &all) {
+            match run(engine, &all, between) {
                 Ok(completions) => split(completions, &per_rank).into_iter().map(Ok).collect(),
-                // The others wait for an answer: they get the reason.
-                Err(error) => per_rank.iter().map(|_| Err(error.to_string())).collect(),
+                Err(error) => {
+                    let what = error.to_string();
+                    failed = Some(error);
+                    per_rank.iter().map(|_| Err(what.clone())).collect()
+                }
             }
         });
         let answer: Answer = self.group.scatter_object(parts.as_deref(), 0)?;
+        if let Some(error) = failed {
+            return Err(error);
+        }
         let leader = self.group.ranks().first().copied().unwrap_or(0);
         answer.map_err(|what| Error::OtherRank { rank: leader, phase: "generation", what })
     }
+}
+
+/// Generates on this rank's engine.
+fn run(
+    engine: Option<&mut (dyn Engine + 'static)>,
+    requests: &[Request],
+    between: Between,
+) -> Result<Vec<Completion>> {
+    let engine = engine.ok_or_else(|| {
+        Error::config("engine = none", "the first rank of an engine group must hold the engine")
+    })?;
+    if between == Between::Asleep {
+        engine.wake(Parts::All)?;
+    }
+    let completions = engine.generate(requests, &mut Watch::within(DEADLINE))?;
+    if between == Between::Asleep {
+        // The weights are about to be outdated: dropping them costs nothing, and frees the most.
+        engine.sleep(Level::Two)?;
+    }
+    Ok(completions)
 }
 
 /// Cuts completions of all requests into those of each rank, their request indices counted from the rank's first.
