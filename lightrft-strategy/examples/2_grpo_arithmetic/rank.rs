@@ -10,7 +10,7 @@ use lightrft_data::{Dataset, DistributedSampler, JsonLines, JsonLinesOptions, Sa
 use lightrft_engine::embedded::Weights;
 use lightrft_strategy::model::Sequence;
 use lightrft_strategy::plot::{Series, line_chart};
-use lightrft_strategy::{Grpo, GrpoParts, MetricsLog, StepMetrics, Strategy, Text};
+use lightrft_strategy::{Grpo, GrpoParts, MetricsLog, StepMetrics, Strategy, StrategyConfig, Text};
 use serde_json::{Value, json};
 
 use crate::options::Options;
@@ -216,6 +216,9 @@ fn parts(
 /// Trains a random model on the answers until it gives some of them, and leaves it in the `start` folder.
 fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options: &Options) -> Result<()> {
     let began = Instant::now();
+    // Supervision has no reference, and so no penalty against one.
+    let settings = StrategyConfig { use_kl_loss: false, ..strategy.config().clone() };
+    let strategy = &Strategy::with_world(settings, Arc::clone(strategy.world()))?;
     let random = &folders.random;
     if strategy.is_rank_0() {
         let config = task::model();

@@ -1,0 +1,237 @@
+//! The loop over threads: several updates a rollout, shared engines, epochs, and parts that misbehave.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{config, on_ranks, settings, write_folder};
+use lightrft_collectives::Communicator;
+use lightrft_data::{JsonLines, JsonLinesOptions};
+use lightrft_engine::{
+    Completion, Engine, Level, Limits, MemoryBytes, Parts, Request, State, Update, Version, Watch,
+};
+use lightrft_strategy::{
+    Grpo, GrpoParts, OldLogProbs, Result, Score, StepMetrics, Strategy, StrategyConfig, Text,
+};
+
+/// A model, and twelve questions, in a folder.
+fn prepare() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &config(serde_json::json!({})), 11);
+    let lines: String =
+        (0..12).map(|i| format!("{{\"prompt\": \"{i}+1=\", \"label\": \"{}\"}}\n", i + 1)).collect();
+    std::fs::write(folder.path().join("prompts.jsonl"), lines).unwrap();
+    folder
+}
+
+fn parts(strategy: &Strategy, folder: &Path) -> Result<GrpoParts> {
+    let actor = strategy.prepare_actor(folder)?;
+    Ok(GrpoParts {
+        reference: Some(strategy.prepare_reference(folder)?),
+        engine: strategy.prepare_engine(&actor)?,
+        actor,
+        text: Text::from_folder(folder)?,
+        prompts: JsonLines::open(folder.join("prompts.jsonl"), JsonLinesOptions::default())?,
+        // Any reward that differs between answers will do.
+        reward: Box::new(|_, answer| Score {
+            reward: answer.text.len() as f32,
+            correct: answer.text.len() == 2,
+        }),
+        stop_tokens: vec![1],
+        total_steps: 4,
+    })
+}
+
+fn run(
+    folder: &Path,
+    config: &StrategyConfig,
+    steps: usize,
+    change: impl Fn(&mut GrpoParts) + Sync,
+) -> Vec<Vec<StepMetrics>> {
+    on_ranks(2, |world| {
+        let strategy = Strategy::with_world(config.clone(), world)?;
+        let mut parts = parts(&strategy, folder)?;
+        change(&mut parts);
+        let mut grpo = Grpo::new(&strategy, parts)?;
+        (0..steps).map(|_| grpo.step()).collect()
+    })
+}
+
+/// Eight prompts of twelve a rollout, two samples each, two updates of eight sequences.
+fn small() -> StrategyConfig {
+    StrategyConfig {
+        rollout_batch_size: 8,
+        train_batch_size: 8,
+        generate_max_len: 6,
+        actor_lr: 1e-3,
+        lr_warmup_ratio: 0.0,
+        enable_engine_sleep: true,
+        log_parameters_hash: true,
+        ..settings(8, 2)
+    }
+}
+
+#[test]
+fn updates_epochs_and_metrics_add_up() {
+    let folder = prepare();
+    let config = StrategyConfig { max_epochs: 2, old_log_probs: OldLogProbs::Policy, ..small() };
+    let ranks = run(folder.path(), &config, 3, |parts| parts.reference = None);
+    // Times differ between ranks, what was computed does not.
+    let computed = |m: &StepMetrics| (m.step, m.epoch, m.reward, m.tokens, m.parameters_hash.clone());
+    assert!(ranks[0].iter().map(computed).eq(ranks[1].iter().map(computed)));
+    let epochs: Vec<u64> = ranks[0].iter().map(|m| m.epoch).collect();
+    assert_eq!(epochs, [0, 1, 2], "four of the twelve prompts are left over in each epoch");
+    for m in &ranks[0] {
+        assert_eq!(m.kl, None);
+        assert!(m.log_prob_gap < 1e-4, "{}", m.log_prob_gap);
+        assert!(m.length >= 1.0 && m.length <= 6.0 && m.tokens as f64 == (m.length * 16.0).round());
+        assert!(m.grad_norm > 0.0 && m.skipped_updates == 0);
+    }
+    assert_ne!(ranks[0][0].parameters_hash, ranks[0][1].parameters_hash);
+}
+
+#[test]
+fn ranks_that_share_an_engine_train_as_ranks_with_their_own() {
+    let folder = prepare();
+    let hashes = |sharing| {
+        // The engine batches other prompts together, which may change the last bits of its log-probabilities: the
+        // policy computes its own.
+        let config = StrategyConfig {
+            engine_tp_size: sharing,
+            use_kl_loss: true,
+            old_log_probs: OldLogProbs::Policy,
+            ..small()
+        };
+        let ranks = run(folder.path(), &config, 2, |_| {});
+        ranks[0].iter().map(|m| (m.parameters_hash.clone(), m.kl.is_some())).collect::<Vec<_>>()
+    };
+    assert_eq!(hashes(1), hashes(2));
+}
+
+/// An engine that does as another does, but for its replies.
+#[derive(Debug)]
+struct Bent {
+    engine: Box<dyn Engine>,
+    bend: fn(&mut Vec<Completion>),
+}
+
+impl Engine for Bent {
+    fn generate(
+        &mut self,
+        requests: &[Request],
+        watch: &mut Watch<'_>,
+    ) -> lightrft_engine::Result<Vec<Completion>> {
+        let mut completions = self.engine.generate(requests, watch)?;
+        (self.bend)(&mut completions);
+        Ok(completions)
+    }
+    fn sleep(&mut self, level: Level) -> lightrft_engine::Result<()> {
+        self.engine.sleep(level)
+    }
+    fn wake(&mut self, parts: Parts) -> lightrft_engine::Result<()> {
+        self.engine.wake(parts)
+    }
+    fn begin_update(&mut self, to: Version) -> lightrft_engine::Result<Box<dyn Update + '_>> {
+        self.engine.begin_update(to)
+    }
+    fn state(&self) -> State {
+        self.engine.state()
+    }
+    fn version(&self) -> Option<Version> {
+        self.engine.version()
+    }
+    fn memory_bytes(&self) -> Option<MemoryBytes> {
+        self.engine.memory_bytes()
+    }
+    fn limits(&self) -> Limits {
+        self.engine.limits()
+    }
+}
+
+/// The error of each rank when `change` is made to the parts of rank 1 alone.
+fn failures(config: &StrategyConfig, change: impl Fn(&mut GrpoParts) + Sync) -> Vec<String> {
+    let folder = prepare();
+    on_ranks(2, |world: Arc<dyn Communicator>| {
+        let strategy = Strategy::with_world(config.clone(), world)?;
+        let mut parts = parts(&strategy, folder.path())?;
+        if strategy.rank() == 1 {
+            change(&mut parts);
+        }
+        Ok(Grpo::new(&strategy, parts).and_then(|mut grpo| grpo.step()).unwrap_err().to_string())
+    })
+}
+
+#[test]
+fn what_goes_wrong_on_one_rank_is_told_on_all() {
+    let bent = |bend: fn(&mut Vec<Completion>)| {
+        move |parts: &mut GrpoParts| {
+            let engine = parts.engine.take().unwrap();
+            parts.engine = Some(Box::new(Bent { engine, bend }));
+        }
+    };
+    let without_log_probs = failures(&small(), bent(|all| all[3].log_probs.clear()));
+    let swapped = failures(&small(), bent(|all| all.swap(0, 1)));
+    let no_number = failures(&small(), |parts| {
+        parts.reward = Box::new(|_, _| Score { reward: f32::NAN, correct: false });
+    });
+    let no_engine = failures(&small(), |parts| parts.engine = None);
+    for (texts, name) in [
+        (without_log_probs, "0 log-probabilities"),
+        (swapped, "sample 1"),
+        (no_number, "reward NaN"),
+        (no_engine, "engine is missing"),
+    ] {
+        assert!(texts[1].contains(name), "{name} is not in: {}", texts[1]);
+        assert!(texts[0].contains(name) && texts[0].contains("rank 1"), "{}", texts[0]);
+    }
+}
+
+#[test]
+fn settings_that_differ_between_ranks_are_refused_by_name() {
+    let texts = on_ranks(2, |world| {
+        let config = StrategyConfig { init_kl_coef: 0.5 + world.rank() as f64, ..small() };
+        Ok(Strategy::with_world(config, world).unwrap_err().to_string())
+    });
+    for text in texts {
+        assert!(text.contains("init_kl_coef") && text.contains("0.5") && text.contains("1.5"), "{text}");
+    }
+}
+
+#[test]
+fn a_run_resumed_in_the_same_program_goes_on_and_says_what_changed() {
+    let folder = prepare();
+    let dir = folder.path().join("checkpoints");
+    let of_rank = |world| {
+        let strategy = Strategy::with_world(small(), world)?;
+        let mut grpo = Grpo::new(&strategy, parts(&strategy, folder.path())?)?;
+        grpo.step()?;
+        grpo.save(&dir, serde_json::json!({ "note": 1 }))?;
+        let second = grpo.step()?;
+
+        let changed = StrategyConfig { init_kl_coef: 0.5, ..small() };
+        let strategy = Strategy::with_world(changed, Arc::clone(strategy.world()))?;
+        let mut again = Grpo::new(&strategy, parts(&strategy, folder.path())?)?;
+        let loaded = again.resume(&dir)?.unwrap();
+        assert_eq!(loaded.state.client["note"], 1);
+        assert!(
+            loaded.changed.len() == 1 && loaded.changed[0].contains("init_kl_coef"),
+            "{:?}",
+            loaded.changed
+        );
+        // The coefficient plays no part without the penalty.
+        let repeated = again.step()?;
+        assert_eq!((second.parameters_hash, second.reward), (repeated.parameters_hash, repeated.reward));
+
+        let other =
+            Strategy::with_world(StrategyConfig { seed: 43, ..small() }, Arc::clone(strategy.world()))?;
+        let mut other = Grpo::new(&other, parts(&other, folder.path())?)?;
+        let before = other.parameters_hash()?;
+        let text = other.resume(&dir).unwrap_err().to_string();
+        assert!(text.contains("seed 42") && text.contains("seed 43"), "{text}");
+        assert_eq!(other.parameters_hash()?, before, "a refused checkpoint changes nothing");
+        Ok(())
+    };
+    on_ranks(2, of_rank);
+}
