@@ -41,6 +41,11 @@ impl<'a> Host<'a> {
     /// # Errors
     /// [`Error::Buffer`] if they are not whole, aligned elements of a type that implements [`Element`].
     pub fn from_bytes(dtype: Dtype, bytes: &'a [u8]) -> Result<Self> {
+        // No elements need no alignment: an empty `Vec<u8>` has none.
+        let empty = if bytes.is_empty() { with_element!(dtype, T => Host::new::<T>(&[])) } else { None };
+        if let Some(empty) = empty {
+            return Ok(empty);
+        }
         check(dtype, bytes)?;
         Ok(Host { dtype, bytes })
     }
@@ -77,6 +82,11 @@ impl<'a> HostMut<'a> {
     /// # Errors
     /// [`Error::Buffer`] if they are not whole, aligned elements of a type that implements [`Element`].
     pub fn from_bytes(dtype: Dtype, bytes: &'a mut [u8]) -> Result<Self> {
+        let empty =
+            if bytes.is_empty() { with_element!(dtype, T => HostMut::new::<T>(&mut [])) } else { None };
+        if let Some(empty) = empty {
+            return Ok(empty);
+        }
         check(dtype, bytes)?;
         Ok(HostMut { dtype, bytes })
     }
@@ -150,5 +160,14 @@ mod tests {
         {
             assert!(matches!(Host::from_bytes(dtype, &bytes[range]), Err(Error::Buffer { .. })), "{dtype:?}");
         }
+    }
+
+    #[test]
+    fn no_bytes_are_no_elements_wherever_they_lie() {
+        let mut words = [0u64; 2];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        assert_eq!(Host::from_bytes(Dtype::F64, &bytes[1..1]).map(|h| h.len()).ok(), Some(0));
+        assert_eq!(HostMut::from_bytes(Dtype::F64, &mut bytes[1..1]).map(|h| h.len()).ok(), Some(0));
+        assert!(Host::from_bytes(Dtype::BOOL, &bytes[1..1]).is_err());
     }
 }
