@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{config, on_ranks, sequences, settings, write_folder};
+use common::{all_parameters, config, on_ranks, sequences, settings, write_folder};
 use lightrft_data::{SamplerState, Shuffle, Tail};
 use lightrft_strategy::model::Sequence;
 use lightrft_strategy::{RunState, Strategy, StrategyConfig};
@@ -53,12 +53,7 @@ fn parameters_moments_and_state_come_back_on_any_number_of_ranks() {
                 assert_eq!(actor.optimizer.counters().steps, 2);
             }
             strategy.supervised_step(&mut actor, &mine, 1e-2)?;
-            let mut parameters = Vec::new();
-            actor.model.units_mut().for_each_full_unit(|unit, values| {
-                parameters.extend_from_slice(&values[..unit.elems()]);
-                Ok::<_, lightrft_strategy::Error>(())
-            })?;
-            Ok(parameters)
+            all_parameters(&mut actor)
         });
         all.swap_remove(0)
     };

@@ -80,7 +80,12 @@ fn a_run_killed_with_sigkill_and_resumed_ends_as_an_unbroken_one_bit_for_bit() {
     // The checkpoint of step 4 is there, step 5 is done, and rank 1 dies in the middle of step 6.
     let killed = small(&broken, 2, &["--kill-at", "6"]);
     assert!(killed.status.success(), "{}", text(&killed));
-    assert!(text(&killed).contains("rank 1 failed first"), "{}", text(&killed));
+    let said = text(&killed);
+    assert!(
+        said.contains("[rank 0] error:") && said.contains("rank 1 died"),
+        "the survivor names it: {said}"
+    );
+    assert!(said.contains("rank 1 failed first: signal: 9"), "{said}");
     assert_eq!(last_line(&killed)["resumed_exactly"], true, "{}", text(&killed));
     let model = |out: &Path| std::fs::read(out.join("trained/model.safetensors")).unwrap();
     assert!(model(&whole) == model(&broken), "the resumed run ended elsewhere");

@@ -235,3 +235,29 @@ fn a_run_resumed_in_the_same_program_goes_on_and_says_what_changed() {
     };
     on_ranks(2, of_rank);
 }
+
+#[test]
+fn the_policy_learns_what_is_rewarded_and_nothing_else() {
+    let folder = prepare();
+    let config = StrategyConfig {
+        rollout_batch_size: 12,
+        n_samples_per_prompt: 8,
+        train_batch_size: 96,
+        micro_train_batch_size: 16,
+        actor_lr: 1e-2,
+        ..small()
+    };
+    // Sevens, and how many of them: a score that falls to the wrong answer teaches nothing.
+    let sevens = |text: &str| text.matches('7').count() as f32;
+    let learned = run(folder.path(), &config, 30, |parts| {
+        parts.reward = Box::new(move |_, a| Score { reward: sevens(a.text), correct: sevens(a.text) > 0.0 });
+    });
+    let (first, last) = (&learned[0][0], &learned[0][29]);
+    assert!(first.reward < 1.0 && last.reward > 3.0, "from {} to {}", first.reward, last.reward);
+    // One reward for every answer is no signal: without a penalty and weight decay, nothing moves.
+    let equal = run(folder.path(), &config, 2, |parts| {
+        parts.reward = Box::new(|_, _| Score { reward: 0.1, correct: true });
+    });
+    assert_eq!(equal[0][0].parameters_hash, equal[0][1].parameters_hash);
+    assert_eq!(equal[0][1].grad_norm, 0.0);
+}

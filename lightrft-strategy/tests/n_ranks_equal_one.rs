@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{config, on_ranks, sequences, settings, write_folder};
+use common::{all_parameters, config, on_ranks, sequences, settings, write_folder};
 use lightrft_strategy::model::Sequence;
 use lightrft_strategy::{Strategy, StrategyConfig};
 
@@ -25,12 +25,7 @@ fn train(folder: &Path, ranks: usize, settings: &StrategyConfig) -> Vec<f32> {
         for _ in 0..5 {
             strategy.supervised_step(&mut actor, &mine, 1e-3)?;
         }
-        let mut parameters = Vec::new();
-        actor.model.units_mut().for_each_full_unit(|unit, values| {
-            parameters.extend_from_slice(&values[..unit.elems()]);
-            Ok::<_, lightrft_strategy::Error>(())
-        })?;
-        Ok(parameters)
+        all_parameters(&mut actor)
     });
     let first = of_ranks.swap_remove(0);
     assert!(of_ranks.iter().all(|other| *other == first), "all ranks gather the same parameters");

@@ -292,15 +292,14 @@ fn progress(m: &StepMetrics, steps: u64) -> String {
 }
 
 /// Whether steps that were done before a kill came out the same, bit for bit, when they were done again. `None` when
-/// there were none.
+/// there were none, or no hashes to tell by.
 fn same_steps(before: &[Value], now: &[Value]) -> Option<bool> {
-    if before.is_empty() {
+    let hash = |line: &Value| line["parameters_hash"].as_str().map(str::to_owned);
+    if before.is_empty() || before.iter().any(|line| hash(line).is_none()) {
         return None;
     }
-    let state = |lines: &[Value], step: &Value| {
-        lines.iter().find(|l| l["step"] == *step).map(|l| (l["parameters_hash"].clone(), l["reward"].clone()))
-    };
-    Some(before.iter().all(|line| state(before, &line["step"]) == state(now, &line["step"])))
+    let again = |step: &Value| now.iter().find(|line| line["step"] == *step).and_then(hash);
+    Some(before.iter().all(|line| again(&line["step"]) == hash(line)))
 }
 
 fn draw(lines: &[Value], picture: &Path) -> Result<()> {

@@ -8,7 +8,7 @@ use candle_core::Device;
 use lightrft_collectives::Communicator;
 use lightrft_collectives::local::World;
 use lightrft_engine::embedded::{DecoderConfig, Weights};
-use lightrft_strategy::StrategyConfig;
+use lightrft_strategy::{Actor, StrategyConfig};
 
 /// A model small enough for many runs; `changes` are fields of its `config.json`.
 pub(crate) fn config(changes: serde_json::Value) -> DecoderConfig {
@@ -37,6 +37,16 @@ pub(crate) fn on_ranks<T: Send>(
     rank_main: impl Fn(Arc<dyn Communicator>) -> lightrft_strategy::Result<T> + Sync,
 ) -> Vec<T> {
     World::new(ranks).launch(rank_main).unwrap()
+}
+
+/// Every parameter, gathered. *Collective.*
+pub(crate) fn all_parameters(actor: &mut Actor) -> lightrft_strategy::Result<Vec<f32>> {
+    let mut parameters = Vec::new();
+    actor.model.units_mut().for_each_full_unit(|unit, values| {
+        parameters.extend_from_slice(&values[..unit.elems()]);
+        Ok::<_, lightrft_strategy::Error>(())
+    })?;
+    Ok(parameters)
 }
 
 /// Settings for `rows` sequences a step, `micro` of them in one pass.
