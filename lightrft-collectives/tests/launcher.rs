@@ -113,33 +113,6 @@ fn a_signal_to_the_launcher_reaches_the_ranks() {
     assert!(child.wait().unwrap().success(), "the role checks the outcome: {text}");
 }
 
-#[test]
-fn signals_that_keep_coming_do_not_put_off_the_end() {
-    let mut child = role("launcher_of_one_that_ignores_signals");
-    let mut stdout = BufReader::new(child.stdout.take().unwrap());
-    assert!(stdout.by_ref().lines().map(Result::unwrap).any(|line| line.ends_with("deaf")));
-    let pid = Pid::from_child(&child);
-    let end = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-    let begin = Instant::now();
-    loop {
-        kill_process(pid, Signal::INT).unwrap();
-        let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        if poll(&mut [PollFd::new(&end, PollFlags::IN)], Some(&pause)).unwrap() == 1 {
-            break;
-        }
-        assert!(begin.elapsed() < Duration::from_secs(20), "the launcher waits for as long as signals come");
-    }
-    assert!(child.wait().unwrap().success(), "the role checks the outcome");
-}
-
-#[test]
-#[ignore = "started by signals_that_keep_coming_do_not_put_off_the_end"]
-fn launcher_of_one_that_ignores_signals() {
-    let script = "trap '' INT TERM; echo deaf; while :; do sleep 1; done";
-    let outcome = shell(script).grace(Duration::from_millis(500)).run().unwrap();
-    assert_eq!((outcome.signal, outcome.exit_code()), (Some(2), 128 + 9));
-}
-
 /// A launcher of two ranks that sleep, its output, and the ranks' process descriptors.
 fn launcher_of_sleepers() -> (Child, BufReader<ChildStdout>, Vec<rustix::fd::OwnedFd>) {
     let mut child = role("launcher_of_two_that_sleep");

@@ -306,3 +306,40 @@ impl Drop for Ranks {
         self.signal(Signal::KILL);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use super::*;
+
+    /// Signals as events, not real ones: those that arrive after the end would end this process.
+    #[test]
+    fn signals_that_keep_coming_do_not_put_off_the_end() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' INT TERM; echo deaf; while :; do sleep 1; done"]).stdout(Stdio::piped());
+        let mut child = child::spawn(&mut command).unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "deaf\n");
+        let pid = Pid::from_child(&child);
+        let mut ranks = Ranks { children: vec![child], statuses: vec![None], failure: None };
+        let (events, received) = mpsc::channel();
+        announce_end(0, pid, events.clone()).unwrap();
+        let signal = thread::scope(|scope| {
+            scope.spawn(move || {
+                while events.send(Event::Signal(signals::INTERRUPT)).is_ok() {
+                    thread::sleep(Duration::from_millis(20));
+                }
+            });
+            let begin = Instant::now();
+            let signal = ranks.supervise(&received, Duration::from_millis(200));
+            drop(received);
+            assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
+            signal
+        });
+        assert_eq!(signal, Some(signals::INTERRUPT));
+        let outcome = Outcome { failure: ranks.failure, statuses: Vec::new(), signal };
+        assert_eq!(outcome.exit_code(), 128 + 9);
+    }
+}
