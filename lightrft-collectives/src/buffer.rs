@@ -1,16 +1,99 @@
-//! Host memory as a communicator sees it: bytes with an element type, made from typed slices
+//! Memory as a communicator sees it: on the host, bytes made from typed slices; on a device, an address and a stream
 
+use crate::device::{Device, DeviceMut};
 use crate::error::{Error, Result};
 use crate::op::{Dtype, Element, with_element};
 
-/// Elements to read.
+/// Where a call reads: host or device memory.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Buffer<'a> {
+    /// Host memory.
+    Host(Host<'a>),
+    /// Device memory.
+    Device(Device<'a>),
+}
+
+/// Where a call writes, or reduces in place.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum BufferMut<'a> {
+    /// Host memory.
+    Host(HostMut<'a>),
+    /// Device memory.
+    Device(DeviceMut<'a>),
+}
+
+/// Elements of one type, wherever they are.
+pub trait Elements {
+    /// The element type.
+    fn dtype(&self) -> Dtype;
+    /// Number of elements.
+    fn count(&self) -> usize;
+}
+
+macro_rules! elements {
+    ($($name:ident)*) => { $(impl Elements for $name<'_> {
+        fn dtype(&self) -> Dtype {
+            $name::dtype(self)
+        }
+        fn count(&self) -> usize {
+            self.len()
+        }
+    })* };
+}
+elements!(Host HostMut Device DeviceMut);
+
+macro_rules! elements_of_either {
+    ($($name:ident)*) => { $(impl Elements for $name<'_> {
+        fn dtype(&self) -> Dtype {
+            match self {
+                $name::Host(host) => host.dtype(),
+                $name::Device(device) => device.dtype(),
+            }
+        }
+        fn count(&self) -> usize {
+            match self {
+                $name::Host(host) => host.len(),
+                $name::Device(device) => device.len(),
+            }
+        }
+    })* };
+}
+elements_of_either!(Buffer BufferMut);
+
+impl<'a> From<Host<'a>> for Buffer<'a> {
+    fn from(host: Host<'a>) -> Self {
+        Buffer::Host(host)
+    }
+}
+
+impl<'a> From<HostMut<'a>> for BufferMut<'a> {
+    fn from(host: HostMut<'a>) -> Self {
+        BufferMut::Host(host)
+    }
+}
+
+impl<'a> From<Device<'a>> for Buffer<'a> {
+    fn from(device: Device<'a>) -> Self {
+        Buffer::Device(device)
+    }
+}
+
+impl<'a> From<DeviceMut<'a>> for BufferMut<'a> {
+    fn from(device: DeviceMut<'a>) -> Self {
+        BufferMut::Device(device)
+    }
+}
+
+/// Elements of host memory to read.
 #[derive(Clone, Copy, Debug)]
 pub struct Host<'a> {
     dtype: Dtype,
     bytes: &'a [u8],
 }
 
-/// Elements to overwrite, or to reduce in place.
+/// Elements of host memory to overwrite, or to reduce in place.
 #[derive(Debug)]
 pub struct HostMut<'a> {
     dtype: Dtype,
@@ -113,6 +196,11 @@ impl<'a> HostMut<'a> {
 
     /// The elements' memory, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.bytes
+    }
+
+    /// The elements' memory for as long as it was lent.
+    pub fn into_bytes(self) -> &'a mut [u8] {
         self.bytes
     }
 }

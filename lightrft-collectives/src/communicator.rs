@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -10,6 +11,22 @@ use crate::buffer::{Host, HostMut};
 use crate::error::{Error, Result};
 use crate::op::{Element, ReduceOp};
 use crate::operation::{Call, Operation};
+
+/// What a new group has of its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GroupOptions {
+    /// How long its calls wait for a slow rank; the parent group's timeout if `None`.
+    pub timeout: Option<Duration>,
+}
+
+impl GroupOptions {
+    /// Sets how long the group's calls wait for a slow rank.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        GroupOptions { timeout: Some(timeout) }
+    }
+}
 
 /// A group of ranks that talk to each other. Backends implement this; users call [`CommunicatorExt`].
 ///
@@ -38,20 +55,38 @@ pub trait Communicator: fmt::Debug + Send + Sync {
         self.ranks().len()
     }
 
+    /// Makes one call with the other members, waiting for a slow one no longer than `timeout`, or than the group's
+    /// own if it is `None`.
+    ///
+    /// # Errors
+    /// See the contract above.
+    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()>;
+
     /// Makes one call with the other members.
     ///
     /// # Errors
     /// See the contract above.
-    fn run(&self, operation: Operation<'_>) -> Result<()>;
+    fn run(&self, operation: Operation<'_>) -> Result<()> {
+        self.run_within(operation, None)
+    }
 
     /// A new group of some members, `ranks` being their ranks in this group, in the order they will have.
     ///
-    /// Collective over *this* group: all members call it with the same list, also those not in it, which
-    /// get `None`. A group of one rank does no communication.
+    /// Collective over *this* group: all members call it with the same list and options, also those not in it,
+    /// which get `None`. A group of one rank does no communication.
     ///
     /// # Errors
     /// [`Error::Members`] or [`Error::Rank`] for a bad list; otherwise as [`run`](Communicator::run).
-    fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>>;
+    fn subgroup_with(&self, ranks: &[usize], options: &GroupOptions)
+    -> Result<Option<Arc<dyn Communicator>>>;
+
+    /// [`subgroup_with`](Communicator::subgroup_with) the default options.
+    ///
+    /// # Errors
+    /// As there.
+    fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
+        self.subgroup_with(ranks, &GroupOptions::default())
+    }
 }
 
 /// Typed calls, written once over [`Communicator::run`]. Lengths are in elements.
@@ -63,7 +98,7 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn all_reduce<T: Element>(&self, data: &mut [T], op: ReduceOp) -> Result<()> {
-        self.run(Operation::AllReduce { data: HostMut::new(data), op })
+        self.run(Operation::AllReduce { data: HostMut::new(data).into(), op })
     }
 
     /// Gathers all ranks' `input` into `output` (`world_size * input.len()`), in rank order.
@@ -71,7 +106,7 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn all_gather<T: Element>(&self, input: &[T], output: &mut [T]) -> Result<()> {
-        self.run(Operation::AllGather { input: Host::new(input), output: HostMut::new(output) })
+        self.run(Operation::AllGather { input: Host::new(input).into(), output: HostMut::new(output).into() })
     }
 
     /// Gathers in place: this rank's part is `data[rank * n .. (rank + 1) * n]` with `n = data.len() / world_size`.
@@ -79,7 +114,7 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn all_gather_in_place<T: Element>(&self, data: &mut [T]) -> Result<()> {
-        self.run(Operation::AllGatherInPlace { data: HostMut::new(data) })
+        self.run(Operation::AllGatherInPlace { data: HostMut::new(data).into() })
     }
 
     /// Gathers inputs of different lengths, `counts[r]` elements from rank `r`, in rank order.
@@ -88,7 +123,11 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn all_gather_counts<T: Element>(&self, input: &[T], counts: &[usize], output: &mut [T]) -> Result<()> {
-        self.run(Operation::AllGatherV { input: Host::new(input), counts, output: HostMut::new(output) })
+        self.run(Operation::AllGatherV {
+            input: Host::new(input).into(),
+            counts,
+            output: HostMut::new(output).into(),
+        })
     }
 
     /// Gathers bytes of any length from every rank; the lengths need not be known.
@@ -117,7 +156,11 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn reduce_scatter<T: Element>(&self, input: &[T], output: &mut [T], op: ReduceOp) -> Result<()> {
-        self.run(Operation::ReduceScatter { input: Host::new(input), output: HostMut::new(output), op })
+        self.run(Operation::ReduceScatter {
+            input: Host::new(input).into(),
+            output: HostMut::new(output).into(),
+            op,
+        })
     }
 
     /// Replaces `data` by the root's.
@@ -125,7 +168,41 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn broadcast<T: Element>(&self, data: &mut [T], root: usize) -> Result<()> {
-        self.run(Operation::Broadcast { data: HostMut::new(data), root })
+        self.run(Operation::Broadcast { data: HostMut::new(data).into(), root })
+    }
+
+    /// [`all_reduce`](CommunicatorExt::all_reduce) of `input`, with the result in `output`.
+    ///
+    /// # Errors
+    /// See [`Communicator`].
+    fn all_reduce_into<T: Element>(&self, input: &[T], output: &mut [T], op: ReduceOp) -> Result<()> {
+        let (input, output) = (Host::new(input).into(), HostMut::new(output).into());
+        self.run(Operation::AllReduceInto { input, output, op })
+    }
+
+    /// Reduces in place: this rank's part of `data` (`n = data.len() / world_size` elements from `rank * n`) becomes its part
+    /// of the reduction; the other parts' contents are not defined afterwards.
+    ///
+    /// # Errors
+    /// See [`Communicator`].
+    fn reduce_scatter_in_place<T: Element>(&self, data: &mut [T], op: ReduceOp) -> Result<()> {
+        self.run(Operation::ReduceScatterInPlace { data: HostMut::new(data).into(), op })
+    }
+
+    /// Sends `send_counts[q]` elements to each rank `q`, one piece of `input` after the other, and receives
+    /// `recv_counts[q]` from it.
+    ///
+    /// # Errors
+    /// See [`Communicator`]; [`Error::Mismatch`] if a rank expects another number of elements than it is sent.
+    fn all_to_all_v<T: Element>(
+        &self,
+        input: &[T],
+        send_counts: &[usize],
+        output: &mut [T],
+        recv_counts: &[usize],
+    ) -> Result<()> {
+        let (input, output) = (Host::new(input).into(), HostMut::new(output).into());
+        self.run(Operation::AllToAllV { input, send_counts, output, recv_counts })
     }
 
     /// Replaces the root's `data` by the reduction of all ranks' `data`; leaves the others' as it is.
@@ -133,7 +210,7 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn reduce<T: Element>(&self, data: &mut [T], op: ReduceOp, root: usize) -> Result<()> {
-        self.run(Operation::Reduce { data: HostMut::new(data), op, root })
+        self.run(Operation::Reduce { data: HostMut::new(data).into(), op, root })
     }
 
     /// Gathers all ranks' `input` into the root's `output` (`world_size * input.len()`; empty elsewhere).
@@ -141,7 +218,11 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn gather<T: Element>(&self, input: &[T], output: &mut [T], root: usize) -> Result<()> {
-        self.run(Operation::Gather { input: Host::new(input), output: HostMut::new(output), root })
+        self.run(Operation::Gather {
+            input: Host::new(input).into(),
+            output: HostMut::new(output).into(),
+            root,
+        })
     }
 
     /// Gives each rank its part of the root's `input` (`world_size * output.len()`; empty elsewhere).
@@ -149,7 +230,11 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn scatter<T: Element>(&self, input: &[T], output: &mut [T], root: usize) -> Result<()> {
-        self.run(Operation::Scatter { input: Host::new(input), output: HostMut::new(output), root })
+        self.run(Operation::Scatter {
+            input: Host::new(input).into(),
+            output: HostMut::new(output).into(),
+            root,
+        })
     }
 
     /// Sends part `q` of `input` to rank `q`, and receives part `q` of `output` from it.
@@ -157,7 +242,7 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn all_to_all<T: Element>(&self, input: &[T], output: &mut [T]) -> Result<()> {
-        self.run(Operation::AllToAll { input: Host::new(input), output: HostMut::new(output) })
+        self.run(Operation::AllToAll { input: Host::new(input).into(), output: HostMut::new(output).into() })
     }
 
     /// Sends `data` to rank `to`, which calls [`recv`](CommunicatorExt::recv). May return before it has.
@@ -165,7 +250,7 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn send<T: Element>(&self, data: &[T], to: usize) -> Result<()> {
-        self.run(Operation::Send { data: Host::new(data), to })
+        self.run(Operation::Send { data: Host::new(data).into(), to })
     }
 
     /// Receives what rank `from` [sends](CommunicatorExt::send); lengths and types must agree.
@@ -173,7 +258,7 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// See [`Communicator`].
     fn recv<T: Element>(&self, data: &mut [T], from: usize) -> Result<()> {
-        self.run(Operation::Recv { data: HostMut::new(data), from })
+        self.run(Operation::Recv { data: HostMut::new(data).into(), from })
     }
 
     /// Returns when every rank has called it.

@@ -75,6 +75,10 @@ pub enum Error {
     #[error("{bytes} bytes at {address:#x} are no whole, aligned elements of {dtype:?}")]
     #[allow(missing_docs)]
     Buffer { dtype: Dtype, bytes: usize, address: usize },
+    /// A buffer is where this group, or this call's other buffers, are not.
+    #[error("{call}: a buffer is {got}, expected {expected}")]
+    #[allow(missing_docs)]
+    Place { call: Call, got: &'static str, expected: &'static str },
     /// A mesh that cannot be, or an axis or rank that it does not have.
     #[error("mesh: {got}, expected {expected}")]
     #[allow(missing_docs)]

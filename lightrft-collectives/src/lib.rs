@@ -31,6 +31,7 @@
 mod acceptor;
 mod buffer;
 mod communicator;
+mod device;
 mod error;
 mod group;
 mod host;
@@ -47,14 +48,15 @@ pub mod store;
 #[allow(clippy::panic)] // A broken promise fails the caller's test.
 pub mod testing;
 
-pub use buffer::{Host, HostMut};
-pub use communicator::{Communicator, CommunicatorExt};
+pub use buffer::{Buffer, BufferMut, Elements, Host, HostMut};
+pub use communicator::{Communicator, CommunicatorExt, GroupOptions};
+pub use device::{Device, DeviceMut, StreamHandle};
 pub use error::{Error, Loss, Result};
 pub use group::{SubGroups, axis_group, sub_groups};
 pub use host::Transport;
 pub use mesh::DeviceMesh;
 pub use op::{Dtype, Element, ReduceOp};
-pub use operation::{Call, Operation, Signature};
+pub use operation::{Call, DeviceOperation, HostOperation, Operation, Signature};
 pub use rendezvous::Rendezvous;
 pub use single::Single;
 

@@ -4,65 +4,67 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::buffer::{Host, HostMut};
+use crate::buffer::{Buffer, BufferMut, Elements, Host, HostMut};
+use crate::device::{Device, DeviceMut};
 use crate::error::{Error, Result};
 use crate::op::{Dtype, ReduceOp};
 
 /// A call on a communicator, with the caller's buffers.
 ///
 /// Every member of the group makes the same call with the same counts, types, reduce operation and root, in
-/// the same order. "Part `r`" of a buffer of `n` equal parts is its elements `r*len/n .. (r+1)*len/n`.
+/// the same order. "Part `r`" of a buffer of `n` equal parts is its elements `r*len/n .. (r+1)*len/n`. In place or not,
+/// on the host or on a device: that is each rank's own affair.
 #[derive(Debug)]
 #[non_exhaustive]
-pub enum Operation<'a> {
+pub enum Operation<'a, I = Buffer<'a>, O = BufferMut<'a>> {
     /// Every rank gets the reduction of all ranks' `data`, in place.
     AllReduce {
         /// This rank's contribution, then the result.
-        data: HostMut<'a>,
+        data: O,
         /// How contributions are combined.
         op: ReduceOp,
     },
     /// Every rank gets all ranks' inputs, one after the other in rank order.
     AllGather {
         /// This rank's part.
-        input: Host<'a>,
+        input: I,
         /// `world_size * input.len()` elements.
-        output: HostMut<'a>,
+        output: O,
     },
     /// As [`AllGather`](Operation::AllGather), where this rank's part already lies in its place.
     AllGatherInPlace {
         /// `world_size` equal parts; part `rank` is read, the others are written.
-        data: HostMut<'a>,
+        data: O,
     },
     /// All ranks' inputs of different lengths, one after the other in rank order.
     AllGatherV {
         /// This rank's part, `counts[rank]` elements.
-        input: Host<'a>,
+        input: I,
         /// Elements of each rank, the same list on every rank.
         counts: &'a [usize],
         /// As many elements as `counts` sums to.
-        output: HostMut<'a>,
+        output: O,
     },
     /// Each rank gets its part of the reduction of all ranks' inputs.
     ReduceScatter {
         /// `world_size * output.len()` elements; part `r` goes to rank `r`.
-        input: Host<'a>,
+        input: I,
         /// Part `rank` of the reduction.
-        output: HostMut<'a>,
+        output: O,
         /// How contributions are combined.
         op: ReduceOp,
     },
     /// Every rank gets the root's `data`.
     Broadcast {
         /// Read on the root, written elsewhere.
-        data: HostMut<'a>,
+        data: O,
         /// The rank of this group that sends.
         root: usize,
     },
     /// The root gets the reduction of all ranks' `data`; elsewhere `data` is left as it was.
     Reduce {
         /// This rank's contribution; on the root, then the result.
-        data: HostMut<'a>,
+        data: O,
         /// How contributions are combined.
         op: ReduceOp,
         /// The rank of this group that receives.
@@ -71,45 +73,78 @@ pub enum Operation<'a> {
     /// The root gets all ranks' inputs, one after the other in rank order.
     Gather {
         /// This rank's part.
-        input: Host<'a>,
+        input: I,
         /// On the root, `world_size * input.len()` elements; elsewhere empty.
-        output: HostMut<'a>,
+        output: O,
         /// The rank of this group that receives.
         root: usize,
     },
     /// Each rank gets its part of the root's input.
     Scatter {
         /// On the root, `world_size * output.len()` elements; elsewhere empty.
-        input: Host<'a>,
+        input: I,
         /// Part `rank` of the root's input.
-        output: HostMut<'a>,
+        output: O,
         /// The rank of this group that sends.
         root: usize,
     },
     /// Part `q` of this rank's input becomes part `rank` of rank `q`'s output.
     AllToAll {
         /// `world_size` equal parts.
-        input: Host<'a>,
+        input: I,
         /// As many elements as `input`.
-        output: HostMut<'a>,
+        output: O,
+    },
+    /// As [`AllReduce`](Operation::AllReduce), with the result beside the contribution.
+    AllReduceInto {
+        /// This rank's contribution.
+        input: I,
+        /// As many elements as `input`.
+        output: O,
+        /// How contributions are combined.
+        op: ReduceOp,
+    },
+    /// As [`ReduceScatter`](Operation::ReduceScatter), with the result in this rank's part of its contribution.
+    ReduceScatterInPlace {
+        /// `world_size` equal parts; part `rank` becomes the result, the others' contents are not defined afterwards.
+        data: O,
+        /// How contributions are combined.
+        op: ReduceOp,
+    },
+    /// Consecutive pieces of this rank's input of any lengths, one for each rank.
+    AllToAllV {
+        /// As many elements as `send_counts` sums to.
+        input: I,
+        /// Elements for each rank.
+        send_counts: &'a [usize],
+        /// As many elements as `recv_counts` sums to.
+        output: O,
+        /// Elements from each rank: rank `q`'s `send_counts[rank]`.
+        recv_counts: &'a [usize],
     },
     /// No rank returns before every rank has called.
     Barrier,
     /// Sends to one rank, which calls [`Recv`](Operation::Recv). May return before it has.
     Send {
         /// What is sent.
-        data: Host<'a>,
+        data: I,
         /// The receiving rank of this group.
         to: usize,
     },
     /// Receives what one rank [sends](Operation::Send).
     Recv {
         /// Where it goes; the length must be the sender's.
-        data: HostMut<'a>,
+        data: O,
         /// The sending rank of this group.
         from: usize,
     },
 }
+
+/// A call on host memory.
+pub type HostOperation<'a> = Operation<'a, Host<'a>, HostMut<'a>>;
+
+/// A call on device memory, to be enqueued on the stream that its buffers name.
+pub type DeviceOperation<'a> = Operation<'a, Device<'a>, DeviceMut<'a>>;
 
 /// The name of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -119,7 +154,6 @@ pub enum Operation<'a> {
 pub enum Call {
     AllReduce,
     AllGather,
-    AllGatherInPlace,
     AllGatherV,
     ReduceScatter,
     Broadcast,
@@ -127,6 +161,7 @@ pub enum Call {
     Gather,
     Scatter,
     AllToAll,
+    AllToAllV,
     Barrier,
     Send,
     Recv,
@@ -137,7 +172,6 @@ impl Call {
     const ALL: [Call; 14] = [
         Call::AllReduce,
         Call::AllGather,
-        Call::AllGatherInPlace,
         Call::AllGatherV,
         Call::ReduceScatter,
         Call::Broadcast,
@@ -145,6 +179,7 @@ impl Call {
         Call::Gather,
         Call::Scatter,
         Call::AllToAll,
+        Call::AllToAllV,
         Call::Barrier,
         Call::Send,
         Call::Recv,
@@ -156,7 +191,6 @@ impl Call {
         match self {
             Call::AllReduce => "all_reduce",
             Call::AllGather => "all_gather",
-            Call::AllGatherInPlace => "all_gather_in_place",
             Call::AllGatherV => "all_gather_v",
             Call::ReduceScatter => "reduce_scatter",
             Call::Broadcast => "broadcast",
@@ -164,6 +198,7 @@ impl Call {
             Call::Gather => "gather",
             Call::Scatter => "scatter",
             Call::AllToAll => "all_to_all",
+            Call::AllToAllV => "all_to_all_v",
             Call::Barrier => "barrier",
             Call::Send => "send",
             Call::Recv => "recv",
@@ -302,7 +337,7 @@ impl Place<'_> {
         Err(Error::OwnRank { call: self.call, group: self.group.into(), rank })
     }
 
-    fn same_dtype(&self, input: &Host<'_>, output: &HostMut<'_>) -> Result<()> {
+    fn same_dtype(&self, input: &impl Elements, output: &impl Elements) -> Result<()> {
         if input.dtype() == output.dtype() {
             return Ok(());
         }
@@ -318,20 +353,20 @@ impl Place<'_> {
     }
 }
 
-impl Operation<'_> {
+impl<I: Elements, O: Elements> Operation<'_, I, O> {
     /// The name of this call.
     pub fn call(&self) -> Call {
         match self {
-            Operation::AllReduce { .. } => Call::AllReduce,
-            Operation::AllGather { .. } => Call::AllGather,
-            Operation::AllGatherInPlace { .. } => Call::AllGatherInPlace,
+            Operation::AllReduce { .. } | Operation::AllReduceInto { .. } => Call::AllReduce,
+            Operation::AllGather { .. } | Operation::AllGatherInPlace { .. } => Call::AllGather,
             Operation::AllGatherV { .. } => Call::AllGatherV,
-            Operation::ReduceScatter { .. } => Call::ReduceScatter,
+            Operation::ReduceScatter { .. } | Operation::ReduceScatterInPlace { .. } => Call::ReduceScatter,
             Operation::Broadcast { .. } => Call::Broadcast,
             Operation::Reduce { .. } => Call::Reduce,
             Operation::Gather { .. } => Call::Gather,
             Operation::Scatter { .. } => Call::Scatter,
             Operation::AllToAll { .. } => Call::AllToAll,
+            Operation::AllToAllV { .. } => Call::AllToAllV,
             Operation::Barrier => Call::Barrier,
             Operation::Send { .. } => Call::Send,
             Operation::Recv { .. } => Call::Recv,
@@ -352,20 +387,19 @@ impl Operation<'_> {
             Operation::AllReduce { data, op } => at.reducible(*op, data.dtype()),
             Operation::AllGather { input, output } => {
                 at.same_dtype(input, output)?;
-                at.length("output", output.len(), world * input.len())
+                at.length("output", output.count(), world * input.count())
             }
-            Operation::AllGatherInPlace { data } => at.divisible("data", data.len(), world),
+            Operation::AllGatherInPlace { data } => at.divisible("data", data.count(), world),
             Operation::AllGatherV { input, counts, output } => {
                 at.same_dtype(input, output)?;
                 at.length("counts", counts.len(), world)?;
-                at.length("input", input.len(), counts[rank])?;
-                let total = counts.iter().try_fold(0usize, |sum, n| sum.checked_add(*n));
-                at.length("output", output.len(), total.unwrap_or(usize::MAX))
+                at.length("input", input.count(), counts[rank])?;
+                at.length("output", output.count(), total(counts))
             }
             Operation::ReduceScatter { input, output, op } => {
                 at.same_dtype(input, output)?;
                 at.reducible(*op, input.dtype())?;
-                at.length("input", input.len(), world * output.len())
+                at.length("input", input.count(), world * output.count())
             }
             Operation::Broadcast { root, .. } => at.member("root", *root, world),
             Operation::Reduce { data, op, root } => {
@@ -375,19 +409,36 @@ impl Operation<'_> {
             Operation::Gather { input, output, root } => {
                 at.same_dtype(input, output)?;
                 at.member("root", *root, world)?;
-                let expected = if rank == *root { world * input.len() } else { 0 };
-                at.length("output", output.len(), expected)
+                let expected = if rank == *root { world * input.count() } else { 0 };
+                at.length("output", output.count(), expected)
             }
             Operation::Scatter { input, output, root } => {
                 at.same_dtype(input, output)?;
                 at.member("root", *root, world)?;
-                let expected = if rank == *root { world * output.len() } else { 0 };
-                at.length("input", input.len(), expected)
+                let expected = if rank == *root { world * output.count() } else { 0 };
+                at.length("input", input.count(), expected)
             }
             Operation::AllToAll { input, output } => {
                 at.same_dtype(input, output)?;
-                at.divisible("input", input.len(), world)?;
-                at.length("output", output.len(), input.len())
+                at.divisible("input", input.count(), world)?;
+                at.length("output", output.count(), input.count())
+            }
+            Operation::AllReduceInto { input, output, op } => {
+                at.same_dtype(input, output)?;
+                at.reducible(*op, input.dtype())?;
+                at.length("output", output.count(), input.count())
+            }
+            Operation::ReduceScatterInPlace { data, op } => {
+                at.reducible(*op, data.dtype())?;
+                at.divisible("data", data.count(), world)
+            }
+            Operation::AllToAllV { input, send_counts, output, recv_counts } => {
+                at.same_dtype(input, output)?;
+                at.length("send_counts", send_counts.len(), world)?;
+                at.length("recv_counts", recv_counts.len(), world)?;
+                at.length("input", input.count(), total(send_counts))?;
+                at.length("output", output.count(), total(recv_counts))?;
+                at.length("recv_counts of this rank", recv_counts[rank], send_counts[rank])
             }
             Operation::Barrier => Ok(()),
             Operation::Send { to, .. } => at.peer("receiver", *to, rank, world),
@@ -396,7 +447,7 @@ impl Operation<'_> {
     }
 
     /// What this rank's call has in common with the other ranks' calls.
-    pub fn signature(&self) -> Signature {
+    pub fn signature(&self, world: usize) -> Signature {
         let of = |dtype, count: usize| Signature {
             dtype: Some(dtype),
             count: count as u64,
@@ -404,32 +455,169 @@ impl Operation<'_> {
         };
         let root = |r: &usize| Some(*r as u32);
         match self {
-            Operation::AllReduce { data, op } => Signature { op: Some(*op), ..of(data.dtype(), data.len()) },
-            Operation::AllGather { input, .. } => of(input.dtype(), input.len()),
-            Operation::AllGatherInPlace { data } => of(data.dtype(), data.len()),
+            Operation::AllReduce { data, op } => {
+                Signature { op: Some(*op), ..of(data.dtype(), data.count()) }
+            }
+            Operation::AllGather { input, .. } => of(input.dtype(), input.count()),
+            Operation::AllGatherInPlace { data } => of(data.dtype(), data.count() / world),
             Operation::AllGatherV { counts, output, .. } => {
-                Signature { digest: digest(counts.iter().copied()), ..of(output.dtype(), output.len()) }
+                Signature { digest: digest(counts.iter().copied()), ..of(output.dtype(), output.count()) }
             }
             Operation::ReduceScatter { output, op, .. } => {
-                Signature { op: Some(*op), ..of(output.dtype(), output.len()) }
+                Signature { op: Some(*op), ..of(output.dtype(), output.count()) }
             }
             Operation::Broadcast { data, root: r } => {
-                Signature { root: root(r), ..of(data.dtype(), data.len()) }
+                Signature { root: root(r), ..of(data.dtype(), data.count()) }
             }
             Operation::Reduce { data, op, root: r } => {
-                Signature { op: Some(*op), root: root(r), ..of(data.dtype(), data.len()) }
+                Signature { op: Some(*op), root: root(r), ..of(data.dtype(), data.count()) }
             }
             Operation::Gather { input, root: r, .. } => {
-                Signature { root: root(r), ..of(input.dtype(), input.len()) }
+                Signature { root: root(r), ..of(input.dtype(), input.count()) }
             }
             Operation::Scatter { output, root: r, .. } => {
-                Signature { root: root(r), ..of(output.dtype(), output.len()) }
+                Signature { root: root(r), ..of(output.dtype(), output.count()) }
             }
-            Operation::AllToAll { input, .. } => of(input.dtype(), input.len()),
+            Operation::AllToAll { input, .. } => of(input.dtype(), input.count()),
+            Operation::AllReduceInto { input, op, .. } => {
+                Signature { op: Some(*op), ..of(input.dtype(), input.count()) }
+            }
+            Operation::ReduceScatterInPlace { data, op } => {
+                Signature { op: Some(*op), ..of(data.dtype(), data.count() / world) }
+            }
+            // Each rank has counts of its own: what two ranks must agree on is compared between them.
+            Operation::AllToAllV { input, .. } => of(input.dtype(), 0),
             Operation::Barrier => Signature::bare(Call::Barrier),
-            Operation::Send { data, .. } => of(data.dtype(), data.len()),
-            Operation::Recv { data, .. } => of(data.dtype(), data.len()),
+            Operation::Send { data, .. } => of(data.dtype(), data.count()),
+            Operation::Recv { data, .. } => of(data.dtype(), data.count()),
         }
+    }
+}
+
+/// What every rank sends to and expects from every other in an all-to-all-v: row `r` has rank `r`'s send counts, then
+/// its receive counts.
+pub(crate) struct Exchange<'a> {
+    pub(crate) counts: &'a [u64],
+    pub(crate) world: usize,
+}
+
+impl Exchange<'_> {
+    /// One rank's row.
+    pub(crate) fn row(send_counts: &[usize], recv_counts: &[usize]) -> Vec<u64> {
+        send_counts.iter().chain(recv_counts).map(|n| *n as u64).collect()
+    }
+
+    /// Elements that `from` sends to `to`.
+    pub(crate) fn sent(&self, from: usize, to: usize) -> usize {
+        self.counts[2 * self.world * from + to] as usize
+    }
+
+    /// Where in its input `from` has what it sends to `to`.
+    pub(crate) fn offset(&self, from: usize, to: usize) -> usize {
+        (0..to).map(|rank| self.sent(from, rank)).sum()
+    }
+
+    /// The first pair of ranks, sender and receiver, that do not agree, with the signature of each. The same on all ranks.
+    pub(crate) fn disagreement(&self, signature: Signature) -> Option<(usize, Signature, usize, Signature)> {
+        let pairs = (0..self.world).flat_map(|from| (0..self.world).map(move |to| (from, to)));
+        pairs
+            .map(|(from, to)| {
+                let sent = self.sent(from, to) as u64;
+                let expected = self.counts[2 * self.world * to + self.world + from];
+                (from, Signature { count: sent, ..signature }, to, Signature { count: expected, ..signature })
+            })
+            .find(|(_, sent, _, expected)| sent.count != expected.count)
+    }
+}
+
+/// The sum of `counts`; more than any buffer has if it overflows.
+fn total(counts: &[usize]) -> usize {
+    counts.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).unwrap_or(usize::MAX)
+}
+
+impl<'a> Operation<'a> {
+    /// This call, if all its buffers are on the host.
+    ///
+    /// # Errors
+    /// [`Error::Place`] if one is on a device.
+    pub fn on_host(self) -> Result<HostOperation<'a>> {
+        let call = self.call();
+        let elsewhere = Error::Place { call, got: "device memory", expected: "host memory" };
+        self.map(
+            |buffer| match buffer {
+                Buffer::Host(host) => Ok(host),
+                Buffer::Device(_) => Err(elsewhere.clone()),
+            },
+            |buffer| match buffer {
+                BufferMut::Host(host) => Ok(host),
+                BufferMut::Device(_) => Err(elsewhere.clone()),
+            },
+        )
+    }
+
+    /// This call, if all its buffers are on a device. A barrier, which has none, is a call on the host.
+    ///
+    /// # Errors
+    /// [`Error::Place`] if one is on the host.
+    pub fn on_device(self) -> Result<DeviceOperation<'a>> {
+        let call = self.call();
+        let elsewhere = Error::Place { call, got: "host memory", expected: "device memory" };
+        self.map(
+            |buffer| match buffer {
+                Buffer::Device(device) => Ok(device),
+                Buffer::Host(_) => Err(elsewhere.clone()),
+            },
+            |buffer| match buffer {
+                BufferMut::Device(device) => Ok(device),
+                BufferMut::Host(_) => Err(elsewhere.clone()),
+            },
+        )
+    }
+}
+
+impl<'a, I, O> Operation<'a, I, O> {
+    /// The same call over other buffers.
+    fn map<I2, O2>(
+        self,
+        read: impl Fn(I) -> Result<I2>,
+        write: impl Fn(O) -> Result<O2>,
+    ) -> Result<Operation<'a, I2, O2>> {
+        Ok(match self {
+            Operation::AllReduce { data, op } => Operation::AllReduce { data: write(data)?, op },
+            Operation::AllReduceInto { input, output, op } => {
+                Operation::AllReduceInto { input: read(input)?, output: write(output)?, op }
+            }
+            Operation::AllGather { input, output } => {
+                Operation::AllGather { input: read(input)?, output: write(output)? }
+            }
+            Operation::AllGatherInPlace { data } => Operation::AllGatherInPlace { data: write(data)? },
+            Operation::AllGatherV { input, counts, output } => {
+                Operation::AllGatherV { input: read(input)?, counts, output: write(output)? }
+            }
+            Operation::ReduceScatter { input, output, op } => {
+                Operation::ReduceScatter { input: read(input)?, output: write(output)?, op }
+            }
+            Operation::ReduceScatterInPlace { data, op } => {
+                Operation::ReduceScatterInPlace { data: write(data)?, op }
+            }
+            Operation::Broadcast { data, root } => Operation::Broadcast { data: write(data)?, root },
+            Operation::Reduce { data, op, root } => Operation::Reduce { data: write(data)?, op, root },
+            Operation::Gather { input, output, root } => {
+                Operation::Gather { input: read(input)?, output: write(output)?, root }
+            }
+            Operation::Scatter { input, output, root } => {
+                Operation::Scatter { input: read(input)?, output: write(output)?, root }
+            }
+            Operation::AllToAll { input, output } => {
+                Operation::AllToAll { input: read(input)?, output: write(output)? }
+            }
+            Operation::AllToAllV { input, send_counts, output, recv_counts } => {
+                Operation::AllToAllV { input: read(input)?, send_counts, output: write(output)?, recv_counts }
+            }
+            Operation::Barrier => Operation::Barrier,
+            Operation::Send { data, to } => Operation::Send { data: read(data)?, to },
+            Operation::Recv { data, from } => Operation::Recv { data: write(data)?, from },
+        })
     }
 }
 

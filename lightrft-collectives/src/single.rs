@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use crate::communicator::Communicator;
+use crate::communicator::{Communicator, GroupOptions};
 use crate::error::Result;
 use crate::group::check_members;
 use crate::operation::Operation;
@@ -41,16 +42,21 @@ impl Communicator for Single {
         &self.ranks
     }
 
-    fn run(&self, operation: Operation<'_>) -> Result<()> {
+    fn run_within(&self, operation: Operation<'_>, _: Option<Duration>) -> Result<()> {
         operation.check(0, 1, &self.name)?;
-        match operation {
-            Operation::AllGather { input, mut output }
+        match operation.on_host()? {
+            Operation::AllReduceInto { input, mut output, .. }
+            | Operation::AllGather { input, mut output }
             | Operation::AllGatherV { input, mut output, .. }
             | Operation::ReduceScatter { input, mut output, .. }
             | Operation::Gather { input, mut output, .. }
             | Operation::Scatter { input, mut output, .. }
-            | Operation::AllToAll { input, mut output } => output.bytes_mut().copy_from_slice(input.bytes()),
+            | Operation::AllToAll { input, mut output }
+            | Operation::AllToAllV { input, mut output, .. } => {
+                output.bytes_mut().copy_from_slice(input.bytes())
+            }
             Operation::AllReduce { .. }
+            | Operation::ReduceScatterInPlace { .. }
             | Operation::AllGatherInPlace { .. }
             | Operation::Broadcast { .. }
             | Operation::Reduce { .. }
@@ -61,7 +67,7 @@ impl Communicator for Single {
         Ok(())
     }
 
-    fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
+    fn subgroup_with(&self, ranks: &[usize], _: &GroupOptions) -> Result<Option<Arc<dyn Communicator>>> {
         check_members(self, ranks)?;
         let index = self.groups.fetch_add(1, Ordering::Relaxed);
         Ok(Some(Single::group(format!("{}/{index}", self.name), self.ranks[0])))

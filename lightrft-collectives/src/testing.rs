@@ -104,6 +104,12 @@ fn reductions<T: Sample>(comm: &dyn Communicator, lengths: &[usize]) -> Result<(
             comm.all_reduce(&mut data, op)?;
             assert_same(&data, &expected, || what("all_reduce"));
 
+            let input: Vec<T> = values(rank, length);
+            let mut output = vec![T::zeroed(); length];
+            comm.all_reduce_into(&input, &mut output, op)?;
+            assert_same(&output, &expected, || what("all_reduce_into"));
+            assert_same(&input, &values(rank, length), || what("the input of all_reduce_into"));
+
             let root = length % world;
             let mut data: Vec<T> = values(rank, length);
             comm.reduce(&mut data, op, root)?;
@@ -115,6 +121,11 @@ fn reductions<T: Sample>(comm: &dyn Communicator, lengths: &[usize]) -> Result<(
             comm.reduce_scatter(&input, &mut output, op)?;
             let expected: Vec<T> = reduced(op, world, length * world);
             assert_same(&output, &expected[rank * length..][..length], || what("reduce_scatter"));
+
+            let mut data = input;
+            comm.reduce_scatter_in_place(&mut data, op)?;
+            let mine = rank * length..(rank + 1) * length;
+            assert_same(&data[mine.clone()], &expected[mine], || what("reduce_scatter_in_place"));
         }
     }
     Ok(())
@@ -147,6 +158,18 @@ fn movements<T: Sample>(comm: &dyn Communicator, length: usize) -> Result<()> {
     comm.all_to_all(&input, &mut output)?;
     let expected: Vec<T> = (0..world).flat_map(|from| part(from, rank)).collect();
     assert_same(&output, &expected, || what("all_to_all"));
+
+    // Every pair of ranks has a length of its own, some of them 0.
+    let count = |from: usize, to: usize| (length + 5 * from + 3 * to) % (length / 2 + 2);
+    let ragged = |from: usize, to: usize| values::<T>(from * world + to, count(from, to));
+    let counts =
+        |of: &dyn Fn(usize) -> (usize, usize)| (0..world).map(of).map(|(from, to)| count(from, to)).collect();
+    let (send, recv): (Vec<usize>, Vec<usize>) = (counts(&|to| (rank, to)), counts(&|from| (from, rank)));
+    let input: Vec<T> = (0..world).flat_map(|to| ragged(rank, to)).collect();
+    let expected: Vec<T> = (0..world).flat_map(|from| ragged(from, rank)).collect();
+    let mut output = vec![T::zeroed(); expected.len()];
+    comm.all_to_all_v(&input, &send, &mut output, &recv)?;
+    assert_same(&output, &expected, || what("all_to_all_v"));
 
     for root in 0..world {
         let mut data = mine.clone();
@@ -273,6 +296,14 @@ pub fn mismatch(comm: &dyn Communicator, case: Mismatch) {
         Mismatch::Count => comm.all_reduce(&mut vec![1f32; if odd { 100_000 } else { 3 }], ReduceOp::Sum),
         Mismatch::Op => comm.all_reduce(&mut [1f32], if odd { ReduceOp::Sum } else { ReduceOp::Max }),
         Mismatch::Root => comm.broadcast(&mut [1f32], usize::from(odd)),
+        Mismatch::Pair => {
+            // Rank 0 sends one element too few to rank 1, which expects three from everyone.
+            let world = comm.world_size();
+            let (mut send, recv) = (vec![3; world], vec![3; world]);
+            send[1] -= usize::from(odd);
+            let (input, mut output) = (vec![1f32; send.iter().sum()], vec![0f32; 3 * world]);
+            comm.all_to_all_v(&input, &send, &mut output, &recv)
+        }
         Mismatch::Members => comm.subgroup(if odd { &[0] } else { &[1] }).map(drop),
     };
     match result {
@@ -295,11 +326,19 @@ pub enum Mismatch {
     Count,
     Op,
     Root,
+    Pair,
     Members,
 }
 
 impl Mismatch {
     /// All cases.
-    pub const ALL: [Mismatch; 6] =
-        [Mismatch::Call, Mismatch::Dtype, Mismatch::Count, Mismatch::Op, Mismatch::Root, Mismatch::Members];
+    pub const ALL: [Mismatch; 7] = [
+        Mismatch::Call,
+        Mismatch::Dtype,
+        Mismatch::Count,
+        Mismatch::Op,
+        Mismatch::Root,
+        Mismatch::Pair,
+        Mismatch::Members,
+    ];
 }

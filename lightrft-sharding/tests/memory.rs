@@ -7,8 +7,9 @@ mod tiny;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
+use std::time::Duration;
 
-use lightrft_collectives::{Communicator, Operation, Result as GroupResult, local::World};
+use lightrft_collectives::{Communicator, GroupOptions, Operation, Result as GroupResult, local::World};
 use lightrft_sharding::{
     AdamW, AdamWConfig, Error, FlatUnit, Plan, ReshardAfterForward, ShardOptions, ShardedModel,
     StagedModel as _,
@@ -75,15 +76,19 @@ impl Communicator for Uncounted {
         self.0.ranks()
     }
 
-    fn run(&self, operation: Operation<'_>) -> GroupResult<()> {
+    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> GroupResult<()> {
         PAUSED.set(true);
-        let result = self.0.run(operation);
+        let result = self.0.run_within(operation, timeout);
         PAUSED.set(false);
         result
     }
 
-    fn subgroup(&self, ranks: &[usize]) -> GroupResult<Option<Arc<dyn Communicator>>> {
-        self.0.subgroup(ranks)
+    fn subgroup_with(
+        &self,
+        ranks: &[usize],
+        options: &GroupOptions,
+    ) -> GroupResult<Option<Arc<dyn Communicator>>> {
+        self.0.subgroup_with(ranks, options)
     }
 }
 

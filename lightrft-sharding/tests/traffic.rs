@@ -5,8 +5,11 @@
 mod tiny;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use lightrft_collectives::{Communicator, Operation, Result as GroupResult, Single, local::World};
+use lightrft_collectives::{
+    Communicator, GroupOptions, Operation, Result as GroupResult, Single, local::World,
+};
 use lightrft_sharding::{AdamW, AdamWConfig, Error, ReshardAfterForward, ShardOptions, ShardedModel};
 use tiny::{Batch, Tiny};
 
@@ -36,18 +39,22 @@ impl Communicator for Counted {
         self.inner.ranks()
     }
 
-    fn run(&self, operation: Operation<'_>) -> GroupResult<()> {
+    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> GroupResult<()> {
         self.calls.lock().unwrap().push(match operation {
             Operation::AllGatherInPlace { .. } => "gather",
             Operation::ReduceScatter { .. } => "reduce",
             Operation::AllReduce { .. } => "norm",
             _ => "other",
         });
-        self.inner.run(operation)
+        self.inner.run_within(operation, timeout)
     }
 
-    fn subgroup(&self, ranks: &[usize]) -> GroupResult<Option<Arc<dyn Communicator>>> {
-        self.inner.subgroup(ranks)
+    fn subgroup_with(
+        &self,
+        ranks: &[usize],
+        options: &GroupOptions,
+    ) -> GroupResult<Option<Arc<dyn Communicator>>> {
+        self.inner.subgroup_with(ranks, options)
     }
 }
 

@@ -43,6 +43,8 @@ pub(super) enum Fault {
     Alarm,
     /// A rank made another call; `None` if its words are no call at all.
     Mismatch(usize, Option<Signature>),
+    /// Two ranks, by rank in the group, made calls that do not fit together; every rank has found the same two.
+    Disagree { one: (usize, Signature), other: (usize, Signature) },
     /// Nothing moved for this long, and these ranks were waited for.
     Deadline(Duration, Vec<usize>),
     /// The system refused something.

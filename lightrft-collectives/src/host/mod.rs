@@ -25,7 +25,7 @@ use self::tcp::Tcp;
 use self::wire::{Cause, Note};
 pub(crate) use self::world::Join;
 use self::world::{World, group_id};
-use crate::communicator::{Communicator, CommunicatorExt};
+use crate::communicator::{Communicator, CommunicatorExt, GroupOptions};
 use crate::error::{Error, Loss, Result};
 use crate::group::check_members;
 use crate::op::ReduceOp;
@@ -132,11 +132,13 @@ impl Group {
     fn with_channels(
         &self,
         mine: Signature,
+        timeout: Option<Duration>,
         work: impl FnOnce(&mut Tcp<'_>, Option<&mut Shm>, &Watch<'_>) -> Result<(), Fault>,
     ) -> Result<()> {
         let mut channels = self.channels();
         let Channels { links, shm } = &mut *channels;
-        let (alarm, timeout, fate) = (&*self.alarm, self.timeout, &self.world.shared.fate);
+        let (alarm, fate) = (&*self.alarm, &self.world.shared.fate);
+        let timeout = timeout.unwrap_or(self.timeout);
         if alarm.is_rung()
             && let Some(cause) = fate.cause(self.id)
         {
@@ -179,6 +181,15 @@ impl Group {
                 let (rank, other) = (world_rank(self.rank), world_rank(peer));
                 (Some(self.id), Some(Cause::Mismatch { rank, mine, other, theirs }))
             }
+            Fault::Disagree { one, other } => {
+                let cause = Cause::Mismatch {
+                    rank: world_rank(one.0),
+                    mine: one.1,
+                    other: world_rank(other.0),
+                    theirs: other.1,
+                };
+                (Some(self.id), Some(cause))
+            }
             Fault::Deadline(waited, missing) => {
                 let missing = missing.into_iter().map(world_rank).collect();
                 (Some(self.id), Some(Cause::Timeout { waited, missing }))
@@ -210,9 +221,11 @@ impl Communicator for Group {
         &self.ranks
     }
 
-    fn run(&self, operation: Operation<'_>) -> Result<()> {
+    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
         operation.check(self.rank, self.ranks.len(), &self.name)?;
-        self.with_channels(operation.signature(), |tcp, shm, watch| match (shm, operation) {
+        let operation = operation.on_host()?;
+        let signature = operation.signature(self.ranks.len());
+        self.with_channels(signature, timeout, |tcp, shm, watch| match (shm, operation) {
             (_, operation @ (Operation::Send { .. } | Operation::Recv { .. })) | (None, operation) => {
                 tcp.run(operation)
             }
@@ -220,11 +233,15 @@ impl Communicator for Group {
         })
     }
 
-    fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
+    fn subgroup_with(
+        &self,
+        ranks: &[usize],
+        options: &GroupOptions,
+    ) -> Result<Option<Arc<dyn Communicator>>> {
         check_members(self, ranks)?;
         let signature =
             Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
-        self.with_channels(signature, |tcp, shm, watch| match shm {
+        self.with_channels(signature, None, |tcp, shm, watch| match shm {
             Some(shm) => shm.meet(signature, watch),
             None => tcp.meet(signature),
         })?;
@@ -237,7 +254,8 @@ impl Communicator for Group {
         if ranks.len() == 1 {
             return Ok(Some(Single::group(name, ranks[0])));
         }
-        let group = Group::new(self.world.clone(), name, ranks, self.timeout, self.timeout)?;
+        let timeout = options.timeout.unwrap_or(self.timeout);
+        let group = Group::new(self.world.clone(), name, ranks, timeout, self.timeout)?;
         Ok(Some(Arc::new(group)))
     }
 }

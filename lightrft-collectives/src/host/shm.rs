@@ -11,9 +11,9 @@ use rustix::thread::{futex, sched_yield};
 use super::exchange::Fault;
 use super::fate::{Alarm, Fate};
 use super::segment::{HISTORY, SLOT, Segment};
-use crate::buffer::element_bytes;
+use crate::buffer::{AlignedBytes, Host, HostMut, element_bytes};
 use crate::op::{Dtype, ReduceOp};
-use crate::operation::{Operation, Signature};
+use crate::operation::{Exchange, HostOperation, Operation, Signature};
 use crate::reduce::fold_bytes;
 
 /// Up to this many bytes of all ranks together each rank sums everything itself: one step instead of two.
@@ -56,13 +56,68 @@ impl Shm {
         Shm { segment, step: 0, slot: 0, spin }
     }
 
-    pub(super) fn run(&mut self, operation: Operation<'_>, watch: &Watch<'_>) -> Result<(), Fault> {
+    pub(super) fn run(&mut self, operation: HostOperation<'_>, watch: &Watch<'_>) -> Result<(), Fault> {
         let (rank, world) = (self.segment.rank(), self.segment.world());
-        let signature = operation.signature();
+        let signature = operation.signature(world);
         let meet = |shm: &mut Self| shm.meet(signature, watch);
         match operation {
             // Point-to-point calls go over the connections: they are not everyone's, and a step is.
             Operation::Send { .. } | Operation::Recv { .. } => Ok(()),
+            Operation::AllReduceInto { input, mut output, op } => {
+                output.bytes_mut().copy_from_slice(input.bytes());
+                self.run(Operation::AllReduce { data: output, op }, watch)
+            }
+            Operation::ReduceScatterInPlace { mut data, op } => {
+                let input = AlignedBytes::copy_of(data.bytes());
+                let (dtype, n) = (data.dtype(), data.bytes().len() / world);
+                let (input, output) = (
+                    Host::from_bytes(dtype, input.as_slice()),
+                    HostMut::from_bytes(dtype, &mut data.bytes_mut()[rank * n..][..n]),
+                );
+                let (Ok(input), Ok(output)) = (input, output) else { return Ok(()) };
+                self.run(Operation::ReduceScatter { input, output, op }, watch)
+            }
+            Operation::AllToAllV { input, send_counts, mut output, recv_counts } => {
+                let row = Exchange::row(send_counts, recv_counts);
+                let mut rows = vec![0u64; row.len() * world];
+                let lengths = vec![row.len() * 8; world];
+                let places: &mut [u8] = bytemuck::cast_slice_mut(&mut rows);
+                places[rank * lengths[0]..][..lengths[0]].copy_from_slice(bytemuck::cast_slice(&row));
+                self.gather(&lengths, places, meet)?;
+                let exchange = Exchange { counts: &rows, world };
+                if let Some((from, sent, to, expected)) = exchange.disagreement(signature) {
+                    return Err(Fault::Disagree { one: (from, sent), other: (to, expected) });
+                }
+                let (size, part) = (element_bytes(output.dtype()), SLOT / world / 64 * 64);
+                let longest = (0..world * world)
+                    .map(|pair| exchange.sent(pair / world, pair % world))
+                    .max()
+                    .unwrap_or(0);
+                self.uses(longest * size, part, |shm, slot, offset, n| {
+                    let piece = |from: usize, to: usize| {
+                        let n = n.min((exchange.sent(from, to) * size).saturating_sub(offset));
+                        (exchange.offset(from, to) * size + offset, n)
+                    };
+                    for to in 0..world {
+                        let (start, n) = piece(rank, to);
+                        if n > 0 {
+                            let place = shm.segment.write(slot, to * part..to * part + n);
+                            place.copy_from_slice(&input.bytes()[start..][..n]);
+                        }
+                    }
+                    meet(shm)?;
+                    let mut before = 0;
+                    for from in 0..world {
+                        let (_, n) = piece(from, rank);
+                        if n > 0 {
+                            let bytes = shm.segment.read(from, slot, rank * part..rank * part + n);
+                            output.bytes_mut()[before + offset..][..n].copy_from_slice(bytes);
+                        }
+                        before += exchange.sent(from, rank) * size;
+                    }
+                    Ok(())
+                })
+            }
             Operation::Barrier => meet(self),
             Operation::AllReduce { mut data, op } => {
                 let (dtype, bytes) = (data.dtype(), data.bytes_mut());

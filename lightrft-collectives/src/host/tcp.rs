@@ -10,7 +10,7 @@ use super::exchange::{Fault, Links, Traffic};
 use super::fate::Alarm;
 use crate::buffer::{AlignedBytes, element_bytes};
 use crate::op::{Dtype, ReduceOp};
-use crate::operation::{Call, Operation, Signature};
+use crate::operation::{Call, Exchange, HostOperation, Operation, Signature};
 use crate::reduce::fold_bytes;
 
 /// Up to this many bytes every rank sends its whole vector to all and sums by itself: one step instead of two.
@@ -46,9 +46,9 @@ fn owned(elements: usize, world: usize, owner: usize) -> Range<usize> {
 }
 
 impl Tcp<'_> {
-    pub(super) fn run(&mut self, operation: Operation<'_>) -> Result<(), Fault> {
-        let signature = operation.signature();
+    pub(super) fn run(&mut self, operation: HostOperation<'_>) -> Result<(), Fault> {
         let (rank, world) = (self.rank, self.world);
+        let signature = operation.signature(world);
         match operation {
             Operation::Barrier => self.meet(signature),
             Operation::AllReduce { mut data, op } => {
@@ -129,6 +129,39 @@ impl Tcp<'_> {
                 let n = input.bytes().len() / world;
                 let piece = |peer: usize| &input.bytes()[peer * n..][..n];
                 let mut parts = cut(output.bytes_mut(), vec![n; world]);
+                parts[rank].copy_from_slice(piece(rank));
+                self.step(signature, piece, |peer| std::mem::take(&mut parts[peer]))
+            }
+            Operation::AllReduceInto { input, mut output, op } => {
+                output.bytes_mut().copy_from_slice(input.bytes());
+                self.run(Operation::AllReduce { data: output, op })
+            }
+            Operation::ReduceScatterInPlace { mut data, op } => {
+                let (dtype, part) = (data.dtype(), data.bytes().len() / world);
+                let round = (ROUND / world).next_multiple_of(64);
+                for offset in (0..part).step_by(round) {
+                    let n = round.min(part - offset);
+                    let bytes = data.bytes();
+                    let piece = |to: usize| &bytes[to * part + offset..][..n];
+                    let reduced = self.reduce_from_all(signature, op, dtype, n, piece)?;
+                    data.bytes_mut()[rank * part + offset..][..n].copy_from_slice(reduced.as_slice());
+                }
+                self.meet_if_empty(signature, part)
+            }
+            Operation::AllToAllV { input, send_counts, mut output, recv_counts } => {
+                let row = Exchange::row(send_counts, recv_counts);
+                let mut rows = vec![0u64; row.len() * world];
+                let places = cut(bytemuck::cast_slice_mut(&mut rows), vec![row.len() * 8; world]);
+                self.gather(signature, bytemuck::cast_slice(&row), places)?;
+                let exchange = Exchange { counts: &rows, world };
+                if let Some((from, sent, to, expected)) = exchange.disagreement(signature) {
+                    return Err(Fault::Disagree { one: (from, sent), other: (to, expected) });
+                }
+                let size = element_bytes(output.dtype());
+                let piece = |peer: usize| {
+                    &input.bytes()[exchange.offset(rank, peer) * size..][..send_counts[peer] * size]
+                };
+                let mut parts = cut(output.bytes_mut(), recv_counts.iter().map(|n| n * size));
                 parts[rank].copy_from_slice(piece(rank));
                 self.step(signature, piece, |peer| std::mem::take(&mut parts[peer]))
             }

@@ -71,9 +71,10 @@ impl Board {
     }
 
     /// The board of a new group; the first member to come makes it.
-    pub(super) fn child(&self, name: String, ranks: Vec<usize>) -> Arc<Board> {
+    pub(super) fn child(&self, name: String, ranks: Vec<usize>, timeout: Option<Duration>) -> Arc<Board> {
         let mut state = self.lock();
-        let new = || Board::new(name.clone(), ranks, self.timeout, self.fates.clone());
+        let timeout = timeout.unwrap_or(self.timeout);
+        let new = || Board::new(name.clone(), ranks, timeout, self.fates.clone());
         state.children.entry(name.clone()).or_insert_with(new).clone()
     }
 
@@ -97,7 +98,12 @@ impl Board {
     }
 
     /// Posts a contribution and waits for all others'.
-    pub(super) fn exchange(&self, rank: usize, posted: Posted) -> Result<Arc<Vec<Posted>>> {
+    pub(super) fn exchange(
+        &self,
+        rank: usize,
+        posted: Posted,
+        timeout: Option<Duration>,
+    ) -> Result<Arc<Vec<Posted>>> {
         let call = posted.signature.call;
         let mut state = self.lock();
         if let Some(error) = &state.failure {
@@ -110,7 +116,7 @@ impl Board {
             state.rounds += 1;
             self.changed.notify_all();
         }
-        state = self.wait(state, call, |state| {
+        state = self.wait(state, call, timeout, |state| {
             if state.rounds > round {
                 return Vec::new();
             }
@@ -138,12 +144,18 @@ impl Board {
         Ok(())
     }
 
-    pub(super) fn receive(&self, rank: usize, from: usize, signature: Signature) -> Result<AlignedBytes> {
+    pub(super) fn receive(
+        &self,
+        rank: usize,
+        from: usize,
+        signature: Signature,
+        timeout: Option<Duration>,
+    ) -> Result<AlignedBytes> {
         let state = self.lock();
         if let Some(error) = &state.failure {
             return Err(error.clone());
         }
-        let mut state = self.wait(state, Call::Recv, |state| {
+        let mut state = self.wait(state, Call::Recv, timeout, |state| {
             let empty = state.mail.get(&(from, rank)).is_none_or(VecDeque::is_empty);
             if empty { vec![from] } else { Vec::new() }
         })?;
@@ -163,25 +175,33 @@ impl Board {
         &self,
         mut state: MutexGuard<'a, State>,
         call: Call,
+        timeout: Option<Duration>,
         missing: impl Fn(&State) -> Vec<usize>,
     ) -> Result<MutexGuard<'a, State>> {
-        let begin = Instant::now();
+        let (begin, timeout) = (Instant::now(), timeout.unwrap_or(self.timeout));
         loop {
             let missing: Vec<usize> = missing(&state).into_iter().map(|rank| self.ranks[rank]).collect();
             if missing.is_empty() {
                 return Ok(state);
             }
-            if let Some(error) = self.failure(&state, call, missing, begin.elapsed()) {
+            if let Some(error) = self.failure(&state, call, missing, begin.elapsed(), timeout) {
                 self.changed.notify_all();
                 return Err(state.failure.get_or_insert(error).clone());
             }
-            let rest = self.timeout.saturating_sub(begin.elapsed());
+            let rest = timeout.saturating_sub(begin.elapsed());
             state = self.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Why waiting for the `missing` ranks of the world is in vain, if it is.
-    fn failure(&self, state: &State, call: Call, missing: Vec<usize>, waited: Duration) -> Option<Error> {
+    fn failure(
+        &self,
+        state: &State,
+        call: Call,
+        missing: Vec<usize>,
+        waited: Duration,
+        timeout: Duration,
+    ) -> Option<Error> {
         let group = || self.name.clone();
         if let Some(error) = &state.failure {
             return Some(error.clone());
@@ -189,7 +209,13 @@ impl Board {
         if let Some((rank, how)) = self.fates.first_loss_that_matters(&missing) {
             return Some(Error::PeerLost { call, group: group(), rank, how });
         }
-        (waited >= self.timeout).then(|| Error::Timeout { call, group: group(), waited, missing })
+        (waited >= timeout).then(|| Error::Timeout { call, group: group(), waited, missing })
+    }
+
+    /// Ends the group because two ranks, by rank in the group, made calls that do not fit together.
+    pub(super) fn disagree(&self, one: (usize, Signature), other: (usize, Signature)) -> Error {
+        let error = self.mismatch(one, other);
+        self.lock().failure.get_or_insert(error).clone()
     }
 
     fn mismatch(&self, one: (usize, Signature), other: (usize, Signature)) -> Error {

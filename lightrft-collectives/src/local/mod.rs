@@ -8,14 +8,15 @@ mod world;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use self::board::{Board, Posted};
 pub use self::world::World;
 use crate::buffer::{AlignedBytes, element_bytes};
-use crate::communicator::Communicator;
+use crate::communicator::{Communicator, GroupOptions};
 use crate::error::Result;
 use crate::group::check_members;
-use crate::operation::{Call, Operation, Signature, digest};
+use crate::operation::{Call, Exchange, HostOperation, Operation, Signature, digest};
 use crate::reduce::fold_bytes;
 use crate::single::Single;
 
@@ -39,29 +40,41 @@ impl Local {
     }
 
     /// What this rank brings to the board.
-    fn contribution(&self, operation: &Operation<'_>) -> AlignedBytes {
+    fn contribution(&self, operation: &HostOperation<'_>) -> AlignedBytes {
         let world = self.world_size();
         AlignedBytes::copy_of(match operation {
-            Operation::AllReduce { data, .. } | Operation::Reduce { data, .. } => data.bytes(),
+            Operation::AllReduce { data, .. }
+            | Operation::Reduce { data, .. }
+            | Operation::ReduceScatterInPlace { data, .. } => data.bytes(),
             Operation::AllGatherInPlace { data } => part(data.bytes(), self.rank, world),
             Operation::Broadcast { data, root } if *root == self.rank => data.bytes(),
-            Operation::AllGather { input, .. }
+            Operation::AllReduceInto { input, .. }
+            | Operation::AllGather { input, .. }
             | Operation::AllGatherV { input, .. }
             | Operation::ReduceScatter { input, .. }
             | Operation::Gather { input, .. }
             | Operation::Scatter { input, .. }
-            | Operation::AllToAll { input, .. } => input.bytes(),
+            | Operation::AllToAll { input, .. }
+            | Operation::AllToAllV { input, .. } => input.bytes(),
             Operation::Send { data, .. } => data.bytes(),
             Operation::Broadcast { .. } | Operation::Barrier | Operation::Recv { .. } => &[],
         })
     }
 
     /// This rank's result from everyone's contribution.
-    fn result(&self, operation: Operation<'_>, posted: &[Posted]) {
+    fn result(&self, operation: HostOperation<'_>, posted: &[Posted]) {
         let (rank, world) = (self.rank, self.world_size());
         let all: Vec<&[u8]> = posted.iter().map(|p| p.bytes.as_slice()).collect();
         match operation {
             Operation::AllReduce { mut data, op } => fold_bytes(op, data.dtype(), &all, data.bytes_mut()),
+            Operation::AllReduceInto { mut output, op, .. } => {
+                fold_bytes(op, output.dtype(), &all, output.bytes_mut());
+            }
+            Operation::ReduceScatterInPlace { mut data, op } => {
+                let parts: Vec<&[u8]> = all.iter().map(|bytes| part(bytes, rank, world)).collect();
+                let (dtype, n) = (data.dtype(), data.bytes().len() / world);
+                fold_bytes(op, dtype, &parts, &mut data.bytes_mut()[rank * n..][..n]);
+            }
             Operation::Reduce { mut data, op, root } => {
                 if rank == root {
                     fold_bytes(op, data.dtype(), &all, data.bytes_mut());
@@ -96,7 +109,11 @@ impl Local {
                 let parts: Vec<&[u8]> = all.iter().map(|bytes| part(bytes, rank, world)).collect();
                 concatenate(&parts, output.bytes_mut());
             }
-            Operation::Barrier | Operation::Send { .. } | Operation::Recv { .. } => {}
+            // Exchanged in two rounds by `all_to_all_v`.
+            Operation::AllToAllV { .. }
+            | Operation::Barrier
+            | Operation::Send { .. }
+            | Operation::Recv { .. } => {}
         }
     }
 }
@@ -122,33 +139,59 @@ impl Communicator for Local {
         self.board.ranks()
     }
 
-    fn run(&self, operation: Operation<'_>) -> Result<()> {
+    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
         operation.check(self.rank, self.world_size(), self.name())?;
-        let signature = operation.signature();
+        let operation = operation.on_host()?;
+        let signature = operation.signature(self.world_size());
         match operation {
             Operation::Send { data, to } => {
                 let bytes = AlignedBytes::copy_of(data.bytes());
                 self.board.send(self.rank, to, Posted { signature, bytes })
             }
             Operation::Recv { mut data, from } => {
-                let bytes = self.board.receive(self.rank, from, signature)?;
+                let bytes = self.board.receive(self.rank, from, signature, timeout)?;
                 data.bytes_mut().copy_from_slice(bytes.as_slice());
+                Ok(())
+            }
+            Operation::AllToAllV { input, send_counts, mut output, recv_counts } => {
+                let row = Exchange::row(send_counts, recv_counts);
+                let bytes = AlignedBytes::copy_of(bytemuck::cast_slice(&row));
+                let rows = self.board.exchange(self.rank, Posted { signature, bytes }, timeout)?;
+                let rows: Vec<u64> =
+                    rows.iter().flat_map(|row| bytemuck::cast_slice(row.bytes.as_slice())).copied().collect();
+                let exchange = Exchange { counts: &rows, world: self.world_size() };
+                if let Some((from, sent, to, expected)) = exchange.disagreement(signature) {
+                    return Err(self.board.disagree((from, sent), (to, expected)));
+                }
+                let bytes = AlignedBytes::copy_of(input.bytes());
+                let posted = self.board.exchange(self.rank, Posted { signature, bytes }, timeout)?;
+                let size = element_bytes(output.dtype());
+                let piece = |from: usize| {
+                    let start = exchange.offset(from, self.rank) * size;
+                    &posted[from].bytes.as_slice()[start..][..exchange.sent(from, self.rank) * size]
+                };
+                let pieces: Vec<&[u8]> = (0..posted.len()).map(piece).collect();
+                concatenate(&pieces, output.bytes_mut());
                 Ok(())
             }
             collective => {
                 let bytes = self.contribution(&collective);
-                let posted = self.board.exchange(self.rank, Posted { signature, bytes })?;
+                let posted = self.board.exchange(self.rank, Posted { signature, bytes }, timeout)?;
                 self.result(collective, &posted);
                 Ok(())
             }
         }
     }
 
-    fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
+    fn subgroup_with(
+        &self,
+        ranks: &[usize],
+        options: &GroupOptions,
+    ) -> Result<Option<Arc<dyn Communicator>>> {
         check_members(self, ranks)?;
         let signature =
             Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
-        self.board.exchange(self.rank, Posted { signature, bytes: AlignedBytes::default() })?;
+        self.board.exchange(self.rank, Posted { signature, bytes: AlignedBytes::default() }, None)?;
         let index = self.groups.fetch_add(1, Ordering::Relaxed);
         let Some(rank) = ranks.iter().position(|r| *r == self.rank) else { return Ok(None) };
         let name = format!("{}/{index}", self.name());
@@ -156,6 +199,6 @@ impl Communicator for Local {
         if world_ranks.len() == 1 {
             return Ok(Some(Single::group(name, world_ranks[0])));
         }
-        Ok(Some(Local::communicator(self.board.child(name, world_ranks), rank)))
+        Ok(Some(Local::communicator(self.board.child(name, world_ranks, options.timeout), rank)))
     }
 }
