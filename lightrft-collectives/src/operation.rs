@@ -166,10 +166,11 @@ pub enum Call {
     Send,
     Recv,
     Subgroup,
+    Alloc,
 }
 
 impl Call {
-    const ALL: [Call; 14] = [
+    const ALL: [Call; 15] = [
         Call::AllReduce,
         Call::AllGather,
         Call::AllGatherV,
@@ -184,6 +185,7 @@ impl Call {
         Call::Send,
         Call::Recv,
         Call::Subgroup,
+        Call::Alloc,
     ];
 
     /// The name as it is written in code.
@@ -203,6 +205,7 @@ impl Call {
             Call::Send => "send",
             Call::Recv => "recv",
             Call::Subgroup => "subgroup",
+            Call::Alloc => "alloc",
         }
     }
 }
@@ -263,12 +266,14 @@ impl Signature {
 
     /// Three words for headers and shared memory. [`Signature::decode`] reads them back.
     pub(crate) fn encode(&self) -> [u64; 3] {
-        fn code<T: PartialEq>(all: &[T], x: Option<T>) -> u64 {
-            x.and_then(|x| all.iter().position(|y| *y == x)).map_or(0, |i| i as u64 + 1)
-        }
-        let small = code(&Call::ALL, Some(self.call))
-            | code(&DTYPES, self.dtype) << 8
-            | code(&ReduceOp::ALL, self.op) << 16
+        // Declared in the order of `Call::ALL` and `ReduceOp::ALL`.
+        let dtype = match self.dtype {
+            None => 0,
+            Some(dtype) => 1 + DTYPES.iter().position(|d| *d == dtype).unwrap_or(DTYPES.len()) as u64,
+        };
+        let small = (self.call as u64 + 1)
+            | dtype << 8
+            | self.op.map_or(0, |op| op as u64 + 1) << 16
             | u64::from(self.root.is_some()) << 24
             | u64::from(self.root.unwrap_or(0)) << 32;
         [small, self.count, self.digest]
@@ -629,7 +634,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_signature_survives_its_encoding(
-            call in 0usize..14, dtype in 0usize..8, op in 0usize..6, root: Option<u32>, count: u64, digest: u64,
+            call in 0usize..15, dtype in 0usize..8, op in 0usize..6, root: Option<u32>, count: u64, digest: u64,
         ) {
             let signature = Signature {
                 call: Call::ALL[call],

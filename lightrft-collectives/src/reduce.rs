@@ -2,44 +2,79 @@
 
 use crate::op::{Dtype, Element, ReduceOp, private::Arithmetic, with_element};
 
-/// Elements folded at a time: the accumulators fit in the first-level cache for any number of parts.
+/// Elements folded at a time when there are many parts: the accumulators fit in the first-level cache.
 const BLOCK: usize = 512;
 
 /// `out[i] = parts[0][i] (op) parts[1][i] (op) ...`, in the order of `parts`; a mean is over `parts.len()`.
 ///
 /// `out` and every part have the same length; anything longer than the shortest is left alone.
 pub(crate) fn fold<T: Element>(op: ReduceOp, parts: &[&[T]], out: &mut [T]) {
+    fold_from(op, parts.len(), |rank| parts[rank], out);
+}
+
+/// As [`fold`], with the parts given one by one: no list of them has to be made.
+#[inline(always)]
+fn fold_from<'a, T: Element>(op: ReduceOp, n: usize, part: impl Fn(usize) -> &'a [T], out: &mut [T]) {
     match op {
-        ReduceOp::Sum => fold_with(parts, out, T::add, |acc| acc),
-        ReduceOp::Mean => fold_with(parts, out, T::add, |acc| T::mean(acc, parts.len())),
-        ReduceOp::Min => fold_with(parts, out, T::min, |acc| acc),
-        ReduceOp::Max => fold_with(parts, out, T::max, |acc| acc),
-        ReduceOp::Product => fold_with(parts, out, T::mul, |acc| acc),
+        ReduceOp::Sum => fold_with(n, part, out, T::add, |acc| acc),
+        ReduceOp::Mean => fold_with(n, part, out, T::add, |acc| T::mean(acc, n)),
+        ReduceOp::Min => fold_with(n, part, out, T::min, |acc| acc),
+        ReduceOp::Max => fold_with(n, part, out, T::max, |acc| acc),
+        ReduceOp::Product => fold_with(n, part, out, T::mul, |acc| acc),
     }
 }
 
 #[inline(always)]
-fn fold_with<T: Element>(
-    parts: &[&[T]],
+fn fold_with<'a, T: Element>(
+    n: usize,
+    part: impl Fn(usize) -> &'a [T],
     out: &mut [T],
     combine: impl Fn(T::Acc, T::Acc) -> T::Acc,
     finish: impl Fn(T::Acc) -> T::Acc,
 ) {
-    let Some((first, rest)) = parts.split_first() else { return };
-    let mut acc: [T::Acc; BLOCK] = [<T as bytemuck::Zeroable>::zeroed().widen(); BLOCK];
-    for (block, out) in out.chunks_mut(BLOCK).enumerate() {
-        let from = block * BLOCK;
-        let acc = &mut acc[..out.len()];
-        for (a, x) in acc.iter_mut().zip(first.get(from..).unwrap_or(&[])) {
-            *a = x.widen();
+    let done = |acc| <T as Arithmetic>::narrow(finish(acc));
+    match n {
+        0 => {}
+        1 => out.iter_mut().zip(part(0)).for_each(|(o, a)| *o = done(a.widen())),
+        // One pass over memory, accumulators in registers.
+        2 => {
+            let parts = part(0).iter().zip(part(1));
+            out.iter_mut().zip(parts).for_each(|(o, (a, b))| *o = done(combine(a.widen(), b.widen())));
         }
-        for part in rest {
-            for (a, x) in acc.iter_mut().zip(part.get(from..).unwrap_or(&[])) {
-                *a = combine(*a, x.widen());
+        3 => {
+            let parts = part(0).iter().zip(part(1)).zip(part(2));
+            out.iter_mut().zip(parts).for_each(|(o, ((a, b), c))| {
+                *o = done(combine(combine(a.widen(), b.widen()), c.widen()));
+            });
+        }
+        4 => {
+            let parts = part(0).iter().zip(part(1)).zip(part(2)).zip(part(3));
+            out.iter_mut().zip(parts).for_each(|(o, (((a, b), c), d))| {
+                *o = done(combine(combine(combine(a.widen(), b.widen()), c.widen()), d.widen()));
+            });
+        }
+        _ if out.len() <= BLOCK / 8 => {
+            for (i, o) in out.iter_mut().enumerate() {
+                let value = |rank: usize| part(rank).get(i).map(|x| x.widen());
+                let Some(first) = value(0) else { break };
+                *o = done((1..n).filter_map(value).fold(first, &combine));
             }
         }
-        for (o, a) in out.iter_mut().zip(acc.iter()) {
-            *o = <T as Arithmetic>::narrow(finish(*a));
+        _ => {
+            let mut acc: [T::Acc; BLOCK] = [<T as bytemuck::Zeroable>::zeroed().widen(); BLOCK];
+            for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+                let from = block * BLOCK;
+                let acc = &mut acc[..out.len()];
+                for (a, x) in acc.iter_mut().zip(part(0).get(from..).unwrap_or(&[])) {
+                    *a = x.widen();
+                }
+                for rank in 1..n {
+                    for (a, x) in acc.iter_mut().zip(part(rank).get(from..).unwrap_or(&[])) {
+                        *a = combine(*a, x.widen());
+                    }
+                }
+                out.iter_mut().zip(acc.iter()).for_each(|(o, a)| *o = done(*a));
+            }
         }
     }
 }
@@ -49,13 +84,28 @@ fn fold_with<T: Element>(
 /// The callers' buffers are aligned by construction ([`crate::buffer`]); a part that is not, or whose dtype
 /// has no arithmetic (which [`crate::Operation::check`] has refused before), leaves `out` as it is.
 pub(crate) fn fold_bytes(op: ReduceOp, dtype: Dtype, parts: &[&[u8]], out: &mut [u8]) {
+    fold_bytes_from(op, dtype, parts.len(), |rank| parts[rank], out);
+}
+
+/// As [`fold_bytes`], with the parts given one by one.
+pub(crate) fn fold_bytes_from<'a>(
+    op: ReduceOp,
+    dtype: Dtype,
+    n: usize,
+    part: impl Fn(usize) -> &'a [u8],
+    out: &mut [u8],
+) {
     with_element!(dtype, T => {
-        let typed: Result<Vec<&[T]>, _> = parts.iter().map(|p| bytemuck::try_cast_slice(p)).collect();
-        if let (Ok(typed), Ok(out)) = (typed, bytemuck::try_cast_slice_mut::<u8, T>(out)) {
-            fold(op, &typed, out);
-        } else {
+        let Ok(out) = bytemuck::try_cast_slice_mut::<u8, T>(out) else {
             debug_assert!(false, "unaligned buffer reached the fold");
-        }
+            return;
+        };
+        let typed = |rank: usize| {
+            let part: Result<&[T], _> = bytemuck::try_cast_slice(part(rank));
+            debug_assert!(part.is_ok(), "unaligned buffer reached the fold");
+            part.unwrap_or(&[])
+        };
+        fold_from(op, n, typed, out);
     });
 }
 

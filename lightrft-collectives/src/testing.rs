@@ -33,6 +33,9 @@ pub fn conformance(comm: &dyn Communicator) -> Result<()> {
     for length in [0, 1, 3, 1027] {
         movements::<u8>(comm, length)?;
     }
+    heap::<f32>(comm, 40_003)?;
+    heap::<bf16>(comm, 300_001)?;
+    heap::<u8>(comm, 0)?;
     point_to_point(comm)?;
     objects(comm)?;
     callers_mistakes(comm)?;
@@ -186,6 +189,81 @@ fn movements<T: Sample>(comm: &dyn Communicator, length: usize) -> Result<()> {
         comm.scatter(input, &mut output, root)?;
         assert_same(&output, &mine, || what("scatter"));
     }
+    Ok(())
+}
+
+/// Calls on memory of the group's heap, on pieces of it that lie elsewhere on each rank, and where some ranks pass other
+/// memory or gather in place and others do not: the results are the same.
+fn heap<T: Sample>(comm: &dyn Communicator, length: usize) -> Result<()> {
+    let (rank, world) = (comm.rank(), comm.world_size());
+    let what = |call: &str| format!("{call} of {length} {:?} in the heap on {world} ranks", T::DTYPE);
+    let mut buffer = comm.alloc::<T>(world * length + 64 * world)?;
+    assert!(buffer.iter().all(|x| *x == T::zeroed()), "{}", what("alloc"));
+    let expected: Vec<T> = reduced(ReduceOp::Sum, world, length);
+    for start in [0, 64 * rank] {
+        let data = &mut buffer[start..start + length];
+        data.copy_from_slice(&values(rank, length));
+        comm.all_reduce(data, ReduceOp::Sum)?;
+        assert_same(data, &expected, || what("all_reduce"));
+    }
+
+    let input: Vec<T> = values(rank, length * world);
+    let sums: Vec<T> = reduced(ReduceOp::Sum, world, length * world);
+    let mine = rank * length..(rank + 1) * length;
+    let place = 64 * rank..64 * rank + world * length;
+    for in_place in [rank % 2 == 0, true, false] {
+        let data = &mut buffer[place.clone()];
+        data.copy_from_slice(&input);
+        if in_place {
+            comm.reduce_scatter_in_place(data, ReduceOp::Sum)?;
+            assert_same(&data[mine.clone()], &sums[mine.clone()], || what("reduce_scatter_in_place"));
+        } else {
+            let mut output = vec![T::zeroed(); length];
+            comm.reduce_scatter(data, &mut output, ReduceOp::Sum)?;
+            assert_same(&output, &sums[mine.clone()], || what("reduce_scatter"));
+        }
+    }
+
+    let everyone: Vec<T> = (0..world).flat_map(|r| values::<T>(r, length)).collect();
+    for in_place in [rank % 2 == 0, true, false] {
+        let data = &mut buffer[place.clone()];
+        data[mine.clone()].copy_from_slice(&everyone[mine.clone()]);
+        if in_place {
+            comm.all_gather_in_place(data)?;
+            assert_same(data, &everyone, || what("all_gather_in_place"));
+        } else {
+            let mut output = vec![T::zeroed(); world * length];
+            comm.all_gather(&data[mine.clone()], &mut output)?;
+            assert_same(&output, &everyone, || what("all_gather"));
+        }
+    }
+
+    let root = world - 1;
+    let data = &mut buffer[..length];
+    data.copy_from_slice(&values(rank, length));
+    comm.broadcast(data, root)?;
+    assert_same(data, &values(root, length), || what("broadcast"));
+
+    // One rank's memory is not the heap's.
+    let mut other = values(rank, length);
+    let data = if rank == 0 { &mut other[..] } else { &mut buffer[..length] };
+    data.copy_from_slice(&values(rank, length));
+    comm.all_reduce(data, ReduceOp::Sum)?;
+    assert_same(data, &expected, || what("all_reduce, one rank elsewhere"));
+    drop(buffer);
+
+    // The heap is gone here; what comes after it works as before.
+    let mut data: Vec<T> = values(rank, length);
+    comm.all_reduce(&mut data, ReduceOp::Sum)?;
+    assert_same(&data, &expected, || what("all_reduce after it"));
+    let mut data: Vec<T> = values(rank, length);
+    let mut output = vec![T::zeroed(); length];
+    match rank % 2 {
+        0 => comm.all_reduce(&mut data, ReduceOp::Sum)?,
+        _ => comm.all_reduce_into(&data, &mut output, ReduceOp::Sum)?,
+    }
+    let result = if rank % 2 == 0 { &data } else { &output };
+    assert_same(result, &expected, || what("all_reduce in place on some ranks"));
     Ok(())
 }
 

@@ -19,7 +19,8 @@ use std::time::Duration;
 
 use self::exchange::{Fault, Links};
 use self::fate::Alarm;
-use self::segment::Segment;
+use self::segment::{Mapping, Segment};
+pub(crate) use self::shm::HeapMemory;
 use self::shm::{Shm, Watch};
 use self::tcp::Tcp;
 use self::wire::{Cause, Note};
@@ -28,6 +29,7 @@ use self::world::{World, group_id};
 use crate::communicator::{Communicator, CommunicatorExt, GroupOptions};
 use crate::error::{Error, Loss, Result};
 use crate::group::check_members;
+use crate::memory::GroupMemory;
 use crate::op::ReduceOp;
 use crate::operation::{Call, Operation, Signature, digest};
 use crate::single::Single;
@@ -106,26 +108,68 @@ impl Group {
     /// Makes and maps the group's shared memory; `None`, on all ranks alike, if one of them cannot.
     fn share_memory(&self) -> Result<Option<Shm>> {
         let (nonce, world) = (self.world.shared.nonce ^ self.id, self.ranks.len());
+        let pids: Vec<u32> = self.ranks.iter().map(|r| self.world.cards[*r].pid).collect();
         let made = (self.rank == 0).then(|| Segment::create(nonce, world, 0));
+        let file = match &made {
+            Some(Ok((_, fd))) => fd.as_raw_fd().into(),
+            _ => -1i64,
+        };
+        // A word of this process's own memory, for the others to try to read.
+        let word = Box::new(nonce);
+        let mut shown = vec![0i64; 2 * world];
+        self.all_gather(&[file, std::ptr::from_ref(&*word) as i64], &mut shown)?;
+        let mapped = match made {
+            Some(made) => made.map(|(segment, fd)| (segment, Some(fd))),
+            None => {
+                let opened = u64::try_from(shown[0]).map_err(std::io::Error::other);
+                let open = |fd| Segment::open(pids[0], fd, nonce, world, self.rank);
+                opened.and_then(open).map(|segment| (segment, None))
+            }
+        };
+        if let Err(error) = &mapped {
+            tracing::info!(group = self.name, %error, "no shared memory, taking TCP");
+        }
+        let reads =
+            (0..world).all(|r| r == self.rank || Shm::can_read(pids[r], shown[2 * r + 1] as u64, nonce));
+        let mut all = [u8::from(mapped.is_ok()), u8::from(reads)];
+        self.all_reduce(&mut all, ReduceOp::Min)?;
+        drop(word);
+        Ok(mapped.ok().filter(|_| all[0] == 1).map(|(segment, _)| {
+            let mut shm = Shm::new(segment, pids);
+            shm.reads_peers(all[1] == 1);
+            shm
+        }))
+    }
+
+    /// Maps a file for the group's heap on all ranks; `None`, on all ranks alike, if one of them cannot.
+    fn share_region(&self, len: usize) -> Result<Option<HeapMemory>> {
+        let bytes = {
+            let channels = self.channels();
+            let Some(shm) = &channels.shm else { return Ok(None) };
+            shm.region_bytes(len)
+        };
+        let made = (self.rank == 0).then(|| Mapping::create("lightrft-heap", bytes));
         let mut file = [match &made {
             Some(Ok((_, fd))) => fd.as_raw_fd().into(),
             _ => -1i64,
         }];
         self.broadcast(&mut file, 0)?;
         let mapped = match made {
-            Some(made) => made.map(|(segment, fd)| (segment, Some(fd))),
+            Some(made) => made.map(|(mapping, fd)| (mapping, Some(fd))),
             None => {
                 let pid = self.world.cards[self.ranks[0]].pid;
                 let opened = u64::try_from(file[0]).map_err(std::io::Error::other);
-                opened.and_then(|fd| Segment::open(pid, fd, nonce, world, self.rank)).map(|s| (s, None))
+                opened.and_then(|fd| Mapping::open(pid, fd, bytes)).map(|mapping| (mapping, None))
             }
         };
         if let Err(error) = &mapped {
-            tracing::info!(group = self.name, %error, "no shared memory, taking TCP");
+            tracing::warn!(group = self.name, len, %error, "no heap memory, taking ordinary memory");
         }
         let mut all_mapped = [u8::from(mapped.is_ok())];
         self.all_reduce(&mut all_mapped, ReduceOp::Min)?;
-        Ok(mapped.ok().filter(|_| all_mapped == [1]).map(|(segment, _)| Shm::new(segment)))
+        let mut channels = self.channels();
+        let mapping = mapped.ok().filter(|_| all_mapped == [1]).map(|(mapping, _)| mapping);
+        Ok(mapping.and_then(|mapping| Some(channels.shm.as_mut()?.add_region(mapping, len))))
     }
 
     /// Runs a call on the channels and turns a fault into the group's verdict.
@@ -229,8 +273,18 @@ impl Communicator for Group {
             (_, operation @ (Operation::Send { .. } | Operation::Recv { .. })) | (None, operation) => {
                 tcp.run(operation)
             }
-            (Some(shm), operation) => shm.run(operation, watch),
+            (Some(shm), operation) => shm.run(operation, signature, watch),
         })
+    }
+
+    fn alloc_bytes(&self, len: usize) -> Result<GroupMemory> {
+        // The length is part of what ranks must agree on.
+        let signature = Signature { count: len as u64, ..Signature::bare(Call::Alloc) };
+        self.with_channels(signature, None, |tcp, shm, watch| match shm {
+            Some(shm) => shm.meet(signature, watch),
+            None => tcp.meet(signature),
+        })?;
+        Ok(self.share_region(len)?.map_or_else(|| GroupMemory::own(len), GroupMemory::shared))
     }
 
     fn subgroup_with(

@@ -1,0 +1,204 @@
+//! Large calls on buffers where they lie: in the group's heap, or read through the kernel
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::heap::Shared;
+use super::{Call, DIRECT, Shm, peer_memory, unreadable};
+use crate::buffer::element_bytes;
+use crate::host::exchange::Fault;
+use crate::op::{Dtype, ReduceOp};
+use crate::operation::{HostOperation, Operation};
+use crate::reduce::fold_bytes_from;
+
+/// Bytes summed at a time, in the first-level cache.
+const BLOCK: usize = 8 << 10;
+
+/// How a rank gets at the others' buffers.
+enum Reach {
+    /// All lie in one region of the heap.
+    Heap(Shared),
+    /// At these addresses of the others' own memory.
+    Kernel(Vec<u64>),
+}
+
+impl Shm {
+    /// Makes the call if its buffers can be used where they lie; else gives it back.
+    pub(super) fn run_direct<'o>(
+        &mut self,
+        call: &Call<'_>,
+        operation: HostOperation<'o>,
+    ) -> Result<Option<HostOperation<'o>>, Fault> {
+        let (rank, world) = (self.segment.rank(), self.segment.world());
+        // Bytes that one rank reads of another, and the buffer that is read.
+        let (piece, shown): (usize, &[u8]) = match &operation {
+            Operation::AllReduce { data, .. } | Operation::ReduceScatterInPlace { data, .. } => {
+                (0, data.bytes())
+            }
+            Operation::ReduceScatter { input, .. } => (0, input.bytes()),
+            Operation::AllGather { input, .. } | Operation::Gather { input, .. } => {
+                (input.bytes().len(), input.bytes())
+            }
+            // Some ranks may gather in place and others not: all show their piece.
+            Operation::AllGatherInPlace { data } => {
+                let n = data.bytes().len() / world;
+                (n, &data.bytes()[rank * n..][..n])
+            }
+            Operation::AllGatherV { input, counts, output } => {
+                let longest = counts.iter().copied().max().unwrap_or(0);
+                (longest * element_bytes(output.dtype()), input.bytes())
+            }
+            Operation::Broadcast { data, .. } => (data.bytes().len(), data.bytes()),
+            Operation::Scatter { input, output, .. } => (output.bytes().len(), input.bytes()),
+            Operation::AllToAll { input, .. } => (input.bytes().len() / world, input.bytes()),
+            _ => return Ok(Some(operation)),
+        };
+        // The same answer on all ranks: it depends on the call and on what the group has agreed on.
+        let through_kernel = self.reads_peers && piece >= DIRECT;
+        if !through_kernel && !self.heap.is_used() {
+            return Ok(Some(operation));
+        }
+        let length = shown.len().max(piece);
+        let Some(reach) = self.open(call, shown, length, through_kernel)? else { return Ok(Some(operation)) };
+        match operation {
+            Operation::AllReduce { data, op } => {
+                let (dtype, total) = (data.dtype(), data.bytes().len());
+                if let Reach::Heap(shared) = &reach {
+                    self.all_reduce_in_heap(shared, op, dtype, total);
+                }
+            }
+            Operation::ReduceScatterInPlace { mut data, op } => {
+                let (dtype, n) = (data.dtype(), data.bytes().len() / world);
+                if let Reach::Heap(shared) = &reach {
+                    let mut sum = [0u64; BLOCK / 8];
+                    for (index, place) in data.bytes_mut()[rank * n..][..n].chunks_mut(BLOCK).enumerate() {
+                        let (start, length) = (rank * n + index * BLOCK, place.len());
+                        let sum = &mut bytemuck::bytes_of_mut(&mut sum)[..length];
+                        fold_bytes_from(op, dtype, world, |from| shared.bytes(from, start, length), sum);
+                        place.copy_from_slice(sum);
+                    }
+                }
+            }
+            Operation::ReduceScatter { mut output, op, .. } => {
+                let (dtype, n) = (output.dtype(), output.bytes().len());
+                if let Reach::Heap(shared) = &reach {
+                    let part = |from| shared.bytes(from, rank * n, n);
+                    fold_bytes_from(op, dtype, world, part, output.bytes_mut());
+                }
+            }
+            Operation::AllGather { input, mut output } => {
+                let n = input.bytes().len();
+                self.collect(&reach, |from| (0, from * n, n), input.bytes(), output.bytes_mut())?;
+            }
+            Operation::AllGatherV { input, counts, mut output } => {
+                let size = element_bytes(output.dtype());
+                let place =
+                    |from: usize| (0, counts[..from].iter().sum::<usize>() * size, counts[from] * size);
+                self.collect(&reach, place, input.bytes(), output.bytes_mut())?;
+            }
+            Operation::AllGatherInPlace { mut data } => {
+                let n = data.bytes().len() / world;
+                for from in (0..world).filter(|from| *from != rank) {
+                    self.fetch(&reach, from, 0, &mut data.bytes_mut()[from * n..][..n])?;
+                }
+            }
+            Operation::Broadcast { mut data, root } => {
+                if rank != root {
+                    self.fetch(&reach, root, 0, data.bytes_mut())?;
+                }
+            }
+            Operation::Gather { input, mut output, root } => {
+                let n = input.bytes().len();
+                if rank == root {
+                    self.collect(&reach, |from| (0, from * n, n), input.bytes(), output.bytes_mut())?;
+                }
+            }
+            Operation::Scatter { input, mut output, root } => {
+                let n = output.bytes().len();
+                match rank == root {
+                    true => output.bytes_mut().copy_from_slice(&input.bytes()[rank * n..][..n]),
+                    false => self.fetch(&reach, root, rank * n, output.bytes_mut())?,
+                }
+            }
+            Operation::AllToAll { input, mut output } => {
+                let n = input.bytes().len() / world;
+                let mine = &input.bytes()[rank * n..][..n];
+                self.collect(&reach, |from| (rank * n, from * n, n), mine, output.bytes_mut())?;
+            }
+            // Sent back above.
+            _ => {}
+        }
+        // The others' buffers are theirs again when everyone has read them.
+        self.step(call, &[])?;
+        Ok(None)
+    }
+
+    /// Shows where this rank's buffer is, and learns where the others' are, of up to `length` bytes. `None`, on all ranks
+    /// alike, if they are out of reach.
+    fn open(
+        &mut self,
+        call: &Call<'_>,
+        mine: &[u8],
+        length: usize,
+        through_kernel: bool,
+    ) -> Result<Option<Reach>, Fault> {
+        let (region, offset) = self.heap.find(mine).unwrap_or((0, 0));
+        self.step(call, &[region, offset as u64, mine.as_ptr() as u64])?;
+        let world = self.segment.world();
+        let shown = |from: usize, word: usize| self.segment.cell(from, self.step).payload[word].load(Relaxed);
+        if region != 0 && (0..world).all(|from| shown(from, 0) == region) {
+            let offsets = (0..world).map(|from| shown(from, 1) as usize);
+            return Ok(self.heap.shared(region, length, offsets).map(Reach::Heap));
+        }
+        Ok(through_kernel.then(|| Reach::Kernel((0..world).map(|from| shown(from, 2)).collect())))
+    }
+
+    /// Copies from the buffer of rank `from`.
+    fn fetch(&self, reach: &Reach, from: usize, start: usize, to: &mut [u8]) -> Result<(), Fault> {
+        match reach {
+            Reach::Heap(shared) => {
+                to.copy_from_slice(shared.bytes(from, start, to.len()));
+                Ok(())
+            }
+            Reach::Kernel(addresses) => {
+                let address = addresses[from] + start as u64;
+                peer_memory::read(self.pids[from], address, to).map_err(|error| unreadable(from, error))
+            }
+        }
+    }
+
+    /// Copies a piece of every rank's buffer to `output`: `place(rank)` is where the piece begins, where it goes, and its
+    /// length. This rank's own is `mine`.
+    fn collect(
+        &self,
+        reach: &Reach,
+        place: impl Fn(usize) -> (usize, usize, usize),
+        mine: &[u8],
+        output: &mut [u8],
+    ) -> Result<(), Fault> {
+        let (rank, world) = (self.segment.rank(), self.segment.world());
+        // Each begins with its neighbour, so that not all read the same memory at once.
+        for from in (rank + 1..world).chain(0..rank) {
+            let (start, to, n) = place(from);
+            self.fetch(reach, from, start, &mut output[to..to + n])?;
+        }
+        let (_, to, n) = place(rank);
+        output[to..to + n].copy_from_slice(mine);
+        Ok(())
+    }
+
+    /// Sums this rank's part of the buffers and stores it in all of them.
+    fn all_reduce_in_heap(&self, shared: &Shared, op: ReduceOp, dtype: Dtype, total: usize) {
+        let (rank, world) = (self.segment.rank(), self.segment.world());
+        // Whole cache lines for each rank.
+        let per = total.div_ceil(world).next_multiple_of(64);
+        let (mut at, end) = ((rank * per).min(total), ((rank + 1) * per).min(total));
+        let mut sum = [0u64; BLOCK / 8];
+        let sum: &mut [u8] = bytemuck::cast_slice_mut(&mut sum);
+        while at < end {
+            let n = BLOCK.min(end - at);
+            fold_bytes_from(op, dtype, world, |from| shared.bytes(from, at, n), &mut sum[..n]);
+            shared.store(at, &sum[..n]);
+            at += n;
+        }
+    }
+}
