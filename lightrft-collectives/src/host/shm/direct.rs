@@ -101,10 +101,8 @@ impl Shm {
                     self.fetch(&reach, from, 0, &mut data.bytes_mut()[from * n..][..n])?;
                 }
             }
-            Operation::Broadcast { mut data, root } => {
-                if rank != root {
-                    self.fetch(&reach, root, 0, data.bytes_mut())?;
-                }
+            Operation::Broadcast { mut data, root } if rank != root => {
+                self.fetch(&reach, root, 0, data.bytes_mut())?;
             }
             Operation::Gather { input, mut output, root } => {
                 let n = input.bytes().len();
@@ -124,7 +122,7 @@ impl Shm {
                 let mine = &input.bytes()[rank * n..][..n];
                 self.collect(&reach, |from| (rank * n, from * n, n), mine, output.bytes_mut())?;
             }
-            // Sent back above.
+            // The root of a broadcast, which is read; and what was sent back above.
             _ => {}
         }
         // The others' buffers are theirs again when everyone has read them.
