@@ -21,7 +21,7 @@ use self::exchange::{Fault, Links};
 use self::fate::Alarm;
 use self::segment::{Mapping, Segment};
 pub(crate) use self::shm::HeapMemory;
-use self::shm::{Shm, Watch};
+use self::shm::{Cores, Shm, Watch};
 use self::tcp::Tcp;
 use self::wire::{Cause, Note};
 pub(crate) use self::world::Join;
@@ -57,6 +57,17 @@ struct Channels {
     links: Links,
     /// Where all members share a machine.
     shm: Option<Shm>,
+}
+
+/// What each rank tells the others when they make their shared memory.
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Offer {
+    /// The memory file that it holds open; -1 for none.
+    file: i64,
+    /// Where in its own memory it has a word for the others to try to read.
+    word: u64,
+    cores: Cores,
 }
 
 /// How the ranks of a group exchange data.
@@ -116,12 +127,13 @@ impl Group {
         };
         // A word of this process's own memory, for the others to try to read.
         let word = Box::new(nonce);
-        let mut shown = vec![0i64; 2 * world];
-        self.all_gather(&[file, std::ptr::from_ref(&*word) as i64], &mut shown)?;
+        let offer = Offer { file, word: std::ptr::from_ref(&*word) as u64, cores: Cores::mine() };
+        let mut offers = vec![Offer::default(); world];
+        self.all_gather::<u8>(bytemuck::bytes_of(&offer), bytemuck::cast_slice_mut(&mut offers))?;
         let mapped = match made {
             Some(made) => made.map(|(segment, fd)| (segment, Some(fd))),
             None => {
-                let opened = u64::try_from(shown[0]).map_err(std::io::Error::other);
+                let opened = u64::try_from(offers[0].file).map_err(std::io::Error::other);
                 let open = |fd| Segment::open(pids[0], fd, nonce, world, self.rank);
                 opened.and_then(open).map(|segment| (segment, None))
             }
@@ -129,13 +141,13 @@ impl Group {
         if let Err(error) = &mapped {
             tracing::info!(group = self.name, %error, "no shared memory, taking TCP");
         }
-        let reads =
-            (0..world).all(|r| r == self.rank || Shm::can_read(pids[r], shown[2 * r + 1] as u64, nonce));
+        let reads = (0..world).all(|r| r == self.rank || Shm::can_read(pids[r], offers[r].word, nonce));
         let mut all = [u8::from(mapped.is_ok()), u8::from(reads)];
         self.all_reduce(&mut all, ReduceOp::Min)?;
         drop(word);
         Ok(mapped.ok().filter(|_| all[0] == 1).map(|(segment, _)| {
-            let mut shm = Shm::new(segment, pids);
+            let cores: Vec<Cores> = offers.iter().map(|offer| offer.cores).collect();
+            let mut shm = Shm::new(segment, pids, Cores::of_all(&cores));
             shm.reads_peers(all[1] == 1);
             shm
         }))

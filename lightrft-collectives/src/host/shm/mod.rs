@@ -19,7 +19,7 @@ use std::io;
 
 use self::heap::Heap;
 pub(crate) use self::heap::HeapMemory;
-pub(super) use self::wait::Watch;
+pub(super) use self::wait::{Cores, Watch};
 use self::wait::{Policy, Step};
 use super::exchange::Fault;
 use super::segment::{Mapping, PAYLOAD, Segment};
@@ -58,13 +58,14 @@ struct Call<'a> {
 }
 
 impl Shm {
-    pub(super) fn new(segment: Segment, pids: Vec<u32>) -> Self {
+    /// `cores` is what all ranks have together.
+    pub(super) fn new(segment: Segment, pids: Vec<u32>, cores: usize) -> Self {
         let world = segment.world();
         Shm {
             segment,
             step: 0,
             slot: 0,
-            policy: Policy::of(world),
+            policy: Policy::of(world, cores),
             pids,
             reads_peers: false,
             heap: Heap::default(),

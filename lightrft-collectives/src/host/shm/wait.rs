@@ -1,7 +1,6 @@
 //! How a rank waits for another: spin while each has a core, then give the core away, then sleep
 
 use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
-use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use rustix::thread::{futex, sched_yield};
@@ -23,6 +22,42 @@ const YIELDS: usize = 30;
 /// The longest sleep before looking whether somebody died. Whoever comes wakes the sleeper at once.
 const NAP: Duration = Duration::from_millis(5);
 
+/// Words of a set of processors.
+const SET: usize = 16;
+
+/// The processors that a rank may run on, and how many at once. Ranks are often pinned to one each: only together do
+/// they tell how many the group has.
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(in crate::host) struct Cores {
+    set: [u64; SET],
+    /// What a control group allows, if less than there are.
+    quota: u64,
+}
+
+impl Cores {
+    /// Of the calling thread.
+    pub(in crate::host) fn mine() -> Self {
+        let mut cores = Cores::default();
+        let allowed = rustix::thread::sched_getaffinity(None).unwrap_or_default();
+        for cpu in (0..SET * 64).filter(|cpu| allowed.is_set(*cpu)) {
+            cores.set[cpu / 64] |= 1 << (cpu % 64);
+        }
+        let in_set: u32 = cores.set.iter().map(|word| word.count_ones()).sum();
+        let at_once = std::thread::available_parallelism().map_or(1, usize::from) as u64;
+        cores.quota = if at_once < u64::from(in_set) { at_once } else { u64::MAX };
+        cores
+    }
+
+    /// How many the ranks have together.
+    pub(in crate::host) fn of_all(all: &[Cores]) -> usize {
+        let in_set: u32 =
+            (0..SET).map(|i| all.iter().fold(0, |set, cores| set | cores.set[i]).count_ones()).sum();
+        let quota = all.iter().map(|cores| cores.quota).min().unwrap_or(1);
+        quota.min(in_set.into()) as usize
+    }
+}
+
 /// How the ranks of a group wait, decided once.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Policy {
@@ -31,8 +66,7 @@ pub(super) struct Policy {
 
 impl Policy {
     /// Spinning with more ranks than cores would keep from running who is waited for.
-    pub(super) fn of(ranks: usize) -> Self {
-        let cores = available_parallelism().map_or(1, usize::from);
+    pub(super) fn of(ranks: usize, cores: usize) -> Self {
         Policy { spin: if ranks <= cores { SPIN } else { Duration::ZERO } }
     }
 }

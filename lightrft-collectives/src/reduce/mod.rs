@@ -1,5 +1,7 @@
 //! The fold behind every reduction: contributions in rank order, one accumulator, one rounding
 
+mod simd;
+
 use crate::op::{Dtype, Element, ReduceOp, private::Arithmetic, with_element};
 
 /// Elements folded at a time when there are many parts: the accumulators fit in the first-level cache.
@@ -9,7 +11,7 @@ const BLOCK: usize = 512;
 ///
 /// `out` and every part have the same length; anything longer than the shortest is left alone.
 pub(crate) fn fold<T: Element>(op: ReduceOp, parts: &[&[T]], out: &mut [T]) {
-    fold_from(op, parts.len(), |rank| parts[rank], out);
+    simd::fold(op, parts.len(), |rank| parts[rank], out);
 }
 
 /// As [`fold`], with the parts given one by one: no list of them has to be made.
@@ -105,7 +107,7 @@ pub(crate) fn fold_bytes_from<'a>(
             debug_assert!(part.is_ok(), "unaligned buffer reached the fold");
             part.unwrap_or(&[])
         };
-        fold_from(op, n, typed, out);
+        simd::fold(op, n, typed, out);
     });
 }
 
@@ -146,6 +148,20 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn wider_vectors_change_no_bit(bits: Vec<u32>, n in 1usize..7, op in 0usize..5) {
+            let parts: Vec<Vec<f32>> = (0..n as u32)
+                .map(|rank| bits.iter().map(|b| f32::from_bits(b.rotate_left(5 * rank))).collect())
+                .collect();
+            let part = |rank: usize| &parts[rank][..];
+            let (mut plain, mut wide) = (vec![0f32; bits.len()], vec![0f32; bits.len()]);
+            fold_from(ReduceOp::ALL[op], n, part, &mut plain);
+            simd::fold(ReduceOp::ALL[op], n, part, &mut wide);
+            for (a, b) in plain.iter().zip(&wide) {
+                prop_assert!(a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan());
+            }
+        }
+
         #[test]
         fn the_fold_of_a_vector_is_the_fold_of_its_chunks(
             len in 0usize..3000, cut in 0usize..3000, ranks in 1usize..5, seed: u64,
