@@ -58,7 +58,7 @@ impl Priority {
     }
 }
 
-/// Whether each rank's calling thread gets a core of its own, where there are enough.
+/// Whether each rank's calling thread is pinned to core `rank % cores`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pin {
     /// Where the contender is not slower for it.

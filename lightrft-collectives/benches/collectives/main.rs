@@ -13,10 +13,9 @@
 //! nccl-tests counts them, and GB/s are those bytes by the time.
 //!
 //! All contenders get the same orders, the same scheduling priority (`SCHED_RR` by default where that is permitted,
-//! since a time slice of another program is longer than most collectives). Where there are as many cores as ranks, the
-//! calling thread of each rank gets a core of its own, except in the contenders that are slower for it (`--pin best`):
-//! those that go through sockets, where the kernel or other threads have work to do on some core. Results of our ranks are
-//! checked, once per case. The peers need `--peers`: Gloo a Python with torch (`LIGHTRFT_PYTHON`, else `python3`), Open
+//! since a time slice of another program is longer than most collectives). The calling thread of each rank is pinned to
+//! core `rank % cores`, except in the contenders that are slower for it (`--pin best`): those that go through sockets,
+//! where the kernel or other threads have work to do on some core. Results of our ranks are checked, once per case. The peers need `--peers`: Gloo a Python with torch (`LIGHTRFT_PYTHON`, else `python3`), Open
 //! MPI its `mpicc` and `mpirun`; one that cannot be started is left out aloud.
 //!
 //! Printed: a table for each number of ranks, and as the last line all of it as one JSON object. With `--check` a missed
@@ -165,12 +164,9 @@ fn bench(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
             .into_iter()
             .filter(|case| options.what.is_empty() || options.what.iter().any(|w| case.name().contains(w)))
             .collect();
-        let enough = ranks <= cores;
-        let conditions =
-            Conditions { pin: if enough { options.pin } else { Pin::None }, ..setting.conditions };
         let mut contenders = Vec::new();
         for (column, program) in &programs {
-            match Contender::start(program, ranks, conditions, folder.path()) {
+            match Contender::start(program, ranks, setting.conditions, folder.path()) {
                 Ok(contender) => contenders.push((*column, contender)),
                 Err(error) => {
                     eprintln!("LEFT OUT at {ranks} ranks: {error}");
@@ -225,7 +221,7 @@ fn measure(
     failed: &mut bool,
 ) -> Vec<(Column, Measured)> {
     // Seconds per round.
-    let budget = if options.quick { 0.02 } else { 0.05 };
+    let budget = if options.quick { 0.015 } else { 0.03 };
     let rounds = if options.quick { options.rounds.min(3) } else { options.rounds };
     let mut plans: Vec<(Column, usize, Vec<f64>)> = Vec::new();
     for round in 0..=rounds {
@@ -243,7 +239,8 @@ fn measure(
             let (warmup, iterations) = match &plan {
                 None if round == 0 => (1, 1),
                 None => continue,
-                Some((_, iterations, _)) => (iterations.div_ceil(10), *iterations),
+                // What takes long is warm from the first round.
+                Some((_, iterations, _)) => (iterations / 10, *iterations),
             };
             match contender.obey(&case.order(warmup, iterations)) {
                 Ok(Answer::Unsupported) => {}
@@ -253,7 +250,7 @@ fn measure(
                     match plan {
                         None => {
                             let fits = budget * 1e6 / micros[0].max(0.05);
-                            plans.push((column, fits.clamp(3.0, 2000.0) as usize, Vec::new()));
+                            plans.push((column, fits.clamp(2.0, 2000.0) as usize, Vec::new()));
                         }
                         Some((.., medians)) => medians.push(report::median(&micros)),
                     }

@@ -72,9 +72,9 @@ pub(crate) fn serve(transport: Transport) -> Result<(), Box<dyn Error>> {
 /// This thread only, and after joining, as the peers' ranks do: the crate's own threads go where there is room.
 fn pin(rank: usize) -> Result<(), Box<dyn Error>> {
     let allowed = sched_getaffinity(None)?;
-    let core = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).nth(rank);
+    let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect();
     let mut mine = CpuSet::new();
-    mine.set(core.ok_or("fewer cores than ranks")?);
+    mine.set(cores[rank % cores.len()]);
     Ok(sched_setaffinity(None, &mine)?)
 }
 
@@ -178,9 +178,9 @@ fn filled<T: Element + From<i8>>(rank: usize, elements: usize) -> Vec<T> {
 }
 
 /// Zeros in memory that has been written: a page of zeros never written is everyone's, and always in cache.
-fn written<T: Element>(elements: usize) -> Vec<T> {
-    let mut memory = Vec::with_capacity(elements);
-    memory.extend((0..elements).map(|_| std::hint::black_box(T::zeroed())));
+fn written<T: Element + From<i8>>(elements: usize) -> Vec<T> {
+    let mut memory = vec![T::from(1); elements];
+    memory.fill(T::zeroed());
     memory
 }
 

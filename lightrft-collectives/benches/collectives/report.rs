@@ -136,9 +136,11 @@ impl Setting {
 
     fn pins(&self) -> &'static str {
         match self.conditions.pin {
-            Pin::Best => "ranks of shm and openmpi on cores of their own where there are enough",
-            Pin::Cores => "all ranks on cores of their own where there are enough",
-            Pin::None => "no rank on a core of its own",
+            Pin::Best => {
+                "ranks of shm and openmpi pinned to core rank % cores, those of tcp and gloo, faster without, not"
+            }
+            Pin::Cores => "all ranks pinned to core rank % cores",
+            Pin::None => "no rank pinned",
         }
     }
 }

@@ -120,7 +120,8 @@ def main():
     core = os.environ.get("LIGHTRFT_BENCH_PIN")
     if core == "cores":
         # This thread only: Gloo's own threads go where there is room, which suits it best.
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     link = socket.socket(socket.AF_UNIX)
     link.connect(os.environ["LIGHTRFT_BENCH_SOCKET"])
 

@@ -54,13 +54,13 @@ static float *written(int elements) {
     return memory;
 }
 
-// Pins this thread to the core of its rank.
+// Pins this thread to the core of its rank; ranks take turns where there are more of them than cores.
 static void pin(void) {
     cpu_set_t allowed, mine;
     sched_getaffinity(0, sizeof allowed, &allowed);
     CPU_ZERO(&mine);
     for (int core = 0, seen = 0; core < CPU_SETSIZE; core++)
-        if (CPU_ISSET(core, &allowed) && seen++ == rank) CPU_SET(core, &mine);
+        if (CPU_ISSET(core, &allowed) && seen++ == rank % CPU_COUNT(&allowed)) CPU_SET(core, &mine);
     sched_setaffinity(0, sizeof mine, &mine);
 }
 
