@@ -2,6 +2,7 @@
 //!
 //! No dependencies, so that it builds in seconds on a fresh machine.
 
+mod bench;
 mod check;
 mod demo;
 mod examples;
@@ -21,6 +22,9 @@ Usage: cargo xtask <command>
 
   demo [options]   build the main job in release and run it: GRPO on this machine's CPU with the embedded engine.
                    Options go to the program: --ranks N, --steps N, --seed S, --out DIR, --resume, --help
+  bench <collectives> [options]
+                   build the bench in release and run it; --peers adds other libraries to the same run, --json FILE
+                   keeps the last line, --quick takes seconds. The bench's source says the rest
   test             every test that needs no GPU and no Python: unit, integration and documentation tests of all
                    crates with their CPU features, then each numbered example
   check            rustfmt, tidy, clippy, documentation, each crate's feature sets: cheapest first, no warning allowed
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         return ExitCode::from(USAGE);
     }
     match &*command {
+        "bench" => bench::run(&workspace, &rest),
         "demo" => demo::run(&workspace, &rest),
         "test" => test::run(&workspace),
         "check" => check::run(&workspace),
