@@ -10,13 +10,18 @@ const BLOCK: usize = 512;
 /// `out[i] = parts[0][i] (op) parts[1][i] (op) ...`, in the order of `parts`; a mean is over `parts.len()`.
 ///
 /// `out` and every part have the same length; anything longer than the shortest is left alone.
+#[cfg(any(test, feature = "testing"))]
 pub(crate) fn fold<T: Element>(op: ReduceOp, parts: &[&[T]], out: &mut [T]) {
-    simd::fold(op, parts.len(), |rank| parts[rank], out);
+    simd::fold(op, parts.len(), &|rank| parts[rank], out);
 }
 
-/// As [`fold`], with the parts given one by one: no list of them has to be made.
+/// Contributions given one by one, by rank: no list of them has to be made. Behind a pointer, so that there is one fold
+/// for each type and operation and not one for each place that calls it.
+type Parts<'f, 'a, T> = &'f dyn Fn(usize) -> &'a [T];
+
+/// As [`fold`], with the parts of ranks `0..n` given one by one.
 #[inline(always)]
-fn fold_from<'a, T: Element>(op: ReduceOp, n: usize, part: impl Fn(usize) -> &'a [T], out: &mut [T]) {
+fn fold_from<T: Element>(op: ReduceOp, n: usize, part: Parts<'_, '_, T>, out: &mut [T]) {
     match op {
         ReduceOp::Sum => fold_with(n, part, out, T::add, |acc| acc),
         ReduceOp::Mean => fold_with(n, part, out, T::add, |acc| T::mean(acc, n)),
@@ -27,9 +32,9 @@ fn fold_from<'a, T: Element>(op: ReduceOp, n: usize, part: impl Fn(usize) -> &'a
 }
 
 #[inline(always)]
-fn fold_with<'a, T: Element>(
+fn fold_with<T: Element>(
     n: usize,
-    part: impl Fn(usize) -> &'a [T],
+    part: Parts<'_, '_, T>,
     out: &mut [T],
     combine: impl Fn(T::Acc, T::Acc) -> T::Acc,
     finish: impl Fn(T::Acc) -> T::Acc,
@@ -86,15 +91,15 @@ fn fold_with<'a, T: Element>(
 /// The callers' buffers are aligned by construction ([`crate::buffer`]); a part that is not, or whose dtype
 /// has no arithmetic (which [`crate::Operation::check`] has refused before), leaves `out` as it is.
 pub(crate) fn fold_bytes(op: ReduceOp, dtype: Dtype, parts: &[&[u8]], out: &mut [u8]) {
-    fold_bytes_from(op, dtype, parts.len(), |rank| parts[rank], out);
+    fold_bytes_from(op, dtype, parts.len(), &|rank| parts[rank], out);
 }
 
 /// As [`fold_bytes`], with the parts given one by one.
-pub(crate) fn fold_bytes_from<'a>(
+pub(crate) fn fold_bytes_from(
     op: ReduceOp,
     dtype: Dtype,
     n: usize,
-    part: impl Fn(usize) -> &'a [u8],
+    part: Parts<'_, '_, u8>,
     out: &mut [u8],
 ) {
     with_element!(dtype, T => {
@@ -107,7 +112,7 @@ pub(crate) fn fold_bytes_from<'a>(
             debug_assert!(part.is_ok(), "unaligned buffer reached the fold");
             part.unwrap_or(&[])
         };
-        simd::fold(op, n, typed, out);
+        simd::fold(op, n, &typed, out);
     });
 }
 
@@ -155,8 +160,8 @@ mod tests {
                 .collect();
             let part = |rank: usize| &parts[rank][..];
             let (mut plain, mut wide) = (vec![0f32; bits.len()], vec![0f32; bits.len()]);
-            fold_from(ReduceOp::ALL[op], n, part, &mut plain);
-            simd::fold(ReduceOp::ALL[op], n, part, &mut wide);
+            fold_from(ReduceOp::ALL[op], n, &part, &mut plain);
+            simd::fold(ReduceOp::ALL[op], n, &part, &mut wide);
             for (a, b) in plain.iter().zip(&wide) {
                 prop_assert!(a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan());
             }

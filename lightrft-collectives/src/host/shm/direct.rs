@@ -73,7 +73,7 @@ impl Shm {
                     for (index, place) in data.bytes_mut()[rank * n..][..n].chunks_mut(BLOCK).enumerate() {
                         let (start, length) = (rank * n + index * BLOCK, place.len());
                         let sum = &mut bytemuck::bytes_of_mut(&mut sum)[..length];
-                        fold_bytes_from(op, dtype, world, |from| shared.bytes(from, start, length), sum);
+                        fold_bytes_from(op, dtype, world, &|from| shared.bytes(from, start, length), sum);
                         place.copy_from_slice(sum);
                     }
                 }
@@ -82,7 +82,7 @@ impl Shm {
                 let (dtype, n) = (output.dtype(), output.bytes().len());
                 if let Reach::Heap(shared) = &reach {
                     let part = |from| shared.bytes(from, rank * n, n);
-                    fold_bytes_from(op, dtype, world, part, output.bytes_mut());
+                    fold_bytes_from(op, dtype, world, &part, output.bytes_mut());
                 }
             }
             Operation::AllGather { input, mut output } => {
@@ -194,7 +194,7 @@ impl Shm {
         let sum: &mut [u8] = bytemuck::cast_slice_mut(&mut sum);
         while at < end {
             let n = BLOCK.min(end - at);
-            fold_bytes_from(op, dtype, world, |from| shared.bytes(from, at, n), &mut sum[..n]);
+            fold_bytes_from(op, dtype, world, &|from| shared.bytes(from, at, n), &mut sum[..n]);
             shared.store(at, &sum[..n]);
             at += n;
         }

@@ -64,7 +64,7 @@ impl Shm {
                     shm.step(call, &[])?;
                     if rank == root {
                         let segment = &shm.segment;
-                        fold_bytes_from(op, dtype, world, |from| segment.read(from, slot, 0..n), mine);
+                        fold_bytes_from(op, dtype, world, &|from| segment.read(from, slot, 0..n), mine);
                     }
                     Ok(())
                 })
@@ -205,7 +205,7 @@ impl Shm {
                         others.bytes(from, there..there + n)
                     }
                 };
-                fold_bytes_from(data.op, data.dtype, world, shown, sum);
+                fold_bytes_from(data.op, data.dtype, world, &shown, sum);
                 data.output[here..here + n].copy_from_slice(sum);
             }
             self.step(call, &[])?;
@@ -239,7 +239,7 @@ impl Shm {
                 let shown = |from: usize| {
                     if from == rank { data.input(here.clone()) } else { others.bytes(from, mine.clone()) }
                 };
-                fold_bytes_from(data.op, data.dtype, world, shown, sum);
+                fold_bytes_from(data.op, data.dtype, world, &shown, sum);
                 data.output[here].copy_from_slice(sum);
             } else {
                 let (segment, input) = (&shm.segment, data.input.unwrap_or(&[]));
@@ -247,7 +247,7 @@ impl Shm {
                     true => &input[rank * total + offset..][..n],
                     false => segment.read(from, slot, mine.clone()),
                 };
-                fold_bytes_from(data.op, data.dtype, world, shown, &mut data.output[offset..][..n]);
+                fold_bytes_from(data.op, data.dtype, world, &shown, &mut data.output[offset..][..n]);
             }
             Ok(())
         })

@@ -68,24 +68,24 @@ fn take<'s>(
         Operation::AllReduce { mut data, op } | Operation::AllReduceInto { output: mut data, op, .. } => {
             let (dtype, bytes) = (data.dtype(), data.bytes_mut());
             let n = bytes.len();
-            fold_bytes_from(op, dtype, world, |from| shown(from, 0, n), bytes);
+            fold_bytes_from(op, dtype, world, &|from| shown(from, 0, n), bytes);
         }
         Operation::Reduce { mut data, op, root } => {
             if rank == root {
                 let (dtype, bytes) = (data.dtype(), data.bytes_mut());
                 let n = bytes.len();
-                fold_bytes_from(op, dtype, world, |from| shown(from, 0, n), bytes);
+                fold_bytes_from(op, dtype, world, &|from| shown(from, 0, n), bytes);
             }
         }
         Operation::ReduceScatter { mut output, op, .. } => {
             let (dtype, bytes) = (output.dtype(), output.bytes_mut());
             let n = bytes.len();
-            fold_bytes_from(op, dtype, world, |from| shown(from, rank * n, n), bytes);
+            fold_bytes_from(op, dtype, world, &|from| shown(from, rank * n, n), bytes);
         }
         Operation::ReduceScatterInPlace { mut data, op } => {
             let (dtype, n) = (data.dtype(), data.bytes().len() / world);
             let bytes = &mut data.bytes_mut()[rank * n..][..n];
-            fold_bytes_from(op, dtype, world, |from| shown(from, rank * n, n), bytes);
+            fold_bytes_from(op, dtype, world, &|from| shown(from, rank * n, n), bytes);
         }
         Operation::AllGather { mut output, .. } | Operation::AllGatherInPlace { data: mut output } => {
             let n = output.bytes().len() / world;
