@@ -26,7 +26,7 @@ impl Shm {
     pub(super) fn run_direct<'o>(
         &mut self,
         call: &Call<'_>,
-        operation: HostOperation<'o>,
+        mut operation: HostOperation<'o>,
     ) -> Result<Option<HostOperation<'o>>, Fault> {
         let (rank, world) = (self.segment.rank(), self.segment.world());
         // Bytes that one rank reads of another, and the buffer that is read.
@@ -58,7 +58,12 @@ impl Shm {
             return Ok(Some(operation));
         }
         let length = shown.len().max(piece);
-        let Some(reach) = self.open(call, shown, length, through_kernel)? else { return Ok(Some(operation)) };
+        let (region, offset) = self.heap.find(shown).unwrap_or((0, 0));
+        self.publish(call, &[region, offset as u64, shown.as_ptr() as u64]);
+        // While the others come.
+        keep_own(&mut operation, rank, world);
+        self.await_all(call)?;
+        let Some(reach) = self.reach(region, length, through_kernel) else { return Ok(Some(operation)) };
         match operation {
             Operation::AllReduce { data, op } => {
                 let (dtype, total) = (data.dtype(), data.bytes().len());
@@ -87,13 +92,13 @@ impl Shm {
             }
             Operation::AllGather { input, mut output } => {
                 let n = input.bytes().len();
-                self.collect(&reach, |from| (0, from * n, n), input.bytes(), output.bytes_mut())?;
+                self.collect(&reach, |from| (0, from * n, n), output.bytes_mut())?;
             }
-            Operation::AllGatherV { input, counts, mut output } => {
+            Operation::AllGatherV { counts, mut output, .. } => {
                 let size = element_bytes(output.dtype());
                 let place =
                     |from: usize| (0, counts[..from].iter().sum::<usize>() * size, counts[from] * size);
-                self.collect(&reach, place, input.bytes(), output.bytes_mut())?;
+                self.collect(&reach, place, output.bytes_mut())?;
             }
             Operation::AllGatherInPlace { mut data } => {
                 let n = data.bytes().len() / world;
@@ -101,28 +106,26 @@ impl Shm {
                     self.fetch(&reach, from, 0, &mut data.bytes_mut()[from * n..][..n])?;
                 }
             }
-            Operation::Broadcast { mut data, root } if rank != root => {
-                self.fetch(&reach, root, 0, data.bytes_mut())?;
+            Operation::Broadcast { mut data, root } => {
+                self.broadcast(&reach, data.bytes_mut(), root)?;
             }
             Operation::Gather { input, mut output, root } => {
                 let n = input.bytes().len();
                 if rank == root {
-                    self.collect(&reach, |from| (0, from * n, n), input.bytes(), output.bytes_mut())?;
+                    self.collect(&reach, |from| (0, from * n, n), output.bytes_mut())?;
                 }
             }
-            Operation::Scatter { input, mut output, root } => {
+            Operation::Scatter { mut output, root, .. } => {
                 let n = output.bytes().len();
-                match rank == root {
-                    true => output.bytes_mut().copy_from_slice(&input.bytes()[rank * n..][..n]),
-                    false => self.fetch(&reach, root, rank * n, output.bytes_mut())?,
+                if rank != root {
+                    self.fetch(&reach, root, rank * n, output.bytes_mut())?;
                 }
             }
             Operation::AllToAll { input, mut output } => {
                 let n = input.bytes().len() / world;
-                let mine = &input.bytes()[rank * n..][..n];
-                self.collect(&reach, |from| (rank * n, from * n, n), mine, output.bytes_mut())?;
+                self.collect(&reach, |from| (rank * n, from * n, n), output.bytes_mut())?;
             }
-            // The root of a broadcast, which is read; and what was sent back above.
+            // Sent back above.
             _ => {}
         }
         // The others' buffers are theirs again when everyone has read them.
@@ -130,24 +133,16 @@ impl Shm {
         Ok(None)
     }
 
-    /// Shows where this rank's buffer is, and learns where the others' are, of up to `length` bytes. `None`, on all ranks
-    /// alike, if they are out of reach.
-    fn open(
-        &mut self,
-        call: &Call<'_>,
-        mine: &[u8],
-        length: usize,
-        through_kernel: bool,
-    ) -> Result<Option<Reach>, Fault> {
-        let (region, offset) = self.heap.find(mine).unwrap_or((0, 0));
-        self.step(call, &[region, offset as u64, mine.as_ptr() as u64])?;
+    /// How the buffers that all ranks have shown, of up to `length` bytes, can be reached. `None`, on all ranks alike, if
+    /// they cannot. This rank's is in `region` of the heap, or in none if that is 0.
+    fn reach(&self, region: u64, length: usize, through_kernel: bool) -> Option<Reach> {
         let world = self.segment.world();
         let shown = |from: usize, word: usize| self.segment.cell(from, self.step).payload[word].load(Relaxed);
         if region != 0 && (0..world).all(|from| shown(from, 0) == region) {
             let offsets = (0..world).map(|from| shown(from, 1) as usize);
-            return Ok(self.heap.shared(region, length, offsets).map(Reach::Heap));
+            return self.heap.shared(region, length, offsets).map(Reach::Heap);
         }
-        Ok(through_kernel.then(|| Reach::Kernel((0..world).map(|from| shown(from, 2)).collect())))
+        through_kernel.then(|| Reach::Kernel((0..world).map(|from| shown(from, 2)).collect()))
     }
 
     /// Copies from the buffer of rank `from`.
@@ -164,13 +159,30 @@ impl Shm {
         }
     }
 
-    /// Copies a piece of every rank's buffer to `output`: `place(rank)` is where the piece begins, where it goes, and its
-    /// length. This rank's own is `mine`.
+    /// The root gives each other rank the last part of its data, 1 of as many as there are ranks, while that takes the rest:
+    /// so all copy the same amount.
+    fn broadcast(&self, reach: &Reach, data: &mut [u8], root: usize) -> Result<(), Fault> {
+        let (rank, world) = (self.segment.rank(), self.segment.world());
+        let Reach::Kernel(addresses) = reach else {
+            return if rank == root { Ok(()) } else { self.fetch(reach, root, 0, data) };
+        };
+        let taken = (data.len() - data.len() / world).next_multiple_of(4096).min(data.len());
+        if rank != root {
+            return self.fetch(reach, root, 0, &mut data[..taken]);
+        }
+        for to in (rank + 1..world).chain(0..rank) {
+            peer_memory::write(self.pids[to], addresses[to] + taken as u64, &data[taken..])
+                .map_err(|error| unreadable(to, error))?;
+        }
+        Ok(())
+    }
+
+    /// Copies a piece of every other rank's buffer to `output`: `place(rank)` is where the piece begins, where it goes, and
+    /// its length.
     fn collect(
         &self,
         reach: &Reach,
         place: impl Fn(usize) -> (usize, usize, usize),
-        mine: &[u8],
         output: &mut [u8],
     ) -> Result<(), Fault> {
         let (rank, world) = (self.segment.rank(), self.segment.world());
@@ -179,8 +191,6 @@ impl Shm {
             let (start, to, n) = place(from);
             self.fetch(reach, from, start, &mut output[to..to + n])?;
         }
-        let (_, to, n) = place(rank);
-        output[to..to + n].copy_from_slice(mine);
         Ok(())
     }
 
@@ -198,5 +208,32 @@ impl Shm {
             shared.store(at, &sum[..n]);
             at += n;
         }
+    }
+}
+
+/// Copies this rank's own piece of its input to its place in the output.
+fn keep_own(operation: &mut HostOperation<'_>, rank: usize, world: usize) {
+    match operation {
+        Operation::AllGather { input, output } => {
+            let n = input.bytes().len();
+            output.bytes_mut()[rank * n..][..n].copy_from_slice(input.bytes());
+        }
+        Operation::Gather { input, output, root } if rank == *root => {
+            let n = input.bytes().len();
+            output.bytes_mut()[rank * n..][..n].copy_from_slice(input.bytes());
+        }
+        Operation::AllGatherV { input, counts, output } => {
+            let before = counts[..rank].iter().sum::<usize>() * element_bytes(output.dtype());
+            output.bytes_mut()[before..][..input.bytes().len()].copy_from_slice(input.bytes());
+        }
+        Operation::Scatter { input, output, root } if rank == *root => {
+            let n = output.bytes().len();
+            output.bytes_mut().copy_from_slice(&input.bytes()[rank * n..][..n]);
+        }
+        Operation::AllToAll { input, output } => {
+            let n = input.bytes().len() / world;
+            output.bytes_mut()[rank * n..][..n].copy_from_slice(&input.bytes()[rank * n..][..n]);
+        }
+        _ => {}
     }
 }

@@ -140,11 +140,24 @@ impl Shm {
     /// Publishes a step with `payload` and waits for everyone's.
     #[inline]
     fn step(&mut self, call: &Call<'_>, payload: &[u64]) -> Result<(), Fault> {
+        self.publish(call, payload);
+        self.await_all(call)
+    }
+
+    #[inline]
+    fn publish(&mut self, call: &Call<'_>, payload: &[u64]) {
         self.step = self.step.wrapping_add(1);
-        let step =
-            Step { number: self.step, signature: call.signature, policy: self.policy, watch: call.watch };
-        step.publish(&self.segment, payload);
-        step.meet(&self.segment)
+        self.step_of(call).publish(&self.segment, payload);
+    }
+
+    #[inline]
+    fn await_all(&self, call: &Call<'_>) -> Result<(), Fault> {
+        self.step_of(call).meet(&self.segment)
+    }
+
+    #[inline]
+    fn step_of<'c>(&self, call: &Call<'c>) -> Step<'c> {
+        Step { number: self.step, signature: call.signature, policy: self.policy, watch: call.watch }
     }
 
     fn uses_heap(&self) -> bool {

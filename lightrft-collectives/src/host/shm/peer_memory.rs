@@ -1,6 +1,6 @@
-//! Copies from another process's own memory, one copy and no staging; one of this crate's unsafe fences
+//! Copies from and to another process's own memory, one copy and no staging; one of this crate's unsafe fences
 //!
-//! `process_vm_readv` needs the right to trace the other process: the same user and a kernel that lets siblings do it
+//! `process_vm_readv` and `process_vm_writev` need the right to trace the other process: the same user and a kernel that lets siblings do it
 //! (`kernel.yama.ptrace_scope` 0). Groups find out when they are made and do without it otherwise.
 #![allow(unsafe_code)]
 
@@ -10,15 +10,36 @@ use std::io;
 ///
 /// What is read there is not checked: the other process has said that it is its buffer, and waits until it was read.
 pub(super) fn read(pid: u32, from: u64, to: &mut [u8]) -> io::Result<()> {
-    let mut done = 0;
-    while done < to.len() {
+    whole(to.len(), |done| {
         let rest = &mut to[done..];
         let local = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
         let remote = libc::iovec { iov_base: (from as usize + done) as *mut _, iov_len: rest.len() };
         // SAFETY: the kernel writes to `rest` only, which is borrowed mutably and as long as it says. A remote address that
         // is not mapped is an error and not a fault.
-        let n = unsafe { libc::process_vm_readv(pid as i32, &local, 1, &remote, 1, 0) };
-        match n {
+        unsafe { libc::process_vm_readv(pid as i32, &local, 1, &remote, 1, 0) }
+    })
+}
+
+/// Copies `from` to the address `to` of process `pid`.
+///
+/// The caller must have been told by that process, in a call that it has not returned from, that it waits for just these
+/// bytes there.
+pub(super) fn write(pid: u32, to: u64, from: &[u8]) -> io::Result<()> {
+    whole(from.len(), |done| {
+        let rest = &from[done..];
+        let local = libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
+        let remote = libc::iovec { iov_base: (to as usize + done) as *mut _, iov_len: rest.len() };
+        // SAFETY: the kernel reads from `rest` only, which is borrowed and as long as it says. What it writes is memory of
+        // another process, which that process has lent for it.
+        unsafe { libc::process_vm_writev(pid as i32, &local, 1, &remote, 1, 0) }
+    })
+}
+
+/// Repeats a copy that may end early or be interrupted until `len` bytes are done.
+fn whole(len: usize, mut copy: impl FnMut(usize) -> isize) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        match copy(done) {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             n if n > 0 => done += n as usize,
             _ => {
