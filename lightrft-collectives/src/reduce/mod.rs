@@ -95,13 +95,7 @@ pub(crate) fn fold_bytes(op: ReduceOp, dtype: Dtype, parts: &[&[u8]], out: &mut 
 }
 
 /// As [`fold_bytes`], with the parts given one by one.
-pub(crate) fn fold_bytes_from(
-    op: ReduceOp,
-    dtype: Dtype,
-    n: usize,
-    part: Parts<'_, '_, u8>,
-    out: &mut [u8],
-) {
+pub(crate) fn fold_bytes_from(op: ReduceOp, dtype: Dtype, n: usize, part: Parts<'_, '_, u8>, out: &mut [u8]) {
     with_element!(dtype, T => {
         let Ok(out) = bytemuck::try_cast_slice_mut::<u8, T>(out) else {
             debug_assert!(false, "unaligned buffer reached the fold");
