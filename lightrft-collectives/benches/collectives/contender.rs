@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -116,7 +117,8 @@ impl Contender {
         conditions: Conditions,
         folder: &Path,
     ) -> Result<Self, Box<dyn Error>> {
-        let path = folder.join(format!("{}-{ranks}", program.label.replace(' ', "-")));
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let path = folder.join(format!("socket-{}", STARTED.fetch_add(1, Ordering::Relaxed)));
         let listener = UnixListener::bind(&path)?;
         listener.set_nonblocking(true)?;
         let mut words = conditions.priority.prefix();
@@ -184,6 +186,28 @@ impl Contender {
             slowest.iter_mut().zip(times).for_each(|(slowest, time)| *slowest = time.max(*slowest));
         }
         Ok(if unsupported { Answer::Unsupported } else { Answer::Times(slowest) })
+    }
+
+    /// Lets all ranks call again and again, kills the last one, and waits until the others have noticed: the time to the last
+    /// of them, and whether all of them named the one that was killed.
+    pub(crate) fn lose_a_rank(mut self) -> Result<(Duration, bool), Box<dyn Error>> {
+        let victim = self.ranks.len() - 1;
+        for rank in &mut self.ranks {
+            rank.stream.write_all(b"failure f32 0 0 0\n")?;
+        }
+        // In the midst of calls: they are at work long before.
+        thread::sleep(Duration::from_millis(200));
+        let begin = Instant::now();
+        kill_process(self.ranks[victim].pid.ok_or("no process id")?, Signal::KILL)?;
+        let (mut last, mut named) = (Duration::ZERO, true);
+        for rank in &mut self.ranks[..victim] {
+            let line = rank.line(begin + ORDER)?;
+            last = begin.elapsed();
+            let words: Vec<&str> = line.splitn(3, ' ').collect();
+            let ["lost", who, _] = words[..] else { return Err(format!("no loss: `{line}`").into()) };
+            named &= who == victim.to_string();
+        }
+        Ok((last, named))
     }
 
     /// Ends ranks that do not end by themselves.

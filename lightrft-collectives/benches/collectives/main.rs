@@ -18,11 +18,14 @@
 //! where the kernel or other threads have work to do on some core. Results of our ranks are checked, once per case. The peers need `--peers`: Gloo a Python with torch (`LIGHTRFT_PYTHON`, else `python3`), Open
 //! MPI its `mpicc` and `mpirun`; one that cannot be started is left out aloud.
 //!
+//! `--what failure` also kills a rank of a job, several times, and measures how long the others take to notice.
+//!
 //! Printed: a table for each number of ranks, and as the last line all of it as one JSON object. With `--check` a missed
 //! target is an exit code of 1.
 
 mod cases;
 mod contender;
+mod failure;
 mod rank;
 mod report;
 
@@ -31,11 +34,10 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use lexopt::{Arg, Parser, ValueExt};
-use lightrft_collectives::Transport;
-
 use cases::Case;
 use contender::{Answer, Conditions, Contender, Pin, Priority, Program};
+use lexopt::{Arg, Parser, ValueExt};
+use rank::Way;
 use report::{Column, Measured, Row, Setting};
 
 /// Set in the environment of the bench once it runs at its own priority.
@@ -54,14 +56,14 @@ struct Options {
     json: Option<String>,
     check: bool,
     /// This process is a rank.
-    rank: Option<Transport>,
+    rank: Option<Way>,
     /// Cargo says that the bench was asked for, not merely built and tried by `cargo test --all-targets`.
     asked: bool,
 }
 
 fn main() -> ExitCode {
     let done = options().and_then(|options| match options.rank {
-        Some(transport) => rank::serve(transport).map(|()| ExitCode::SUCCESS),
+        Some(way) => rank::serve(way).map(|()| ExitCode::SUCCESS),
         None if !options.asked => Ok(ExitCode::SUCCESS),
         None => bench(&options),
     });
@@ -124,10 +126,8 @@ fn options() -> Result<Options, Box<dyn Error>> {
                 };
             }
             Arg::Long("rank") => {
-                options.rank = Some(match parser.value()?.string()?.as_str() {
-                    "tcp" => Transport::Tcp,
-                    _ => Transport::Auto,
-                });
+                let way = parser.value()?.string()?;
+                options.rank = Some(Way::parse(&way).ok_or("--rank: shm, heap or tcp")?);
             }
             other => return Err(other.unexpected().into()),
         }
@@ -165,7 +165,7 @@ fn bench(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
             .filter(|case| options.what.is_empty() || options.what.iter().any(|w| case.name().contains(w)))
             .collect();
         let mut contenders = Vec::new();
-        for (column, program) in &programs {
+        for (column, program) in programs.iter().filter(|_| !cases.is_empty()) {
             match Contender::start(program, ranks, setting.conditions, folder.path()) {
                 Ok(contender) => contenders.push((*column, contender)),
                 Err(error) => {
@@ -185,6 +185,9 @@ fn bench(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
             table.push(Row { case, measured });
         }
         drop(contenders);
+        if options.what.iter().any(|what| failure::NAME.contains(what.as_str())) {
+            table.push(failure::measure(&programs, ranks, setting.conditions, folder.path(), &mut failed));
+        }
         report::print(&table);
         println!();
         rows.append(&mut table);
@@ -274,11 +277,10 @@ fn programs(options: &Options, folder: &Path) -> Result<Vec<(Column, Program)>, 
     let peers = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers");
     let mut programs = Vec::new();
     for &column in &options.columns {
-        let ours = |transport: &str| vec![own.clone(), "--rank".into(), transport.into()];
         let words = match column {
-            Column::Shm => ours("auto"),
-            Column::Heap => continue,
-            Column::Tcp => ours("tcp"),
+            Column::Shm | Column::Heap | Column::Tcp => {
+                vec![own.clone(), "--rank".into(), column.label().into()]
+            }
             Column::Gloo | Column::OpenMpi if !options.peers => continue,
             Column::Gloo => {
                 let python = std::env::var("LIGHTRFT_PYTHON").unwrap_or_else(|_| "python3".into());
@@ -303,7 +305,7 @@ fn programs(options: &Options, folder: &Path) -> Result<Vec<(Column, Program)>, 
             label: column.label(),
             words,
             starts_ranks: column == Column::OpenMpi,
-            likes_pins: matches!(column, Column::Shm | Column::OpenMpi),
+            likes_pins: matches!(column, Column::Shm | Column::Heap | Column::OpenMpi),
         };
         programs.push((column, program));
     }

@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use half::bf16;
-use lightrft_collectives::{Communicator, CommunicatorExt, Element, ReduceOp, Rendezvous, Result, Transport};
+use lightrft_collectives::{
+    Communicator, CommunicatorExt, Element, Error as Failure, GroupBuffer, ReduceOp, Rendezvous, Result,
+    Transport,
+};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::cases::Type;
@@ -17,6 +21,26 @@ type Comm = Arc<dyn Communicator>;
 
 /// Shorter than the bench's own patience, so that a hang is explained.
 const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How our ranks exchange data, and where their buffers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Shared memory, the caller's own buffers.
+    Shm,
+    /// Shared memory, buffers from the group's heap.
+    Heap,
+    /// TCP over loopback.
+    Tcp,
+}
+
+impl Way {
+    pub(crate) fn parse(name: &str) -> Option<Self> {
+        [("shm", Way::Shm), ("heap", Way::Heap), ("tcp", Way::Tcp)]
+            .into_iter()
+            .find(|(n, _)| *n == name)
+            .map(|(_, w)| w)
+    }
+}
 
 /// Something that can be timed again and again.
 trait Work {
@@ -33,7 +57,8 @@ impl<F: FnMut() -> Result<()>> Work for F {
 }
 
 /// Serves orders until the bench closes the connection.
-pub(crate) fn serve(transport: Transport) -> Result<(), Box<dyn Error>> {
+pub(crate) fn serve(way: Way) -> Result<(), Box<dyn Error>> {
+    let transport = if way == Way::Tcp { Transport::Tcp } else { Transport::Auto };
     let comm = Rendezvous::from_env()?.transport(transport).timeout(TIMEOUT).init()?;
     if std::env::var("LIGHTRFT_BENCH_PIN").as_deref() == Ok("cores") {
         pin(comm.rank())?;
@@ -48,13 +73,17 @@ pub(crate) fn serve(transport: Transport) -> Result<(), Box<dyn Error>> {
     for line in orders.lines() {
         let line = line?;
         let (buffers, warmup, iterations) = parse(&line).ok_or_else(|| format!("no order: `{line}`"))?;
+        if buffers.starts_with("failure") {
+            writeln!(answers, "{}", reduce_until_lost(&comm))?;
+            return Ok(());
+        }
         if prepared.as_ref().is_none_or(|(last, _)| last != buffers) {
             // Frees the old buffers first.
             prepared = None;
         }
         let work = match &mut prepared {
             Some((_, work)) => work,
-            None => match prepare(&comm, buffers)? {
+            None => match prepare(&comm, way, buffers)? {
                 Some(work) => &mut prepared.insert((buffers.into(), work)).1,
                 None => {
                     writeln!(answers, "unsupported {buffers}")?;
@@ -102,20 +131,37 @@ fn measure(comm: &Comm, work: &mut dyn Work, warmup: usize, iterations: usize) -
     Ok(times)
 }
 
+/// Calls until a rank is lost; then `lost RANK MESSAGE`, with `-` for the rank if the error names none.
+fn reduce_until_lost(comm: &Comm) -> String {
+    let mut data = vec![1f32; 1 << 18];
+    loop {
+        match comm.all_reduce(&mut data, ReduceOp::Max) {
+            Ok(()) => {}
+            Err(error @ Failure::PeerLost { rank, .. }) => return format!("lost {rank} {error}"),
+            Err(error) => return format!("lost - {error}"),
+        }
+    }
+}
+
 /// Buffers and call for `OP DTYPE COUNT`, its results checked once; `None` if there is no such thing.
-fn prepare(comm: &Comm, buffers: &str) -> Result<Option<Box<dyn Work>>, Box<dyn Error>> {
+fn prepare(comm: &Comm, way: Way, buffers: &str) -> Result<Option<Box<dyn Work>>, Box<dyn Error>> {
     let words: Vec<&str> = buffers.split(' ').collect();
     let [op, dtype, count] = words[..] else { return Ok(None) };
     let (dtype, count) = (Type::parse(dtype).ok_or("no such type")?, count.parse()?);
     let comm = comm.clone();
+    if way == Way::Heap
+        && ["subgroup", "barrier", "all_gather_object", "status_dict", "status_dict_fused"].contains(&op)
+    {
+        return Ok(None);
+    }
     Ok(match (op, dtype) {
         ("subgroup", _) => Some(Box::new(Subgroups { comm, made: None })),
         ("barrier", _) => Some(Box::new(move || comm.barrier())),
         ("all_gather_object", _) => Some(Box::new(objects(comm, count))),
         ("status_dict", _) => Some(Box::new(per_key(comm, status(count)))),
         ("status_dict_fused", _) => Some(Box::new(fused(comm, status(count)))),
-        (_, Type::F32) => over_buffers::<f32>(comm, op, count)?,
-        (_, Type::BF16) => over_buffers::<bf16>(comm, op, count)?,
+        (_, Type::F32) => over_buffers::<f32>(comm, way, op, count)?,
+        (_, Type::BF16) => over_buffers::<bf16>(comm, way, op, count)?,
     })
 }
 
@@ -168,88 +214,105 @@ fn fused(comm: Comm, status: BTreeMap<String, f32>) -> impl FnMut() -> Result<()
     }
 }
 
+/// A rank's buffer.
+enum Memory<T> {
+    Own(Vec<T>),
+    Heap(GroupBuffer<T>),
+}
+
+impl<T: Element> Deref for Memory<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Memory::Own(data) => data,
+            Memory::Heap(data) => data,
+        }
+    }
+}
+
+impl<T: Element> DerefMut for Memory<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        match self {
+            Memory::Own(data) => data,
+            Memory::Heap(data) => data,
+        }
+    }
+}
+
+/// The buffers of a call; a call in place has only an output.
+struct Buffers<T> {
+    comm: Comm,
+    input: Memory<T>,
+    output: Memory<T>,
+}
+
+/// A number that small whole numbers can be turned into.
+trait Number: Element + From<i8> + std::ops::Add<Output = Self> {}
+
+impl<T: Element + From<i8> + std::ops::Add<Output = T>> Number for T {}
+
 /// Small whole numbers, whose sums over ranks are exact in every type.
-fn value<T: Element + From<i8>>(rank: usize, i: usize) -> T {
+fn value<T: Number>(rank: usize, i: usize) -> T {
     T::from(((i + 3 * rank) % 5) as i8)
 }
 
-fn filled<T: Element + From<i8>>(rank: usize, elements: usize) -> Vec<T> {
-    (0..elements).map(|i| value(rank, i)).collect()
+impl<T: Number> Buffers<T> {
+    fn new(comm: Comm, way: Way, input: usize, output: usize) -> Result<Self> {
+        let memory = |len: usize| {
+            let mut memory = match way {
+                Way::Heap => Memory::Heap(comm.alloc(len)?),
+                Way::Shm | Way::Tcp => Memory::Own(vec![T::zeroed(); len]),
+            };
+            let (rank, data) = (comm.rank(), &mut *memory);
+            data.iter_mut().enumerate().for_each(|(i, x)| *x = value(rank, i));
+            Ok(memory)
+        };
+        let (input, output) = (memory(input)?, memory(output)?);
+        Ok(Buffers { comm, input, output })
+    }
+
+    /// Whether the first call's result is what it should be.
+    fn is_right(&self, op: &str) -> bool {
+        let (rank, world) = (self.comm.rank(), self.comm.world_size());
+        let sum = |i: usize| (1..world).fold(value::<T>(0, i), |sum, r| sum + value(r, i));
+        let part = self.output.len() / world;
+        let expected = |i: usize| match op {
+            "all_reduce" => sum(i),
+            "broadcast" => value(0, i),
+            "all_gather" => value(i / part, i % part),
+            "reduce_scatter" => sum(rank * self.output.len() + i),
+            _ => value(i / part, rank * part + i % part),
+        };
+        self.output.iter().enumerate().all(|(i, x)| *x == expected(i))
+    }
 }
 
-/// Zeros in memory that has been written: a page of zeros never written is everyone's, and always in cache.
-fn written<T: Element + From<i8>>(elements: usize) -> Vec<T> {
-    let mut memory = vec![T::from(1); elements];
-    memory.fill(T::zeroed());
-    memory
-}
-
-fn over_buffers<T: Element + From<i8> + std::ops::Add<Output = T>>(
+/// The call `op` on buffers of `count` elements; `None` if there is no such call.
+fn over_buffers<T: Number>(
     comm: Comm,
+    way: Way,
     op: &str,
     count: usize,
 ) -> Result<Option<Box<dyn Work>>, Box<dyn Error>> {
-    let (rank, world) = (comm.rank(), comm.world_size());
-    let part = count / world;
-    let sum = |i: usize| (1..world).fold(value::<T>(0, i), |sum, r| sum + value(r, i));
-    // The right result first: a fast wrong one is worth nothing.
-    let (data, right) = match op {
-        "all_reduce" => {
-            let mut data = filled(rank, count);
-            comm.all_reduce(&mut data, ReduceOp::Sum)?;
-            let right = (0..count).all(|i| data[i] == sum(i));
-            (data, right)
-        }
-        "broadcast" => {
-            let mut data = filled::<T>(rank, count);
-            comm.broadcast(&mut data, 0)?;
-            let right = (0..count).all(|i| data[i] == value(0, i));
-            (data, right)
-        }
-        "all_gather" => {
-            let mut output = written::<T>(count);
-            comm.all_gather(&filled(rank, part), &mut output)?;
-            let right = (0..count).all(|i| output[i] == value(i / part, i % part));
-            (output, right)
-        }
-        "reduce_scatter" => {
-            let mut output = written(part);
-            comm.reduce_scatter(&filled::<T>(rank, count), &mut output, ReduceOp::Sum)?;
-            let right = (0..part).all(|i| output[i] == sum(rank * part + i));
-            (output, right)
-        }
-        "all_to_all" => {
-            let mut output = written::<T>(count);
-            comm.all_to_all(&filled(rank, count), &mut output)?;
-            let right = (0..count).all(|i| output[i] == value(i / part, rank * part + i % part));
-            (output, right)
-        }
+    let part = count / comm.world_size();
+    let (call, input, output): (fn(&mut Buffers<T>) -> Result<()>, _, _) = match op {
+        "all_reduce" => (|b| b.comm.all_reduce(&mut b.output, ReduceOp::Sum), 0, count),
+        "broadcast" => (|b| b.comm.broadcast(&mut b.output, 0), 0, count),
+        "all_gather" => (|b| b.comm.all_gather(&b.input, &mut b.output), part, count),
+        "reduce_scatter" => (|b| b.comm.reduce_scatter(&b.input, &mut b.output, ReduceOp::Sum), count, part),
+        "all_to_all" => (|b| b.comm.all_to_all(&b.input, &mut b.output), count, count),
         _ => return Ok(None),
     };
-    if !right {
+    let mut buffers = Buffers::new(comm, way, input, output)?;
+    // The right result first: a fast wrong one is worth nothing.
+    call(&mut buffers)?;
+    if !buffers.is_right(op) {
+        let rank = buffers.comm.rank();
         return Err(format!("rank {rank}: {op} of {count} elements gave a wrong result").into());
     }
-    drop(data);
-    Ok(Some(match op {
-        "all_reduce" => {
-            let mut data = written::<T>(count);
-            Box::new(move || comm.all_reduce(&mut data, ReduceOp::Sum))
-        }
-        "broadcast" => {
-            let mut data = written::<T>(count);
-            Box::new(move || comm.broadcast(&mut data, 0))
-        }
-        "all_gather" => {
-            let (input, mut output) = (written::<T>(part), written(count));
-            Box::new(move || comm.all_gather(&input, &mut output))
-        }
-        "reduce_scatter" => {
-            let (input, mut output) = (written::<T>(count), written(part));
-            Box::new(move || comm.reduce_scatter(&input, &mut output, ReduceOp::Sum))
-        }
-        _ => {
-            let (input, mut output) = (written::<T>(count), written(count));
-            Box::new(move || comm.all_to_all(&input, &mut output))
-        }
-    }))
+    // From then on zeros, which stay zeros however often they are summed.
+    buffers.input.fill(T::zeroed());
+    buffers.output.fill(T::zeroed());
+    Ok(Some(Box::new(move || call(&mut buffers))))
 }

@@ -1,5 +1,7 @@
 //! The table, its targets, and the JSON object of the last line
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 
 use crate::cases::Case;
@@ -109,6 +111,7 @@ impl Row {
             }
             ("reduce_scatter/f32/1MiB", _) => vec![faster(Shm, OpenMpi, 2.0)],
             ("barrier", 2) => vec![below(Shm, 0.5)],
+            ("failure/sigkill", _) => vec![below(Shm, 100e3), below(Tcp, 100e3)],
             ("subgroup", 4) => vec![below(Shm, 5000.0), below(Tcp, 5000.0)],
             _ => vec![],
         };
@@ -137,7 +140,7 @@ impl Setting {
     fn pins(&self) -> &'static str {
         match self.conditions.pin {
             Pin::Best => {
-                "ranks of shm and openmpi pinned to core rank % cores, those of tcp and gloo, faster without, not"
+                "ranks of shm, heap and openmpi pinned to core rank % cores, those of tcp and gloo, faster without, not"
             }
             Pin::Cores => "all ranks pinned to core rank % cores",
             Pin::None => "no rank pinned",
@@ -215,8 +218,9 @@ pub(crate) fn print_setting(setting: &Setting) {
     println!("{}", setting.machine);
     println!("priority {}; {}", setting.priority(), setting.pins());
     println!("load average {} before, {} after", setting.load[0], setting.load[1]);
-    for (label, version) in &setting.versions {
-        println!("{label}: {version}");
+    for version in setting.versions.iter().map(|(_, version)| version).collect::<BTreeSet<_>>() {
+        let labels: Vec<_> = setting.versions.iter().filter(|(_, v)| v == version).map(|(l, _)| *l).collect();
+        println!("{}: {version}", labels.join(", "));
     }
 }
 
