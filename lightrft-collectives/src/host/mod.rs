@@ -5,6 +5,7 @@
 
 mod exchange;
 mod fate;
+mod hello;
 mod segment;
 mod shm;
 mod tcp;
