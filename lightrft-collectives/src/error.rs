@@ -130,6 +130,10 @@ pub enum Error {
     #[error("store at {store}: waited {waited:?} for {keys:?}")]
     #[allow(missing_docs)]
     StoreTimeout { store: String, keys: Vec<String>, waited: Duration },
+    /// A rank, or the store, does not know the token that this rank knows, or one of the two has none.
+    #[error("{peer} did not prove the job's token, expected the same LIGHTRFT_TOKEN on all ranks")]
+    #[allow(missing_docs)]
+    Token { peer: String },
     /// An operating-system call failed.
     #[error("cannot {doing}: {source}")]
     #[allow(missing_docs)]

@@ -29,6 +29,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod acceptor;
+mod auth;
 mod buffer;
 mod communicator;
 mod device;
@@ -48,6 +49,7 @@ pub mod store;
 #[allow(clippy::panic)] // A broken promise fails the caller's test.
 pub mod testing;
 
+pub use auth::Token;
 pub use buffer::{Buffer, BufferMut, Elements, Host, HostMut};
 pub use communicator::{Communicator, CommunicatorExt, GroupOptions};
 pub use device::{Device, DeviceMut, StreamHandle};
