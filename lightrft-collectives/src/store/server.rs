@@ -6,12 +6,15 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+use super::strict::{Doorkeeper, Verdict};
 use super::table::Table;
-use super::wire::{HELLO_BYTES, MAGIC, Request, Stop, parse, put_string};
+use super::wire::{HELLO_BYTES, MAGIC, MAX_REPLY, Request, Stop, parse, put_string};
 use crate::acceptor::Acceptor;
+use crate::auth::Token;
 use crate::error::{Error, Result};
 
 /// Serves a store to this library's and torch's clients until dropped.
@@ -28,6 +31,19 @@ impl StoreServer {
     /// # Errors
     /// [`Error::Bind`] if the address cannot be listened on, for instance because the port is taken.
     pub fn bind(address: SocketAddr) -> Result<Self> {
+        Self::start(address, None)
+    }
+
+    /// As [`bind`](StoreServer::bind), in strict mode: only for clients of this library that prove that they know `token`
+    /// ([`TcpStore::connect_strict`](super::TcpStore::connect_strict)). Torch's clients cannot.
+    ///
+    /// # Errors
+    /// As [`bind`](StoreServer::bind).
+    pub fn bind_strict(address: SocketAddr, token: &Token) -> Result<Self> {
+        Self::start(address, Some(token.clone()))
+    }
+
+    fn start(address: SocketAddr, token: Option<Token>) -> Result<Self> {
         let failed = |source: io::Error| Error::Bind { address, source: Arc::new(source) };
         let listener = Arc::new(TcpListener::bind(address).map_err(failed)?);
         let acceptor = Acceptor::new(listener.clone()).map_err(failed)?;
@@ -37,7 +53,7 @@ impl StoreServer {
         let stopped = stop.clone();
         thread::Builder::new()
             .name("lightrft-store".into())
-            .spawn(move || Serving::new(acceptor).run(&stopped))
+            .spawn(move || Serving::new(acceptor, token).run(&stopped))
             .map_err(failed)?;
         Ok(StoreServer { address, stop, listener })
     }
@@ -62,11 +78,14 @@ const TURN: usize = 16 << 20;
 /// The longest request. Torch's limits on one key or value allow a request that no memory holds.
 const MAX_REQUEST: usize = 256 << 20;
 
-/// The longest reply; only a list of keys with long values could be answered by a longer one.
-const MAX_REPLY: usize = 256 << 20;
-
 /// Bytes of replies from which on a client that does not read them gets no more answers, until it does.
 const MAX_UNREAD: usize = 16 << 20;
+
+/// A client that has not said hello, or proved the token, within this time is cut off.
+const HELLO_TIME: Duration = Duration::from_secs(5);
+
+/// Clients that have not said hello yet; more are cut off at once.
+const MAX_STRANGERS: usize = 1024;
 
 /// What a connection that got no reply yet waits for.
 #[derive(Debug)]
@@ -80,7 +99,8 @@ struct Connection {
     stream: TcpStream,
     input: Vec<u8>,
     output: Vec<u8>,
-    validated: bool,
+    /// Until it has said hello, and proved the token where one is asked for.
+    stranger: Option<Stranger>,
     waiting: Option<Waiting>,
     /// Whole requests may be left in `input`, because the replies to those before were not read.
     held_back: bool,
@@ -89,15 +109,23 @@ struct Connection {
     open: bool,
 }
 
+/// A client that has not said hello.
+#[derive(Debug)]
+struct Stranger {
+    since: Instant,
+    doorkeeper: Doorkeeper,
+}
+
 struct Serving {
     acceptor: Acceptor,
+    token: Option<Token>,
     connections: Vec<Connection>,
     table: Table,
 }
 
 impl Serving {
-    fn new(acceptor: Acceptor) -> Self {
-        Serving { acceptor, connections: Vec::new(), table: Table::default() }
+    fn new(acceptor: Acceptor, token: Option<Token>) -> Self {
+        Serving { acceptor, token, connections: Vec::new(), table: Table::default() }
     }
 
     fn run(mut self, stop: &OwnedFd) {
@@ -110,8 +138,10 @@ impl Serving {
                 events.set(PollFlags::OUT, c.held_back || !c.output.is_empty());
                 PollFd::from_borrowed_fd(c.stream.as_fd(), events)
             }));
-            let rest = self.acceptor.rest();
-            let rest = rest.map(|rest| Timespec { tv_sec: 0, tv_nsec: rest.subsec_nanos().into() });
+            let patience = self.strangers().min().map(|since| HELLO_TIME.saturating_sub(since.elapsed()));
+            let rest = [self.acceptor.rest(), patience].into_iter().flatten().min();
+            let rest = rest
+                .map(|rest| Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() });
             // A signal interrupts the wait; the loop then simply looks again.
             let polled = poll(&mut fds, rest.as_ref());
             if polled.is_ok() && !fds[0].revents().is_empty() {
@@ -128,16 +158,27 @@ impl Serving {
             for connection in &mut self.connections {
                 connection.flush();
             }
-            self.connections.retain(|c| c.open && !c.ended);
+            let is_late = |s: &Stranger| s.since.elapsed() >= HELLO_TIME;
+            self.connections.retain(|c| c.open && !c.ended && !c.stranger.as_ref().is_some_and(is_late));
             if ready[0] {
                 self.accept();
             }
         }
     }
 
+    /// Since when each stranger has been there.
+    fn strangers(&self) -> impl Iterator<Item = Instant> {
+        self.connections.iter().filter_map(|c| c.stranger.as_ref().map(|s| s.since))
+    }
+
     fn accept(&mut self) {
+        let mut strangers = self.strangers().count();
         let connections = &mut self.connections;
         self.acceptor.accept(|stream| {
+            strangers += 1;
+            if strangers > MAX_STRANGERS {
+                return;
+            }
             if stream.set_nonblocking(true).is_ok() && stream.set_nodelay(true).is_ok() {
                 connections.push(Connection::new(stream));
             }
@@ -150,7 +191,8 @@ impl Serving {
             let mut input = std::mem::take(&mut connection.input);
             let mut rest = &input[..];
             connection.held_back = false;
-            while connection.open {
+            rest = &rest[connection.introduce(rest, self.token.as_ref())..];
+            while connection.open && connection.stranger.is_none() {
                 connection.held_back = connection.output.len() >= MAX_UNREAD;
                 if connection.held_back {
                     break;
@@ -161,9 +203,7 @@ impl Serving {
                         rest = &rest[n..];
                     }
                     Err(Stop::Incomplete) => {
-                        // Who has not said hello has nothing longer to say.
-                        let longest = if connection.validated { MAX_REQUEST } else { HELLO_BYTES };
-                        connection.open &= rest.len() <= longest;
+                        connection.open &= rest.len() <= MAX_REQUEST;
                         break;
                     }
                     Err(Stop::Malformed) => connection.open = false,
@@ -199,7 +239,7 @@ impl Connection {
             stream,
             input: Vec::new(),
             output: Vec::new(),
-            validated: false,
+            stranger: Some(Stranger { since: Instant::now(), doorkeeper: Doorkeeper::default() }),
             waiting: None,
             held_back: false,
             ended: false,
@@ -237,13 +277,41 @@ impl Connection {
         }
     }
 
-    fn answer(&mut self, request: Request<'_>, table: &mut Table) {
-        // The first request must say that this is the protocol; anything else closes this connection only.
-        if !self.validated {
-            self.validated = request == Request::Validate(MAGIC);
-            self.open = self.validated;
-            return;
+    /// Deals with the first bytes of a client: they must say that this is the protocol, and prove the token where there is
+    /// one. Anything else closes this connection only. Returns how many bytes that took.
+    fn introduce(&mut self, bytes: &[u8], token: Option<&Token>) -> usize {
+        let mut taken = 0;
+        while let Some(stranger) = &mut self.stranger {
+            let rest = &bytes[taken..];
+            let verdict = match token {
+                Some(token) => stranger.doorkeeper.look(token, rest),
+                None => match parse(&rest[..rest.len().min(HELLO_BYTES)]) {
+                    Ok((Request::Validate(MAGIC), n)) => Verdict::Admit(n),
+                    // Who has not said hello has nothing longer to say.
+                    Err(Stop::Incomplete) if rest.len() < HELLO_BYTES => Verdict::Wait,
+                    _ => Verdict::Refuse,
+                },
+            };
+            match verdict {
+                Verdict::Wait => break,
+                Verdict::Answer(n, answer) => {
+                    self.output.extend_from_slice(&answer);
+                    taken += n;
+                }
+                Verdict::Admit(n) => {
+                    self.stranger = None;
+                    taken += n;
+                }
+                Verdict::Refuse => {
+                    self.open = false;
+                    break;
+                }
+            }
         }
+        taken
+    }
+
+    fn answer(&mut self, request: Request<'_>, table: &mut Table) {
         let out = &mut self.output;
         let number = |out: &mut Vec<u8>, n: i64| out.extend_from_slice(&n.to_le_bytes());
         match request {
@@ -260,7 +328,8 @@ impl Connection {
             }
             Request::NumKeys => number(out, table.len() as i64),
             Request::Delete(key) => number(out, i64::from(table.delete(key))),
-            Request::Append(key, value) => table.append(key, value),
+            // A value that no client could read is not kept.
+            Request::Append(key, value) => self.open = table.append(key, value),
             Request::MultiGet(keys) => {
                 let values = keys.into_iter().map(|key| table.value(key).unwrap_or_default());
                 let mut length = out.len();
@@ -317,7 +386,7 @@ mod tests {
         connection.input.push(VALIDATE);
         connection.input.extend_from_slice(&MAGIC.to_le_bytes());
         connection.input.extend(request(SET, &[b"key", &[7; 1 << 20]]));
-        let mut serving = Serving::new(Acceptor::new(Arc::new(listener)).unwrap());
+        let mut serving = Serving::new(Acceptor::new(Arc::new(listener)).unwrap(), None);
         serving.connections.push(connection);
         serving.serve();
         assert!(serving.connections[0].open && serving.connections[0].input.is_empty());
@@ -351,7 +420,8 @@ mod tests {
     #[test]
     fn who_has_not_said_hello_fills_no_memory() {
         let (mut serving, _client) = one_client();
-        serving.connections[0].validated = false;
+        serving.connections[0].stranger =
+            Some(Stranger { since: Instant::now(), doorkeeper: Doorkeeper::default() });
         serving.connections[0].input = request(SET, &[b"key", &[7; 1 << 20]])[..1 << 19].to_vec();
         serving.serve();
         assert!(!serving.connections[0].open);
