@@ -118,6 +118,10 @@ pub enum Error {
     #[error("environment variable {variable}: {got}, expected {expected}")]
     #[allow(missing_docs)]
     Environment { variable: &'static str, got: String, expected: String },
+    /// A URL that says nowhere to meet, or contradicts what else is known.
+    #[error("`{url}` has {what}, expected {expected}")]
+    #[allow(missing_docs)]
+    Url { url: String, what: String, expected: &'static str },
     /// An address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     #[allow(missing_docs)]

@@ -34,6 +34,9 @@ mod buffer;
 mod communicator;
 mod device;
 mod error;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod group;
 mod host;
 pub mod launch;
@@ -59,7 +62,7 @@ pub use host::Transport;
 pub use mesh::DeviceMesh;
 pub use op::{Dtype, Element, ReduceOp};
 pub use operation::{Call, DeviceOperation, HostOperation, Operation, Signature};
-pub use rendezvous::Rendezvous;
+pub use rendezvous::{Rendezvous, Source};
 pub use single::Single;
 
 /// How long a rank waits for a slow one unless told otherwise: 60 minutes, as LightRFT's process groups.

@@ -5,6 +5,8 @@
 
 mod exchange;
 mod fate;
+#[cfg(feature = "testing")]
+pub(crate) mod fuzzing;
 mod hello;
 mod segment;
 mod shm;
@@ -291,6 +293,7 @@ mod tests {
                         timeout: limit,
                         transport: Transport::Tcp,
                         server: None,
+                        token: None,
                     };
                     let world = World::join(join).unwrap();
                     let group = Group::new(world, "world".into(), vec![0, 1], limit, limit).unwrap();

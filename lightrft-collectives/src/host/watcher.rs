@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::fate::Fate;
-use super::hello::{Purpose, Strangers};
+use super::hello::{Gate, Purpose, Strangers};
 use super::wire::{Cause, Note};
 use crate::acceptor::Acceptor;
 use crate::error::Loss;
@@ -121,11 +121,16 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    pub(super) fn start(shared: Arc<Shared>, listener: TcpListener, world: usize) -> io::Result<()> {
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        listener: TcpListener,
+        world: usize,
+        gate: Gate,
+    ) -> io::Result<()> {
         let watcher = Watcher {
             shared,
             acceptor: Acceptor::new(Arc::new(listener))?,
-            strangers: Strangers::default(),
+            strangers: Strangers::new(gate),
             inputs: vec![Vec::new(); world],
             closed: vec![false; world],
         };
@@ -170,8 +175,8 @@ impl Watcher {
 
     /// Hands over the connections that have said hello.
     fn greet_strangers(&mut self) {
-        let (shared, world) = (&self.shared, self.inputs.len());
-        self.strangers.greet(shared.nonce, world, |hello, stream| {
+        let shared = &self.shared;
+        self.strangers.greet(|hello, stream| {
             let mut arrived = shared.arrived.lock().unwrap_or_else(PoisonError::into_inner);
             arrived.insert((hello.purpose, hello.from), stream);
             shared.arrival.notify_all();

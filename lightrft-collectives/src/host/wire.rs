@@ -10,7 +10,7 @@ use crate::error::{Error, Loss};
 use crate::operation::{Call, Signature};
 
 /// First word of a hello and of a frame; the last byte is the version of this protocol.
-pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"LRFTCOL\x01");
+pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"LRFTCOL\x02");
 
 /// What precedes the payload of one rank for another in one step of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,21 +1,19 @@
 //! The store's client: requests and their replies, each within a deadline
 
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::io;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::wire::{self, MAX_KEY, MAX_KEYS, MAX_REPLY, MAX_VALUE};
-use super::{Store, strict};
-use crate::auth::{ANSWER_BYTES, Token};
+use super::Store;
+use super::connection::{Connection, after};
+use super::wire::{self, MAX_KEY, MAX_KEYS, MAX_VALUE};
+use crate::auth::Token;
 use crate::error::{Error, Result};
 
 /// How long the server may take for a request that does not wait.
 const REPLY: Duration = Duration::from_secs(30);
-
-/// The longest that a socket is told to wait: more does not fit its clock.
-const LONGEST: Duration = Duration::from_secs(1 << 31);
 
 /// Connections kept for later requests.
 const SPARE: usize = 8;
@@ -96,7 +94,7 @@ impl TcpStore {
         &self,
         doing: &'static str,
         request: Result<Vec<u8>, io::Error>,
-        reply: impl FnOnce(&mut Connection) -> io::Result<R>,
+        reply: impl FnOnce(&mut Connection<TcpStream>) -> io::Result<R>,
     ) -> Result<R> {
         let exchange = || {
             let request = request?;
@@ -157,11 +155,6 @@ fn store_error(store: String, doing: &'static str) -> impl FnOnce(io::Error) -> 
     move |source| Error::Store { store, doing, source: Arc::new(source) }
 }
 
-fn after(time: Duration) -> Instant {
-    let now = Instant::now();
-    now.checked_add(time.min(LONGEST)).unwrap_or(now)
-}
-
 /// A key as torch's clients write it.
 fn key(key: &str) -> io::Result<Vec<u8>> {
     wire::check_length("key", key.len() + 1, MAX_KEY)?;
@@ -201,7 +194,7 @@ impl Store for TcpStore {
             request.extend_from_slice(&delta.to_le_bytes());
             request
         });
-        self.call("add", request, Connection::i64)
+        self.call("add", request, |c| c.i64())
     }
 
     fn compare_set(&self, k: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>> {
@@ -221,15 +214,15 @@ impl Store for TcpStore {
     }
 
     fn check(&self, keys: &[&str]) -> Result<bool> {
-        self.call("check", list_request(wire::CHECK, keys), Connection::byte).map(|byte| byte == 0)
+        self.call("check", list_request(wire::CHECK, keys), |c| c.byte()).map(|byte| byte == 0)
     }
 
     fn delete(&self, k: &str) -> Result<bool> {
-        self.call("delete", key_request(wire::DELETE, k), Connection::i64).map(|n| n == 1)
+        self.call("delete", key_request(wire::DELETE, k), |c| c.i64()).map(|n| n == 1)
     }
 
     fn num_keys(&self) -> Result<usize> {
-        self.call("num_keys", Ok(vec![wire::NUM_KEYS]), Connection::count)
+        self.call("num_keys", Ok(vec![wire::NUM_KEYS]), |c| c.count())
     }
 
     fn list_keys(&self) -> Result<Vec<String>> {
@@ -288,7 +281,7 @@ impl Store for TcpStore {
     }
 
     fn queue_len(&self, queue: &str) -> Result<usize> {
-        self.call("queue_len", key_request(wire::QUEUE_LEN, queue), Connection::count)
+        self.call("queue_len", key_request(wire::QUEUE_LEN, queue), |c| c.count())
     }
 
     fn barrier(&self, name: &str, world_size: usize, timeout: Duration) -> Result<()> {
@@ -301,139 +294,4 @@ impl Store for TcpStore {
         }
         self.timed_out(&[name], timeout)
     }
-}
-
-/// A connection during one request: every wait on it ends at the deadline.
-struct Connection {
-    stream: TcpStream,
-    deadline: Instant,
-}
-
-impl Connection {
-    fn open(host: &str, port: u16, token: Option<&Token>, within: Duration) -> io::Result<Self> {
-        let deadline = after(within);
-        let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for address in (host, port).to_socket_addrs()? {
-            let rest = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            let greeted = TcpStream::connect_timeout(&address, rest).and_then(|stream| {
-                stream.set_nodelay(true)?;
-                let mut connection = Connection { stream, deadline };
-                connection.greet(token)?;
-                Ok(connection)
-            });
-            match greeted {
-                Ok(connection) => return Ok(connection),
-                Err(e) => failure = e,
-            }
-        }
-        Err(failure)
-    }
-
-    /// Says that this is the protocol, proves the token if there is one, and has the server answer a ping.
-    fn greet(&mut self, token: Option<&Token>) -> io::Result<()> {
-        let mut hello = match token {
-            None => [&[wire::VALIDATE][..], &wire::MAGIC.to_le_bytes()].concat(),
-            Some(token) => {
-                let opening = strict::opening()?;
-                self.send(&opening)?;
-                let answer = self.array::<ANSWER_BYTES>()?;
-                let unproved =
-                    || io::Error::new(io::ErrorKind::PermissionDenied, "the store does not know the token");
-                token.respond(&opening, &answer).ok_or_else(unproved)?.to_vec()
-            }
-        };
-        let ping = wire::ping();
-        hello.extend_from_slice(&ping);
-        self.send(&hello)?;
-        self.pong(&ping)
-    }
-
-    fn rest(&self) -> io::Result<Duration> {
-        let rest = self.deadline.saturating_duration_since(Instant::now());
-        // A zero timeout would mean none to the socket.
-        if rest.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(rest) }
-    }
-
-    fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            self.stream.set_write_timeout(Some(self.rest()?))?;
-            match self.stream.write(bytes) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => bytes = &bytes[n..],
-                Err(e) if is_passing(&e) => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
-    }
-
-    fn receive(&mut self, mut bytes: &mut [u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            self.stream.set_read_timeout(Some(self.rest()?))?;
-            match self.stream.read(bytes) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => bytes = &mut bytes[n..],
-                Err(e) if is_passing(&e) => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
-    }
-
-    fn array<const N: usize>(&mut self) -> io::Result<[u8; N]> {
-        let mut bytes = [0; N];
-        self.receive(&mut bytes)?;
-        Ok(bytes)
-    }
-
-    fn byte(&mut self) -> io::Result<u8> {
-        self.array::<1>().map(|[byte]| byte)
-    }
-
-    fn i64(&mut self) -> io::Result<i64> {
-        self.array().map(i64::from_le_bytes)
-    }
-
-    fn count(&mut self) -> io::Result<usize> {
-        let n = self.i64()?;
-        usize::try_from(n).map_err(|_| invalid(format!("a count of {n}")))
-    }
-
-    fn string(&mut self, limit: usize) -> io::Result<Vec<u8>> {
-        let n = self.i64()? as u64;
-        if n > limit as u64 {
-            return Err(invalid(format!("a string of {n} bytes, at most {limit} can be")));
-        }
-        let mut bytes = vec![0; n as usize];
-        self.receive(&mut bytes)?;
-        Ok(bytes)
-    }
-
-    /// Nothing is kept for a string that has not come: a count alone takes no memory.
-    fn strings(&mut self, n: usize, limit: usize) -> io::Result<Vec<Vec<u8>>> {
-        let (mut strings, mut bytes) = (Vec::new(), 0);
-        for _ in 0..n {
-            let string = self.string(limit)?;
-            bytes += string.len() + size_of::<u64>();
-            if bytes > MAX_REPLY {
-                return Err(invalid(format!("a reply of more than {MAX_REPLY} bytes")));
-            }
-            strings.push(string);
-        }
-        Ok(strings)
-    }
-
-    fn pong(&mut self, ping: &[u8; wire::PING_BYTES]) -> io::Result<()> {
-        let echo = self.array::<4>()?;
-        if ping.ends_with(&echo) { Ok(()) } else { Err(invalid("a ping came back changed")) }
-    }
-}
-
-fn invalid(what: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what.into())
-}
-
-/// Whether to look at the clock and try again: a signal came, or the socket's own clock ran out, which may be coarser.
-fn is_passing(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }

@@ -5,12 +5,16 @@
 //! [`PrefixStore`] is a part of another store, for one of several users.
 
 mod client;
+mod connection;
+#[cfg(feature = "testing")]
+pub(crate) mod fuzzing;
 mod memory;
 mod prefix;
 mod server;
+mod session;
 mod strict;
 mod table;
-pub(crate) mod wire;
+mod wire;
 
 use std::fmt;
 use std::time::Duration;
