@@ -118,6 +118,10 @@ pub enum Error {
     #[error("environment variable {variable}: {got}, expected {expected}")]
     #[allow(missing_docs)]
     Environment { variable: &'static str, got: String, expected: String },
+    /// A URL that says nowhere to meet, or contradicts what else is known.
+    #[error("`{url}` has {what}, expected {expected}")]
+    #[allow(missing_docs)]
+    Url { url: String, what: String, expected: &'static str },
     /// An address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     #[allow(missing_docs)]
@@ -130,6 +134,10 @@ pub enum Error {
     #[error("store at {store}: waited {waited:?} for {keys:?}")]
     #[allow(missing_docs)]
     StoreTimeout { store: String, keys: Vec<String>, waited: Duration },
+    /// A rank, or the store, does not know the token that this rank knows, or one of the two has none.
+    #[error("{peer} did not prove the job's token, expected the same LIGHTRFT_TOKEN on all ranks")]
+    #[allow(missing_docs)]
+    Token { peer: String },
     /// An operating-system call failed.
     #[error("cannot {doing}: {source}")]
     #[allow(missing_docs)]

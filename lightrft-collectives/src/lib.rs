@@ -29,10 +29,14 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod acceptor;
+mod auth;
 mod buffer;
 mod communicator;
 mod device;
 mod error;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod group;
 mod host;
 pub mod launch;
@@ -49,6 +53,7 @@ pub mod store;
 #[allow(clippy::panic)] // A broken promise fails the caller's test.
 pub mod testing;
 
+pub use auth::Token;
 pub use buffer::{Buffer, BufferMut, Elements, Host, HostMut};
 pub use communicator::{Communicator, CommunicatorExt, GroupOptions};
 pub use device::{Device, DeviceMut, StreamHandle};
@@ -59,7 +64,7 @@ pub use memory::{GroupBuffer, GroupMemory};
 pub use mesh::DeviceMesh;
 pub use op::{Dtype, Element, ReduceOp};
 pub use operation::{Call, DeviceOperation, HostOperation, Operation, Signature};
-pub use rendezvous::Rendezvous;
+pub use rendezvous::{Rendezvous, Source};
 pub use single::Single;
 
 /// How long a rank waits for a slow one unless told otherwise: 60 minutes, as LightRFT's process groups.

@@ -5,6 +5,9 @@
 
 mod exchange;
 mod fate;
+#[cfg(feature = "testing")]
+pub(crate) mod fuzzing;
+mod hello;
 mod segment;
 mod shm;
 mod tcp;
@@ -356,6 +359,7 @@ mod tests {
                         timeout: limit,
                         transport: Transport::Tcp,
                         server: None,
+                        token: None,
                     };
                     let world = World::join(join).unwrap();
                     let group = Group::new(world, "world".into(), vec![0, 1], limit, limit).unwrap();

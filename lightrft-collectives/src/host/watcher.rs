@@ -9,20 +9,15 @@ use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::fate::Fate;
-use super::wire::{Cause, HELLO_BYTES, Hello, Note, Purpose};
+use super::hello::{Gate, Purpose, Strangers};
+use super::wire::{Cause, Note};
 use crate::acceptor::Acceptor;
 use crate::error::Loss;
-
-/// A connection that does not say hello within this time is closed.
-const HELLO_TIME: Duration = Duration::from_secs(5);
-
-/// Connections that have not said hello yet; more are closed at once.
-const MAX_STRANGERS: usize = 1024;
 
 /// What the watcher and the callers of one rank share.
 #[derive(Debug)]
@@ -115,30 +110,27 @@ impl Shared {
     }
 }
 
-/// An accepted connection that has not said hello.
-struct Stranger {
-    stream: TcpStream,
-    since: Instant,
-    hello: [u8; HELLO_BYTES],
-    got: usize,
-}
-
 /// The thread's own state.
 pub(super) struct Watcher {
     shared: Arc<Shared>,
     acceptor: Acceptor,
-    strangers: Vec<Stranger>,
+    strangers: Strangers,
     /// Notes not yet whole, by rank.
     inputs: Vec<Vec<u8>>,
     closed: Vec<bool>,
 }
 
 impl Watcher {
-    pub(super) fn start(shared: Arc<Shared>, listener: TcpListener, world: usize) -> io::Result<()> {
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        listener: TcpListener,
+        world: usize,
+        gate: Gate,
+    ) -> io::Result<()> {
         let watcher = Watcher {
             shared,
             acceptor: Acceptor::new(Arc::new(listener))?,
-            strangers: Vec::new(),
+            strangers: Strangers::new(gate),
             inputs: vec![Vec::new(); world],
             closed: vec![false; world],
         };
@@ -157,11 +149,8 @@ impl Watcher {
                 self.acceptor.poll_fd(),
             ];
             fds.extend(controls.iter().map(|(_, c)| PollFd::from_borrowed_fd(c.as_fd(), PollFlags::IN)));
-            fds.extend(
-                self.strangers.iter().map(|s| PollFd::from_borrowed_fd(s.stream.as_fd(), PollFlags::IN)),
-            );
-            let hellos = (!self.strangers.is_empty()).then_some(Duration::from_secs(1));
-            let timeout = self.acceptor.rest().or(hellos);
+            fds.extend(self.strangers.poll_fds());
+            let timeout = self.acceptor.rest().or(self.strangers.patience());
             let timeout =
                 timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
             if poll(&mut fds, timeout.as_ref()).is_err() {
@@ -179,48 +168,19 @@ impl Watcher {
             }
             self.greet_strangers();
             if ready[1] {
-                self.accept();
+                self.acceptor.accept(|stream| self.strangers.add(stream));
             }
         }
     }
 
-    fn accept(&mut self) {
-        let strangers = &mut self.strangers;
-        self.acceptor.accept(|stream| {
-            if strangers.len() < MAX_STRANGERS && stream.set_nonblocking(true).is_ok() {
-                let since = Instant::now();
-                strangers.push(Stranger { stream, since, hello: [0; HELLO_BYTES], got: 0 });
-            }
-        });
-    }
-
-    /// Reads hellos. Whoever says something else, or nothing for too long, is cut off; nobody else notices.
+    /// Hands over the connections that have said hello.
     fn greet_strangers(&mut self) {
-        let world = self.inputs.len();
-        let mut waiting = Vec::new();
-        for mut stranger in std::mem::take(&mut self.strangers) {
-            match stranger.stream.read(&mut stranger.hello[stranger.got..]) {
-                Ok(0) => continue,
-                Ok(n) => stranger.got += n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => {
-                }
-                Err(_) => continue,
-            }
-            if stranger.got < HELLO_BYTES {
-                if stranger.since.elapsed() < HELLO_TIME {
-                    waiting.push(stranger);
-                }
-                continue;
-            }
-            if let Some(hello) = Hello::decode(&stranger.hello, self.shared.nonce)
-                && hello.from < world
-            {
-                let mut arrived = self.shared.arrived.lock().unwrap_or_else(PoisonError::into_inner);
-                arrived.insert((hello.purpose, hello.from), stranger.stream);
-                self.shared.arrival.notify_all();
-            }
-        }
-        self.strangers = waiting;
+        let shared = &self.shared;
+        self.strangers.greet(|hello, stream| {
+            let mut arrived = shared.arrived.lock().unwrap_or_else(PoisonError::into_inner);
+            arrived.insert((hello.purpose, hello.from), stream);
+            shared.arrival.notify_all();
+        });
     }
 
     /// Reads the notes of a rank, and its death.

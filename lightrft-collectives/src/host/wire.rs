@@ -1,4 +1,4 @@
-//! Bytes between the processes of a world: the hello of a connection, notes, and the header of a frame
+//! Bytes between the processes of a world: notes, and the header of a frame
 //!
 //! Integers are little-endian. Every length that comes from a peer is bounded before anything is allocated.
 
@@ -10,56 +10,7 @@ use crate::error::{Error, Loss};
 use crate::operation::{Call, Signature};
 
 /// First word of a hello and of a frame; the last byte is the version of this protocol.
-const MAGIC: u64 = u64::from_le_bytes(*b"LRFTCOL\x01");
-
-/// What a connection is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Purpose {
-    /// Notes between two ranks of the world; open as long as both live.
-    Control,
-    /// Frames of the group with this id.
-    Data(u64),
-}
-
-impl Purpose {
-    /// The group that fails if there is no such connection; 0, which is no group's id, while the world is joined.
-    pub(super) fn group(self) -> u64 {
-        if let Purpose::Data(group) = self { group } else { 0 }
-    }
-}
-
-/// The first bytes on a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Hello {
-    /// The world's random number: a connection of another job, or of none, does not know it.
-    pub(super) nonce: u64,
-    pub(super) purpose: Purpose,
-    /// The connecting rank of the world.
-    pub(super) from: usize,
-}
-
-pub(super) const HELLO_BYTES: usize = 40;
-
-impl Hello {
-    pub(super) fn encode(&self) -> [u8; HELLO_BYTES] {
-        let (kind, group) = match self.purpose {
-            Purpose::Control => (1, 0),
-            Purpose::Data(group) => (2, group),
-        };
-        pack([MAGIC, self.nonce, kind, group, self.from as u64])
-    }
-
-    /// `None` if this is no hello of the world with this nonce.
-    pub(super) fn decode(bytes: &[u8; HELLO_BYTES], nonce: u64) -> Option<Self> {
-        let [magic, theirs, kind, group, from] = unpack(bytes);
-        let purpose = match kind {
-            1 => Purpose::Control,
-            2 => Purpose::Data(group),
-            _ => return None,
-        };
-        (magic == MAGIC && theirs == nonce).then_some(Hello { nonce, purpose, from: from as usize })
-    }
-}
+pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"LRFTCOL\x02");
 
 /// What precedes the payload of one rank for another in one step of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +37,7 @@ impl Header {
     }
 }
 
-fn pack<const WORDS: usize, const BYTES: usize>(words: [u64; WORDS]) -> [u8; BYTES] {
+pub(super) fn pack<const WORDS: usize, const BYTES: usize>(words: [u64; WORDS]) -> [u8; BYTES] {
     let mut bytes = [0; BYTES];
     for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
         place.copy_from_slice(&word.to_le_bytes());
@@ -94,7 +45,7 @@ fn pack<const WORDS: usize, const BYTES: usize>(words: [u64; WORDS]) -> [u8; BYT
     bytes
 }
 
-fn unpack<const WORDS: usize, const BYTES: usize>(bytes: &[u8; BYTES]) -> [u64; WORDS] {
+pub(super) fn unpack<const WORDS: usize, const BYTES: usize>(bytes: &[u8; BYTES]) -> [u64; WORDS] {
     let mut words = [0; WORDS];
     for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
         *word = u64::from_le_bytes(*bytes);
@@ -168,13 +119,6 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        #[test]
-        fn hellos_survive_and_a_foreign_nonce_is_refused(nonce: u64, other: u64, group: u64, from in 0usize..1 << 20) {
-            let hello = Hello { nonce, purpose: Purpose::Data(group), from };
-            prop_assert_eq!(Hello::decode(&hello.encode(), nonce), Some(hello));
-            prop_assert_eq!(Hello::decode(&hello.encode(), other).is_some(), nonce == other);
-        }
-
         #[test]
         fn headers_survive(group: u64, sequence: u64, signature: [u64; 3], length: u64) {
             let header = Header { group, sequence, signature, length };

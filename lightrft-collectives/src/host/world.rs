@@ -1,6 +1,6 @@
 //! A world of processes: connections to all other ranks, and the watcher behind them
 
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,11 +10,16 @@ use serde::{Deserialize, Serialize};
 use super::Transport;
 use super::exchange::Links;
 use super::fate::Alarm;
+use super::hello::{Gate, Purpose};
 use super::watcher::{Shared, Watcher};
-use super::wire::{Cause, Hello, Purpose};
+use super::wire::Cause;
+use crate::auth::{Token, random};
 use crate::error::{Error, Loss, Result};
 use crate::operation::{Call, digest};
 use crate::store::{Store, StoreServer};
+
+/// The longest deadline.
+const LONGEST: Duration = Duration::from_secs(1 << 31);
 
 /// What each rank publishes in the store.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -31,6 +36,7 @@ pub(super) struct World {
     pub(super) shared: Arc<Shared>,
     pub(super) cards: Vec<Card>,
     pub(super) transport: Transport,
+    gate: Gate,
     /// Served by rank 0, unless an agent does, until it leaves.
     _server: Option<StoreServer>,
 }
@@ -47,6 +53,8 @@ pub(crate) struct Join<'a> {
     pub(crate) timeout: Duration,
     pub(crate) transport: Transport,
     pub(crate) server: Option<StoreServer>,
+    /// What the ranks prove to each other.
+    pub(crate) token: Option<Token>,
 }
 
 /// The name of this kernel and process namespace: ranks with the same one can open each other's memory files.
@@ -84,7 +92,8 @@ impl World {
 
         let nonce_key = format!("{prefix}/nonce");
         if rank == 0 {
-            store.set(&nonce_key, &random().to_le_bytes())?;
+            let nonce = random::<8>().map_err(io_error("make a random number"))?;
+            store.set(&nonce_key, &nonce)?;
         }
         let bytes = store.get(&nonce_key, rest())?;
         let nonce = u64::from_le_bytes(bytes.as_slice().try_into().map_err(|_| Error::Protocol {
@@ -94,21 +103,32 @@ impl World {
         })?);
 
         let shared = Shared::new(rank, world_size, nonce).map_err(io_error("make an event descriptor"))?;
-        Watcher::start(shared.clone(), listener, world_size).map_err(io_error("start the watcher"))?;
+        let gate = Gate::new(nonce, rank, world_size, join.token);
+        Watcher::start(shared.clone(), listener, world_size, gate.clone())
+            .map_err(io_error("start the watcher"))?;
         // From here on a failure drops this world, which ends the watcher.
-        let mut world = World { shared, cards: Vec::new(), transport: join.transport, _server: join.server };
+        let mut world =
+            World { shared, cards: Vec::new(), transport: join.transport, gate, _server: join.server };
 
         let card = Card { address, host: host_identity(), pid: std::process::id() };
         let key = |rank: usize| format!("{prefix}/rank/{rank}");
         let bytes = rmp_serde::to_vec_named(&card).unwrap_or_default();
-        store.set(&key(rank), &bytes)?;
+        store.set(&key(rank), &world.gate.sealed(&bytes))?;
         for peer in 0..world_size {
             let bytes = store.get(&key(peer), rest())?;
-            world.cards.push(rmp_serde::from_slice(&bytes).map_err(|e| Error::Protocol {
+            let bytes = world.gate.unsealed(peer, &bytes)?;
+            let card: Card = rmp_serde::from_slice(bytes).map_err(|e| Error::Protocol {
                 rank: peer,
                 got: format!("a card of {} bytes ({e})", bytes.len()),
                 expected: "address, host and pid of a rank".into(),
-            })?);
+            })?;
+            // Whoever could write to the store could else send this machine's ranks to another one.
+            if join.interface.is_loopback() && !card.address.ip().is_loopback() {
+                let got = format!("the address {}", card.address);
+                let expected = "an address of this machine, as its own is".into();
+                return Err(Error::Protocol { rank: peer, got, expected });
+            }
+            world.cards.push(card);
         }
         let everyone: Vec<usize> = (0..world_size).collect();
         // Watched from the first moment: who dies now must not be waited for.
@@ -152,7 +172,6 @@ impl World {
         mut take: impl FnMut(usize, TcpStream) -> io::Result<()>,
     ) -> Result<()> {
         let begin = Instant::now();
-        let hello = Hello { nonce: self.shared.nonce, purpose, from: self.rank() }.encode();
         let mut after_me = false;
         for (place, &peer) in ranks.iter().enumerate() {
             if peer == self.rank() {
@@ -163,7 +182,7 @@ impl World {
             let stream = if after_me {
                 self.await_connection(purpose, peer, rest)
             } else {
-                self.open_connection(&hello, peer, rest)
+                self.open_connection(purpose, peer, rest)
             };
             let taken = stream.and_then(|stream| take(place, stream));
             taken.map_err(|failure| self.not_connected(purpose, group, peer, timeout, failure))?;
@@ -171,10 +190,13 @@ impl World {
         Ok(())
     }
 
-    fn open_connection(&self, hello: &[u8], peer: usize, timeout: Duration) -> io::Result<TcpStream> {
+    fn open_connection(&self, purpose: Purpose, peer: usize, timeout: Duration) -> io::Result<TcpStream> {
+        let deadline = deadline(timeout);
         let address = &self.cards[peer].address;
         let mut stream = TcpStream::connect_timeout(address, timeout.max(Duration::from_millis(1)))?;
-        stream.write_all(hello)?;
+        // Whatever is wrong is said by the caller, which asks why.
+        let given_up = || self.shared.fate.cause(purpose.group()).is_some();
+        self.gate.introduce(&mut stream, purpose, peer, deadline, given_up)?;
         Ok(stream)
     }
 
@@ -232,10 +254,10 @@ impl Drop for World {
     }
 }
 
-/// A number that another job does not have: the standard library seeds each hasher from the system's entropy.
-fn random() -> u64 {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    RandomState::new().build_hasher().finish()
+/// The end of `timeout`; one that is beyond the clock's range is as good as never.
+fn deadline(timeout: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(timeout.min(LONGEST)).unwrap_or(now)
 }
 
 #[cfg(test)]
@@ -258,6 +280,7 @@ mod tests {
             timeout: LIMIT,
             transport: Transport::Tcp,
             server: None,
+            token: None,
         })
     }
 
@@ -272,12 +295,15 @@ mod tests {
             // The last rank gets as far as its first connection.
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
             let card = Card { address: listener.local_addr().unwrap(), host: String::new(), pid: 1 };
-            store.set("test/1/rank/2", &rmp_serde::to_vec_named(&card).unwrap()).unwrap();
             let nonce = store.get("test/1/nonce", LIMIT).unwrap();
-            let card: Card = rmp_serde::from_slice(&store.get("test/1/rank/0", LIMIT).unwrap()).unwrap();
-            let mut control = TcpStream::connect(card.address).unwrap();
             let nonce = u64::from_le_bytes(nonce.try_into().unwrap());
-            control.write_all(&Hello { nonce, purpose: Purpose::Control, from: 2 }.encode()).unwrap();
+            let gate = Gate::new(nonce, 2, 3, None);
+            let card = gate.sealed(&rmp_serde::to_vec_named(&card).unwrap());
+            store.set("test/1/rank/2", &card).unwrap();
+            let card = store.get("test/1/rank/0", LIMIT).unwrap();
+            let card: Card = rmp_serde::from_slice(gate.unsealed(0, &card).unwrap()).unwrap();
+            let mut control = TcpStream::connect(card.address).unwrap();
+            gate.introduce(&mut control, Purpose::Control, 0, Instant::now() + LIMIT, || false).unwrap();
             drop(control);
             for survivor in survivors {
                 let result = survivor.join().unwrap();

@@ -1,6 +1,5 @@
 //! The store's server: one thread, non-blocking sockets, any number of clients
 
-use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,9 +8,10 @@ use std::thread;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+use super::session::{Session, serve};
 use super::table::Table;
-use super::wire::{HELLO_BYTES, MAGIC, Request, Stop, parse, put_string};
 use crate::acceptor::Acceptor;
+use crate::auth::Token;
 use crate::error::{Error, Result};
 
 /// Serves a store to this library's and torch's clients until dropped.
@@ -28,6 +28,19 @@ impl StoreServer {
     /// # Errors
     /// [`Error::Bind`] if the address cannot be listened on, for instance because the port is taken.
     pub fn bind(address: SocketAddr) -> Result<Self> {
+        Self::start(address, None)
+    }
+
+    /// As [`bind`](StoreServer::bind), in strict mode: only for clients of this library that prove that they know `token`
+    /// ([`TcpStore::connect_strict`](super::TcpStore::connect_strict)). Torch's clients cannot.
+    ///
+    /// # Errors
+    /// As [`bind`](StoreServer::bind).
+    pub fn bind_strict(address: SocketAddr, token: &Token) -> Result<Self> {
+        Self::start(address, Some(token.clone()))
+    }
+
+    fn start(address: SocketAddr, token: Option<Token>) -> Result<Self> {
         let failed = |source: io::Error| Error::Bind { address, source: Arc::new(source) };
         let listener = Arc::new(TcpListener::bind(address).map_err(failed)?);
         let acceptor = Acceptor::new(listener.clone()).map_err(failed)?;
@@ -37,7 +50,7 @@ impl StoreServer {
         let stopped = stop.clone();
         thread::Builder::new()
             .name("lightrft-store".into())
-            .spawn(move || Serving::new(acceptor).run(&stopped))
+            .spawn(move || Serving::new(acceptor, token).run(&stopped))
             .map_err(failed)?;
         Ok(StoreServer { address, stop, listener })
     }
@@ -59,45 +72,27 @@ impl Drop for StoreServer {
 /// Bytes taken from one client before the others have their turn.
 const TURN: usize = 16 << 20;
 
-/// The longest request. Torch's limits on one key or value allow a request that no memory holds.
-const MAX_REQUEST: usize = 256 << 20;
-
-/// The longest reply; only a list of keys with long values could be answered by a longer one.
-const MAX_REPLY: usize = 256 << 20;
-
-/// Bytes of replies from which on a client that does not read them gets no more answers, until it does.
-const MAX_UNREAD: usize = 16 << 20;
-
-/// What a connection that got no reply yet waits for.
-#[derive(Debug)]
-enum Waiting {
-    Keys(Vec<Vec<u8>>),
-    Barrier(Vec<u8>, i64),
-}
+/// Clients that have not said hello yet; more are cut off at once.
+const MAX_STRANGERS: usize = 1024;
 
 #[derive(Debug)]
 struct Connection {
     stream: TcpStream,
-    input: Vec<u8>,
-    output: Vec<u8>,
-    validated: bool,
-    waiting: Option<Waiting>,
-    /// Whole requests may be left in `input`, because the replies to those before were not read.
-    held_back: bool,
+    session: Session,
     /// The client says nothing more; what it said before counts.
     ended: bool,
-    open: bool,
 }
 
 struct Serving {
     acceptor: Acceptor,
+    token: Option<Token>,
     connections: Vec<Connection>,
     table: Table,
 }
 
 impl Serving {
-    fn new(acceptor: Acceptor) -> Self {
-        Serving { acceptor, connections: Vec::new(), table: Table::default() }
+    fn new(acceptor: Acceptor, token: Option<Token>) -> Self {
+        Serving { acceptor, token, connections: Vec::new(), table: Table::default() }
     }
 
     fn run(mut self, stop: &OwnedFd) {
@@ -106,12 +101,15 @@ impl Serving {
                 vec![PollFd::from_borrowed_fd(stop.as_fd(), PollFlags::IN), self.acceptor.poll_fd()];
             fds.extend(self.connections.iter().map(|c| {
                 let mut events = PollFlags::empty();
-                events.set(PollFlags::IN, !c.held_back);
-                events.set(PollFlags::OUT, c.held_back || !c.output.is_empty());
+                let held_back = c.session.held_back;
+                events.set(PollFlags::IN, !held_back);
+                events.set(PollFlags::OUT, held_back || !c.session.output.is_empty());
                 PollFd::from_borrowed_fd(c.stream.as_fd(), events)
             }));
-            let rest = self.acceptor.rest();
-            let rest = rest.map(|rest| Timespec { tv_sec: 0, tv_nsec: rest.subsec_nanos().into() });
+            let patience = self.connections.iter().filter_map(|c| c.session.patience()).min();
+            let rest = [self.acceptor.rest(), patience].into_iter().flatten().min();
+            let rest = rest
+                .map(|rest| Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() });
             // A signal interrupts the wait; the loop then simply looks again.
             let polled = poll(&mut fds, rest.as_ref());
             if polled.is_ok() && !fds[0].revents().is_empty() {
@@ -120,15 +118,19 @@ impl Serving {
             let ready: Vec<bool> = fds[1..].iter().map(|fd| !fd.revents().is_empty()).collect();
             drop(fds);
             for (connection, ready) in self.connections.iter_mut().zip(&ready[1..]) {
-                if *ready && !connection.held_back {
+                if *ready && !connection.session.held_back {
                     connection.receive();
                 }
             }
-            self.serve();
+            let sessions = self.connections.iter_mut().map(|c| &mut c.session);
+            serve(sessions, &mut self.table, self.token.as_ref());
             for connection in &mut self.connections {
                 connection.flush();
             }
-            self.connections.retain(|c| c.open && !c.ended);
+            self.connections.retain(|c| {
+                let is_late = c.session.patience().is_some_and(|time| time.is_zero());
+                c.session.open && !c.ended && !is_late
+            });
             if ready[0] {
                 self.accept();
             }
@@ -136,86 +138,30 @@ impl Serving {
     }
 
     fn accept(&mut self) {
+        let mut strangers = self.connections.iter().filter(|c| c.session.patience().is_some()).count();
         let connections = &mut self.connections;
         self.acceptor.accept(|stream| {
+            strangers += 1;
+            if strangers > MAX_STRANGERS {
+                return;
+            }
             if stream.set_nonblocking(true).is_ok() && stream.set_nodelay(true).is_ok() {
-                connections.push(Connection::new(stream));
+                connections.push(Connection { stream, session: Session::new(), ended: false });
             }
         });
-    }
-
-    /// Answers all whole requests, then the waits that they fulfilled.
-    fn serve(&mut self) {
-        for connection in &mut self.connections {
-            let mut input = std::mem::take(&mut connection.input);
-            let mut rest = &input[..];
-            connection.held_back = false;
-            while connection.open {
-                connection.held_back = connection.output.len() >= MAX_UNREAD;
-                if connection.held_back {
-                    break;
-                }
-                match parse(rest) {
-                    Ok((request, n)) => {
-                        connection.answer(request, &mut self.table);
-                        rest = &rest[n..];
-                    }
-                    Err(Stop::Incomplete) => {
-                        // Who has not said hello has nothing longer to say.
-                        let longest = if connection.validated { MAX_REQUEST } else { HELLO_BYTES };
-                        connection.open &= rest.len() <= longest;
-                        break;
-                    }
-                    Err(Stop::Malformed) => connection.open = false,
-                }
-            }
-            let done = input.len() - rest.len();
-            drop(input.drain(..done));
-            connection.input = input;
-        }
-        let mut arrived: HashMap<Vec<u8>, i64> = HashMap::new();
-        for connection in &self.connections {
-            if let Some(Waiting::Barrier(key, _)) = &connection.waiting {
-                *arrived.entry(key.clone()).or_default() += 1;
-            }
-        }
-        for connection in &mut self.connections {
-            let fulfilled = match &connection.waiting {
-                None => false,
-                Some(Waiting::Keys(keys)) => self.table.has_all(keys),
-                Some(Waiting::Barrier(key, world)) => arrived.get(key).is_some_and(|n| n >= world),
-            };
-            if fulfilled {
-                connection.waiting = None;
-                connection.output.push(0);
-            }
-        }
     }
 }
 
 impl Connection {
-    fn new(stream: TcpStream) -> Self {
-        Connection {
-            stream,
-            input: Vec::new(),
-            output: Vec::new(),
-            validated: false,
-            waiting: None,
-            held_back: false,
-            ended: false,
-            open: true,
-        }
-    }
-
     fn receive(&mut self) {
         let mut buffer = [0u8; 64 << 10];
         // What is whole is served before more is taken, however fast a client sends.
-        let enough = self.input.len() + TURN;
-        while self.input.len() < enough {
+        let enough = self.session.input.len() + TURN;
+        while self.session.input.len() < enough {
             match self.stream.read(&mut buffer) {
                 Ok(0) => self.ended = true,
                 Ok(n) => {
-                    self.input.extend_from_slice(&buffer[..n]);
+                    self.session.input.extend_from_slice(&buffer[..n]);
                     continue;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -227,133 +173,13 @@ impl Connection {
     }
 
     fn flush(&mut self) {
-        while self.open && !self.output.is_empty() {
-            match self.stream.write(&self.output) {
-                Ok(n) => drop(self.output.drain(..n)),
+        while self.session.open && !self.session.output.is_empty() {
+            match self.stream.write(&self.session.output) {
+                Ok(n) => drop(self.session.output.drain(..n)),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.open = false,
+                Err(_) => self.session.open = false,
             }
         }
-    }
-
-    fn answer(&mut self, request: Request<'_>, table: &mut Table) {
-        // The first request must say that this is the protocol; anything else closes this connection only.
-        if !self.validated {
-            self.validated = request == Request::Validate(MAGIC);
-            self.open = self.validated;
-            return;
-        }
-        let out = &mut self.output;
-        let number = |out: &mut Vec<u8>, n: i64| out.extend_from_slice(&n.to_le_bytes());
-        match request {
-            Request::Validate(magic) => self.open = magic == MAGIC,
-            Request::Set(key, value) => table.set(key, value),
-            Request::CompareSet(key, expected, desired) => {
-                put_string(out, &table.compare_set(key, expected, desired));
-            }
-            Request::Get(key) => put_string(out, table.value(key).unwrap_or_default()),
-            Request::Add(key, delta) => number(out, table.add(key, delta)),
-            Request::Check(keys) => out.push(u8::from(!table.has_all(&keys))),
-            Request::Wait(keys) => {
-                self.waiting = Some(Waiting::Keys(keys.into_iter().map(<[u8]>::to_vec).collect()));
-            }
-            Request::NumKeys => number(out, table.len() as i64),
-            Request::Delete(key) => number(out, i64::from(table.delete(key))),
-            Request::Append(key, value) => table.append(key, value),
-            Request::MultiGet(keys) => {
-                let values = keys.into_iter().map(|key| table.value(key).unwrap_or_default());
-                let mut length = out.len();
-                for value in values {
-                    length += value.len() + size_of::<u64>();
-                    if length > MAX_UNREAD + MAX_REPLY {
-                        self.open = false;
-                        return;
-                    }
-                    put_string(out, value);
-                }
-            }
-            Request::MultiSet(pairs) => {
-                for (key, value) in pairs {
-                    table.set(key, value);
-                }
-            }
-            Request::CancelWait => {
-                self.waiting = None;
-                out.push(1);
-            }
-            Request::Ping(nonce) => out.extend_from_slice(&nonce.to_le_bytes()),
-            Request::QueuePush(key, value) => table.queue_push(key, value),
-            Request::QueuePop(key) => {
-                number(out, table.queue_len(key) as i64);
-                if let Some(value) = table.queue_pop(key) {
-                    put_string(out, &value);
-                }
-            }
-            Request::QueueLen(key) => number(out, table.queue_len(key) as i64),
-            Request::ListKeys => {
-                number(out, table.len() as i64);
-                for key in table.keys() {
-                    put_string(out, key);
-                }
-            }
-            Request::Barrier(key, world) => self.waiting = Some(Waiting::Barrier(key.to_vec(), world)),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::Ipv4Addr;
-
-    use super::super::wire::{GET, MULTI_GET, SET, VALIDATE, list_request, request};
-    use super::*;
-
-    /// A server with one client that has said hello and set `key` to a megabyte, and that client's end.
-    fn one_client() -> (Serving, TcpStream) {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let mut connection = Connection::new(listener.accept().unwrap().0);
-        connection.input.push(VALIDATE);
-        connection.input.extend_from_slice(&MAGIC.to_le_bytes());
-        connection.input.extend(request(SET, &[b"key", &[7; 1 << 20]]));
-        let mut serving = Serving::new(Acceptor::new(Arc::new(listener)).unwrap());
-        serving.connections.push(connection);
-        serving.serve();
-        assert!(serving.connections[0].open && serving.connections[0].input.is_empty());
-        (serving, client)
-    }
-
-    #[test]
-    fn a_client_that_reads_no_replies_gets_no_more_of_them() {
-        let (mut serving, _client) = one_client();
-        serving.connections[0].input = request(GET, &[b"key"]).repeat(1000);
-        let mut replies = 0;
-        while !serving.connections[0].input.is_empty() {
-            serving.serve();
-            let connection = &mut serving.connections[0];
-            assert!(connection.output.len() < MAX_UNREAD + (2 << 20), "{} bytes", connection.output.len());
-            // As if the client had read them.
-            replies += connection.output.len();
-            connection.output.clear();
-        }
-        assert_eq!(replies, 1000 * (8 + (1 << 20)), "every request is answered in the end");
-    }
-
-    #[test]
-    fn a_request_whose_reply_no_memory_holds_ends_its_connection() {
-        let (mut serving, _client) = one_client();
-        serving.connections[0].input = list_request(MULTI_GET, &vec![b"key".to_vec(); 128 << 10]);
-        serving.serve();
-        assert!(!serving.connections[0].open);
-    }
-
-    #[test]
-    fn who_has_not_said_hello_fills_no_memory() {
-        let (mut serving, _client) = one_client();
-        serving.connections[0].validated = false;
-        serving.connections[0].input = request(SET, &[b"key", &[7; 1 << 20]])[..1 << 19].to_vec();
-        serving.serve();
-        assert!(!serving.connections[0].open);
     }
 }

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-/// Keys, queues and barriers.
+use super::wire::MAX_VALUE;
+
+/// Keys and queues.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     values: BTreeMap<Vec<u8>, Vec<u8>>,
@@ -36,8 +38,14 @@ impl Table {
         desired.to_vec()
     }
 
-    pub(super) fn append(&mut self, key: &[u8], value: &[u8]) {
-        self.values.entry(key.to_vec()).or_default().extend_from_slice(value);
+    /// Whether the value is then still one that can be read; if not, nothing was appended.
+    pub(super) fn append(&mut self, key: &[u8], value: &[u8]) -> bool {
+        let held = self.values.get(key).map_or(0, Vec::len);
+        let fits = held + value.len() <= MAX_VALUE;
+        if fits {
+            self.values.entry(key.to_vec()).or_default().extend_from_slice(value);
+        }
+        fits
     }
 
     pub(super) fn delete(&mut self, key: &[u8]) -> bool {

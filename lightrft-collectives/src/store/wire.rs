@@ -3,16 +3,24 @@
 //! Integers are little-endian; a string is a `u64` length and its bytes; a request is one byte of opcode and its
 //! fields, with no length in front.
 
+use std::io;
+
 /// What a client says first, after the opcode VALIDATE.
 pub(super) const MAGIC: u32 = 0x3C85_F7CE;
 
 /// Bytes of VALIDATE and its magic.
 pub(super) const HELLO_BYTES: usize = 5;
 
+/// Bytes of a ping: the opcode and a number.
+pub(super) const PING_BYTES: usize = 5;
+
 /// Limits of torch's server.
-const MAX_KEY: u64 = 8 << 10;
-const MAX_VALUE: u64 = 8 << 20;
-const MAX_KEYS: u64 = 128 << 10;
+pub(super) const MAX_KEY: usize = 8 << 10;
+pub(super) const MAX_VALUE: usize = 8 << 20;
+pub(super) const MAX_KEYS: usize = 128 << 10;
+
+/// The longest reply; only a list of keys, or of long values, could be answered by a longer one.
+pub(super) const MAX_REPLY: usize = 256 << 20;
 
 pub(super) const VALIDATE: u8 = 0x00;
 pub(super) const SET: u8 = 0x01;
@@ -84,9 +92,9 @@ impl<'a> Cursor<'a> {
         Ok(*taken)
     }
 
-    fn string(&mut self, limit: u64) -> Result<&'a [u8], Stop> {
+    fn string(&mut self, limit: usize) -> Result<&'a [u8], Stop> {
         let n = u64::from_le_bytes(self.array()?);
-        if n > limit { Err(Stop::Malformed) } else { self.take(n as usize) }
+        if n > limit as u64 { Err(Stop::Malformed) } else { self.take(n as usize) }
     }
 
     fn key(&mut self) -> Result<&'a [u8], Stop> {
@@ -107,7 +115,7 @@ impl<'a> Cursor<'a> {
 
     fn list<T>(&mut self, mut one: impl FnMut(&mut Self) -> Result<T, Stop>) -> Result<Vec<T>, Stop> {
         let n = u64::from_le_bytes(self.array()?);
-        if n > MAX_KEYS {
+        if n > MAX_KEYS as u64 {
             return Err(Stop::Malformed);
         }
         (0..n).map(|_| one(self)).collect()
@@ -168,9 +176,19 @@ pub(super) fn list_request(opcode: u8, keys: &[Vec<u8>]) -> Vec<u8> {
     out
 }
 
-/// Whether a reply's length is one that a server of this protocol sends.
-pub(super) fn is_value_length(n: u64) -> bool {
-    n <= MAX_VALUE
+/// A ping, which torch's clients send with their process id.
+pub(super) fn ping() -> [u8; PING_BYTES] {
+    let [a, b, c, d] = std::process::id().to_le_bytes();
+    [PING, a, b, c, d]
+}
+
+/// Refuses what no server of this protocol would take.
+pub(super) fn check_length(what: &str, got: usize, limit: usize) -> io::Result<()> {
+    if got <= limit {
+        return Ok(());
+    }
+    let text = format!("a {what} of length {got}, expected at most {limit}");
+    Err(io::Error::new(io::ErrorKind::InvalidInput, text))
 }
 
 #[cfg(test)]
