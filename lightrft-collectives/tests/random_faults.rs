@@ -110,7 +110,12 @@ fn take_part(comm: Arc<dyn Communicator>, fault: Fault, seed: u64, others: &dyn 
         }
     }
     let told = Told { rank: rank.rank, verdict: verdict(&error), begun, ended };
-    others.tell(&told, culprit);
+    others.tell(&told);
+    // One of them does it: once it has gone on, it may end at any moment.
+    let waker = plan.line.iter().find(|member| **member != plan.culprit);
+    if fault == Fault::Stopped && waker == Some(&rank.rank) {
+        others.let_go_on();
+    }
     Some(told)
 }
 
@@ -132,7 +137,9 @@ trait Others {
     fn await_verdicts(&self, count: usize);
     /// Stops this process after a while, until another rank lets it go on.
     fn be_stopped(&self, after: Duration);
-    fn tell(&self, told: &Told, culprit: bool);
+    fn tell(&self, told: &Told);
+    /// Lets the one that was stopped go on.
+    fn let_go_on(&self);
 }
 
 /// Ranks as threads.
@@ -150,9 +157,11 @@ impl Others for Threads {
 
     fn be_stopped(&self, _: Duration) {}
 
-    fn tell(&self, _: &Told, _: bool) {
+    fn tell(&self, _: &Told) {
         self.verdicts.fetch_add(1, Ordering::SeqCst);
     }
+
+    fn let_go_on(&self) {}
 }
 
 #[test]
@@ -193,7 +202,7 @@ impl Others for Processes<'_> {
         });
     }
 
-    fn tell(&self, told: &Told, culprit: bool) {
+    fn tell(&self, told: &Told) {
         let Told { rank, verdict, begun, ended } = told;
         let text = format!("{} {} {verdict}", begun.as_nanos(), ended.as_nanos());
         // Whole at once, for those who count.
@@ -201,11 +210,11 @@ impl Others for Processes<'_> {
             (self.notes.join(format!("draft-{rank}")), self.notes.join(format!("told-{rank}")));
         std::fs::write(&draft, text).unwrap();
         std::fs::rename(draft, note).unwrap();
-        if let Ok(pid) = std::fs::read_to_string(self.notes.join("pid"))
-            && !culprit
-        {
-            kill_process(Pid::from_raw(pid.parse().unwrap()).unwrap(), Signal::CONT).unwrap();
-        }
+    }
+
+    fn let_go_on(&self) {
+        let pid = std::fs::read_to_string(self.notes.join("pid")).unwrap().parse().unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::CONT).unwrap();
     }
 }
 

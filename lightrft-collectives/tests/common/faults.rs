@@ -90,8 +90,9 @@ impl Plan {
         let size = line.len();
         let first = loop {
             let call = schedule.collective(size);
-            // Its counts come from a hash, and may be the same for another `count`.
-            if fits(fault, call.kind) && call.kind != Kind::AllGatherCounts {
+            // Counts that come from a hash may be the same for another `count`.
+            let hashed = matches!(call.kind, Kind::AllGatherCounts | Kind::AllToAllV);
+            if fits(fault, call.kind) && !hashed {
                 break call;
             }
         };
@@ -164,6 +165,10 @@ fn change(call: Call, fault: Fault, size: usize, random: &mut Random) -> Call {
 pub(crate) fn verdict(error: &Error) -> String {
     match error {
         Error::Mismatch { group, rank, mine, other, theirs } => {
+            // Whichever of the two has found it.
+            let mut sides = [(rank, mine), (other, theirs)];
+            sides.sort_by_key(|(rank, _)| **rank);
+            let [(rank, mine), (other, theirs)] = sides;
             format!("on `{group}`, rank {rank} called {mine}, rank {other} called {theirs}")
         }
         Error::Timeout { group, missing, .. } => format!("on `{group}`, {missing:?} missing"),

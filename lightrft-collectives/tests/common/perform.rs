@@ -132,6 +132,12 @@ fn typed<T: Sample>(comm: &dyn Communicator, call: &Call, results: Results, at: 
             comm.all_reduce(&mut data, op)?;
             check(&data, &|| reduced(seed, line, op, 0..count));
         }
+        Kind::AllReduceInto => {
+            let (input, mut output) = (mine(count), zeros(count));
+            comm.all_reduce_into(&input, &mut output, op)?;
+            check(&output, &|| reduced(seed, line, op, 0..count));
+            check(&input, &|| mine(count));
+        }
         Kind::Reduce => {
             let mut data = mine(count);
             comm.reduce(&mut data, op, root)?;
@@ -141,6 +147,12 @@ fn typed<T: Sample>(comm: &dyn Communicator, call: &Call, results: Results, at: 
             let (input, mut output) = (mine(world * count), zeros(count));
             comm.reduce_scatter(&input, &mut output, op)?;
             check(&output, &|| reduced(seed, line, op, rank * count..(rank + 1) * count));
+        }
+        Kind::ReduceScatterInPlace => {
+            let mut data = mine(world * count);
+            comm.reduce_scatter_in_place(&mut data, op)?;
+            let own = rank * count..(rank + 1) * count;
+            check(&data[own.clone()], &|| reduced(seed, line, op, own.clone()));
         }
         Kind::AllGather => {
             let (input, mut output) = (mine(count), zeros(world * count));
@@ -185,6 +197,17 @@ fn typed<T: Sample>(comm: &dyn Communicator, call: &Call, results: Results, at: 
             let (input, mut output) = (mine(world * count), zeros(world * count));
             comm.all_to_all(&input, &mut output)?;
             check(&output, &|| (0..world).flat_map(|member| piece(member, rank)).collect());
+        }
+        Kind::AllToAllV => {
+            // What goes from one rank to another is as long as both draw, and begins with its first elements.
+            let between = |from: usize, to: usize| ragged(seed ^ (from * world + to) as u64, to, count);
+            let send: Vec<usize> = (0..world).map(|to| between(rank, to)).collect();
+            let recv: Vec<usize> = (0..world).map(|from| between(from, rank)).collect();
+            let cut = |from: usize, to: usize| piece(from, to)[..between(from, to)].to_vec();
+            let input: Vec<T> = (0..world).flat_map(|to| cut(rank, to)).collect();
+            let mut output = zeros(recv.iter().sum());
+            comm.all_to_all_v(&input, &send, &mut output, &recv)?;
+            check(&output, &|| (0..world).flat_map(|from| cut(from, rank)).collect());
         }
         Kind::SendRecv => {
             let to = (root + 1) % world;

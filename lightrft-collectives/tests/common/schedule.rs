@@ -65,8 +65,10 @@ pub(crate) struct Call {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     AllReduce,
+    AllReduceInto,
     Reduce,
     ReduceScatter,
+    ReduceScatterInPlace,
     AllGather,
     AllGatherInPlace,
     AllGatherCounts,
@@ -75,6 +77,7 @@ pub(crate) enum Kind {
     Gather,
     Scatter,
     AllToAll,
+    AllToAllV,
     Barrier,
     /// From the root to the rank after it; the others do nothing.
     SendRecv,
@@ -87,10 +90,12 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 18] = [
+    pub(crate) const ALL: [Kind; 21] = [
         Kind::AllReduce,
+        Kind::AllReduceInto,
         Kind::Reduce,
         Kind::ReduceScatter,
+        Kind::ReduceScatterInPlace,
         Kind::AllGather,
         Kind::AllGatherInPlace,
         Kind::AllGatherCounts,
@@ -99,6 +104,7 @@ impl Kind {
         Kind::Gather,
         Kind::Scatter,
         Kind::AllToAll,
+        Kind::AllToAllV,
         Kind::Barrier,
         Kind::SendRecv,
         Kind::Ring,
@@ -123,7 +129,14 @@ impl Kind {
     }
 
     pub(crate) fn reduces(self) -> bool {
-        matches!(self, Kind::AllReduce | Kind::Reduce | Kind::ReduceScatter)
+        matches!(
+            self,
+            Kind::AllReduce
+                | Kind::AllReduceInto
+                | Kind::Reduce
+                | Kind::ReduceScatter
+                | Kind::ReduceScatterInPlace
+        )
     }
 
     pub(crate) fn has_root(self) -> bool {
