@@ -90,7 +90,7 @@ fn take_part(comm: Arc<dyn Communicator>, fault: Fault, seed: u64, others: &dyn 
     let mut number = 0;
     let (error, begun, ended) = loop {
         let begun = now();
-        let result = perform_call(group, &calls[number % 2], Results::Ignored, &at);
+        let result = perform_call(group, &calls[number % 2], None, Results::Ignored, &at);
         if let Err(error) = result {
             break (error, begun, now());
         }

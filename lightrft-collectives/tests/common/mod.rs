@@ -4,6 +4,7 @@
 pub(crate) mod faults;
 pub(crate) mod oracle;
 pub(crate) mod perform;
+pub(crate) mod place;
 pub(crate) mod processes;
 pub(crate) mod random;
 pub(crate) mod schedule;

@@ -1,13 +1,16 @@
 //! One rank's part in a schedule: it makes the calls and compares each result with the oracle's
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 use lightrft_collectives::{
-    Communicator, CommunicatorExt, DeviceMesh, Dtype, Result, axis_group, sub_groups,
+    Communicator, CommunicatorExt, DeviceMesh, Dtype, GroupBuffer, Result, axis_group, sub_groups,
 };
 
 use super::oracle::{Sample, assert_same, reduced, value, values};
+use super::place::Place;
+use super::random::mix;
 use super::schedule::{Call, Kind, Schedule, Step};
 
 /// Names of mesh axes.
@@ -18,6 +21,8 @@ pub(crate) struct Rank {
     pub(crate) rank: usize,
     /// By family; none where this rank is not a member, or has left.
     pub(crate) comms: Vec<Option<Arc<dyn Communicator>>>,
+    /// What it has of its groups' heaps, by family.
+    heaps: HashMap<usize, GroupBuffer<u8>>,
 }
 
 /// Whether results are compared with the oracle's.
@@ -30,7 +35,7 @@ pub(crate) enum Results {
 
 impl Rank {
     pub(crate) fn new(world: Arc<dyn Communicator>) -> Self {
-        Rank { rank: world.rank(), comms: vec![Some(world)] }
+        Rank { rank: world.rank(), comms: vec![Some(world)], heaps: HashMap::new() }
     }
 
     /// Follows `schedule` for `steps` steps.
@@ -55,10 +60,19 @@ impl Rank {
         at: &str,
     ) -> Result<()> {
         match step {
-            Step::Leave { family } => self.comms[*family] = None,
+            Step::Leave { family } => {
+                self.comms[*family] = None;
+                // Memory outlives its group, as far as the one who has it is concerned.
+                self.heaps.remove(family);
+            }
+            Step::Alloc { family, bytes } => {
+                let Some(comm) = &self.comms[*family] else { return Ok(()) };
+                self.heaps.insert(*family, comm.alloc(*bytes)?);
+            }
             Step::Call { family, call } => {
                 let Some(comm) = &self.comms[*family] else { return Ok(()) };
-                return perform_call(&**comm, call, results, at);
+                let heap = self.heaps.get_mut(family).map(|heap| &mut heap[..]);
+                return perform_call(&**comm, call, heap, results, at);
             }
             Step::Split { parent, members } => {
                 let made = self.comms[*parent].as_ref().map(|comm| comm.subgroup(members)).transpose()?;
@@ -96,20 +110,32 @@ impl Rank {
     }
 }
 
-/// Makes one call.
-pub(crate) fn perform_call(comm: &dyn Communicator, call: &Call, results: Results, at: &str) -> Result<()> {
+/// Makes one call, with what this rank brings in `heap` where there is one.
+pub(crate) fn perform_call(
+    comm: &dyn Communicator,
+    call: &Call,
+    heap: Option<&mut [u8]>,
+    results: Results,
+    at: &str,
+) -> Result<()> {
     match call.dtype {
-        Dtype::F64 => typed::<f64>(comm, call, results, at),
-        Dtype::BF16 => typed::<bf16>(comm, call, results, at),
-        Dtype::F16 => typed::<f16>(comm, call, results, at),
-        Dtype::I32 => typed::<i32>(comm, call, results, at),
-        Dtype::I64 => typed::<i64>(comm, call, results, at),
-        Dtype::U8 => typed::<u8>(comm, call, results, at),
-        _ => typed::<f32>(comm, call, results, at),
+        Dtype::F64 => typed::<f64>(comm, call, heap, results, at),
+        Dtype::BF16 => typed::<bf16>(comm, call, heap, results, at),
+        Dtype::F16 => typed::<f16>(comm, call, heap, results, at),
+        Dtype::I32 => typed::<i32>(comm, call, heap, results, at),
+        Dtype::I64 => typed::<i64>(comm, call, heap, results, at),
+        Dtype::U8 => typed::<u8>(comm, call, heap, results, at),
+        _ => typed::<f32>(comm, call, heap, results, at),
     }
 }
 
-fn typed<T: Sample>(comm: &dyn Communicator, call: &Call, results: Results, at: &str) -> Result<()> {
+fn typed<T: Sample>(
+    comm: &dyn Communicator,
+    call: &Call,
+    heap: Option<&mut [u8]>,
+    results: Results,
+    at: &str,
+) -> Result<()> {
     let Call { kind, count, op, root, seed, .. } = *call;
     let (rank, world, line) = (comm.rank(), comm.world_size(), comm.ranks());
     let check = |got: &[T], expected: &dyn Fn() -> Vec<T>| {
@@ -118,6 +144,7 @@ fn typed<T: Sample>(comm: &dyn Communicator, call: &Call, results: Results, at: 
         }
     };
     let mine = |count: usize| values::<T>(seed, line[rank], count);
+    let place = |values: Vec<T>| Place::of(values, heap, mix(seed ^ line[rank] as u64));
     let theirs = |member: usize, count: usize| values::<T>(seed, line[member], count);
     let everyone = || (0..world).flat_map(|member| theirs(member, count)).collect::<Vec<T>>();
     let zeros = |count: usize| vec![T::zeroed(); count];
@@ -128,39 +155,39 @@ fn typed<T: Sample>(comm: &dyn Communicator, call: &Call, results: Results, at: 
     match kind {
         Kind::Barrier => comm.barrier()?,
         Kind::AllReduce => {
-            let mut data = mine(count);
+            let mut data = place(mine(count));
             comm.all_reduce(&mut data, op)?;
             check(&data, &|| reduced(seed, line, op, 0..count));
         }
         Kind::AllReduceInto => {
-            let (input, mut output) = (mine(count), zeros(count));
+            let (input, mut output) = (place(mine(count)), zeros(count));
             comm.all_reduce_into(&input, &mut output, op)?;
             check(&output, &|| reduced(seed, line, op, 0..count));
             check(&input, &|| mine(count));
         }
         Kind::Reduce => {
-            let mut data = mine(count);
+            let mut data = place(mine(count));
             comm.reduce(&mut data, op, root)?;
             check(&data, &|| if rank == root { reduced(seed, line, op, 0..count) } else { mine(count) });
         }
         Kind::ReduceScatter => {
-            let (input, mut output) = (mine(world * count), zeros(count));
+            let (input, mut output) = (place(mine(world * count)), zeros(count));
             comm.reduce_scatter(&input, &mut output, op)?;
             check(&output, &|| reduced(seed, line, op, rank * count..(rank + 1) * count));
         }
         Kind::ReduceScatterInPlace => {
-            let mut data = mine(world * count);
+            let mut data = place(mine(world * count));
             comm.reduce_scatter_in_place(&mut data, op)?;
             let own = rank * count..(rank + 1) * count;
             check(&data[own.clone()], &|| reduced(seed, line, op, own.clone()));
         }
         Kind::AllGather => {
-            let (input, mut output) = (mine(count), zeros(world * count));
+            let (input, mut output) = (place(mine(count)), zeros(world * count));
             comm.all_gather(&input, &mut output)?;
             check(&output, &everyone);
         }
         Kind::AllGatherInPlace => {
-            let mut data = zeros(world * count);
+            let mut data = place(zeros(world * count));
             data[rank * count..][..count].copy_from_slice(&mine(count));
             comm.all_gather_in_place(&mut data)?;
             check(&data, &everyone);
@@ -168,7 +195,7 @@ fn typed<T: Sample>(comm: &dyn Communicator, call: &Call, results: Results, at: 
         Kind::AllGatherCounts | Kind::AllGatherV => {
             let counts: Vec<usize> = (0..world).map(|member| ragged(seed, member, count)).collect();
             let expected = || counts.iter().enumerate().flat_map(|(r, n)| theirs(r, *n)).collect::<Vec<T>>();
-            let input = mine(counts[rank]);
+            let input = place(mine(counts[rank]));
             let mut output = zeros(counts.iter().sum());
             if kind == Kind::AllGatherCounts {
                 comm.all_gather_counts(&input, &counts, &mut output)?;
@@ -179,22 +206,24 @@ fn typed<T: Sample>(comm: &dyn Communicator, call: &Call, results: Results, at: 
             check(&output, &expected);
         }
         Kind::Broadcast => {
-            let mut data = if rank == root { mine(count) } else { zeros(count) };
+            let mut data = place(if rank == root { mine(count) } else { zeros(count) });
             comm.broadcast(&mut data, root)?;
             check(&data, &|| theirs(root, count));
         }
         Kind::Gather => {
-            let (input, mut output) = (mine(count), zeros(if rank == root { world * count } else { 0 }));
+            let (input, mut output) =
+                (place(mine(count)), zeros(if rank == root { world * count } else { 0 }));
             comm.gather(&input, &mut output, root)?;
             check(&output, &|| if rank == root { everyone() } else { Vec::new() });
         }
         Kind::Scatter => {
-            let (input, mut output) = (mine(if rank == root { world * count } else { 0 }), zeros(count));
+            let (input, mut output) =
+                (place(mine(if rank == root { world * count } else { 0 })), zeros(count));
             comm.scatter(&input, &mut output, root)?;
             check(&output, &|| piece(root, rank));
         }
         Kind::AllToAll => {
-            let (input, mut output) = (mine(world * count), zeros(world * count));
+            let (input, mut output) = (place(mine(world * count)), zeros(world * count));
             comm.all_to_all(&input, &mut output)?;
             check(&output, &|| (0..world).flat_map(|member| piece(member, rank)).collect());
         }

@@ -43,6 +43,8 @@ pub(crate) enum Step {
     SubGroups { parent: usize, size: usize },
     /// All drop their ends of these groups.
     Leave { family: usize },
+    /// Each rank takes so many bytes of its group's heap, in place of what it had taken before.
+    Alloc { family: usize, bytes: usize },
     /// Each group makes this call.
     Call { family: usize, call: Call },
 }
@@ -224,6 +226,8 @@ impl Schedule {
         } else if choice < 17 && family != 0 {
             self.families[family] = None;
             Step::Leave { family }
+        } else if choice < 21 {
+            Step::Alloc { family, bytes: self.random.below(2 * size * self.largest) }
         } else {
             let call = self.call(size);
             Step::Call { family, call }

@@ -36,10 +36,10 @@ pub(crate) enum Instruction {
     Store(Word, u8, Order),
     /// An atomic addition, sequentially consistent.
     Add(Word, i8),
-    /// Goes on once the word has come to this value: a rank that spins.
+    /// Goes on once the word has this value: a rank that spins.
     Await(Word, u8),
-    /// Loads into the rank's register; jumps if it is this much already.
-    JumpIfReached(Word, u8, usize),
+    /// Loads into the rank's register; jumps if it is this.
+    JumpIfEqual(Word, u8, usize),
     JumpIfZero(Word, usize),
     Jump(usize),
     /// Sleeps until woken, unless the word differs from the register: a futex. Never wakes by itself.
@@ -308,13 +308,13 @@ fn step(model: &Model, memory: Memory, state: &State, rank: usize) -> Result<Opt
             after.memory[word.0 as usize] = state.memory[word.0 as usize].wrapping_add_signed(delta);
         }
         Instruction::Await(word, value) => {
-            if load(word) < value {
+            if load(word) != value {
                 return Ok(None);
             }
         }
-        Instruction::JumpIfReached(word, value, to) => {
+        Instruction::JumpIfEqual(word, value, to) => {
             me.register = load(word);
-            if me.register >= value {
+            if me.register == value {
                 me.at = to as u16;
             }
         }
