@@ -9,7 +9,7 @@ use lightrft_collectives::{CommunicatorExt, Error, Loss, ReduceOp};
 
 #[test]
 fn threads_conform() {
-    for ranks in 1..=4 {
+    for ranks in [1, 2, 3, 4, 5, 8] {
         World::run(ranks, |comm| conformance(&*comm)).unwrap();
     }
 }
