@@ -33,14 +33,19 @@ mod buffer;
 mod communicator;
 mod device;
 mod error;
+mod fused;
 mod group;
 mod host;
 pub mod launch;
 pub mod local;
 mod memory;
 mod mesh;
+mod object;
 mod op;
 mod operation;
+mod pending;
+mod preamble;
+mod queue;
 mod reduce;
 mod rendezvous;
 mod single;
@@ -48,19 +53,24 @@ pub mod store;
 #[cfg(feature = "testing")]
 #[allow(clippy::panic)] // A broken promise fails the caller's test.
 pub mod testing;
+mod within;
 
 pub use buffer::{Buffer, BufferMut, Elements, Host, HostMut};
-pub use communicator::{Communicator, CommunicatorExt, GroupOptions};
+pub use communicator::{Communicator, CommunicatorExt, GroupOptions, Sharing};
 pub use device::{Device, DeviceMut, StreamHandle};
-pub use error::{Error, Loss, Result};
+pub use error::{Differing, Error, Loss, Result};
+pub use fused::Values;
 pub use group::{SubGroups, axis_group, sub_groups};
 pub use host::Transport;
 pub use memory::{GroupBuffer, GroupMemory};
 pub use mesh::DeviceMesh;
 pub use op::{Dtype, Element, ReduceOp};
 pub use operation::{Call, DeviceOperation, HostOperation, Operation, Signature};
+pub use pending::Pending;
+pub use queue::Queue;
 pub use rendezvous::Rendezvous;
 pub use single::Single;
+pub use within::Within;
 
 /// How long a rank waits for a slow one unless told otherwise: 60 minutes, as LightRFT's process groups.
 pub const DEFAULT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60 * 60);
