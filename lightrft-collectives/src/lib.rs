@@ -18,11 +18,12 @@
 //! | the group of all ranks of this job | [`Rendezvous::from_env`]`()?.`[`init`](Rendezvous::init)`()` |
 //! | ranks as threads, for a test | [`local::World::run`] |
 //! | collectives on slices and objects | [`CommunicatorExt`] |
-//! | ranks named by axis, and their groups | [`DeviceMesh`], [`axis_group`], [`sub_groups`] |
+//! | calls that run beside other work | [`Queue`], [`Pending`] |
+//! | ranks named by axis, and their groups | [`DeviceMesh`], [`MeshGroups`], [`sub_groups`] |
 //! | N processes on this machine | [`launch::Launcher`] |
 //! | to write a backend | [`Communicator`], and the suite in `testing` |
 //!
-//! Calls block. They are collective: every member of a group makes the same call, in the same order.
+//! Calls block, but for those on a [`Queue`]. They are collective: every member of a group makes the same call, in the same order.
 //!
 //! Not here: tensors and layouts, see `lightrft-sharding`.
 
@@ -37,6 +38,7 @@ mod fused;
 mod group;
 mod host;
 pub mod launch;
+mod live;
 pub mod local;
 mod memory;
 mod mesh;
@@ -60,7 +62,7 @@ pub use communicator::{Communicator, CommunicatorExt, GroupOptions, Sharing};
 pub use device::{Device, DeviceMut, StreamHandle};
 pub use error::{Differing, Error, Loss, Result};
 pub use fused::Values;
-pub use group::{SubGroups, axis_group, sub_groups};
+pub use group::{MeshGroups, SubGroups, axis_group, sub_groups};
 pub use host::Transport;
 pub use memory::{GroupBuffer, GroupMemory};
 pub use mesh::DeviceMesh;

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::Transport;
+use super::{Group, Transport};
 use super::exchange::Links;
 use super::fate::Alarm;
 use super::watcher::{Shared, Watcher};
 use super::wire::{Cause, Hello, Purpose};
 use crate::error::{Error, Loss, Result};
+use crate::live::LiveGroups;
 use crate::operation::{Call, digest};
 use crate::store::{Store, StoreServer};
 
@@ -31,6 +32,8 @@ pub(super) struct World {
     pub(super) shared: Arc<Shared>,
     pub(super) cards: Vec<Card>,
     pub(super) transport: Transport,
+    /// The groups of this rank that others may share.
+    pub(super) live: LiveGroups<Group>,
     /// Served by rank 0, unless an agent does, until it leaves.
     _server: Option<StoreServer>,
 }
@@ -96,7 +99,8 @@ impl World {
         let shared = Shared::new(rank, world_size, nonce).map_err(io_error("make an event descriptor"))?;
         Watcher::start(shared.clone(), listener, world_size).map_err(io_error("start the watcher"))?;
         // From here on a failure drops this world, which ends the watcher.
-        let mut world = World { shared, cards: Vec::new(), transport: join.transport, _server: join.server };
+        let (cards, live) = (Vec::new(), LiveGroups::default());
+        let mut world = World { shared, cards, transport: join.transport, live, _server: join.server };
 
         let card = Card { address, host: host_identity(), pid: std::process::id() };
         let key = |rank: usize| format!("{prefix}/rank/{rank}");

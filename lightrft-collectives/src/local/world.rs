@@ -60,8 +60,10 @@ impl World {
                 let single = self.ranks == 1;
                 let (lost, unstarted) = (board.clone(), ended.clone());
                 let started = thread::Builder::new().spawn_scoped(scope, move || {
-                    let comm =
-                        if single { Single::world() } else { Local::communicator(board.clone(), rank) };
+                    let comm: Arc<dyn Communicator> = match single {
+                        true => Single::world(),
+                        false => Local::new(board.clone(), rank, Arc::default()),
+                    };
                     let result = catch_unwind(AssertUnwindSafe(|| rank_main(comm))).unwrap_or_else(|panic| {
                         Err(Error::Panicked { rank, message: message(&*panic) }.into())
                     });
