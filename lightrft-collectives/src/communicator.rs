@@ -1,5 +1,6 @@
 //! The seam and its contract: same calls, same order, on every rank
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,11 +8,14 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::buffer::{Host, HostMut};
-use crate::error::{Error, Result};
+use crate::buffer::{BufferMut, Host, HostMut};
+use crate::error::Result;
+use crate::fused::{self, Values};
 use crate::memory::{GroupBuffer, GroupMemory};
+use crate::object;
 use crate::op::{Element, ReduceOp};
 use crate::operation::{Call, Operation};
+use crate::within::Within;
 
 /// What a new group has of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,13 +23,34 @@ use crate::operation::{Call, Operation};
 pub struct GroupOptions {
     /// How long its calls wait for a slow rank; the parent group's timeout if `None`.
     pub timeout: Option<Duration>,
+    /// Whether a group of the same ranks that lives already will do.
+    pub sharing: Sharing,
+}
+
+/// Whether a new group may be one that lives already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Sharing {
+    /// One group for each list of ranks (and timeout) in a world: where every member still holds a healthy one that
+    /// was made so, they get that one. A mesh then costs no more groups than it has distinct ones.
+    #[default]
+    Shared,
+    /// A group that nobody else has, for calls in an order of their own: those of a [`Queue`](crate::Queue), or of another
+    /// thread.
+    Exclusive,
 }
 
 impl GroupOptions {
     /// Sets how long the group's calls wait for a slow rank.
     #[must_use]
     pub fn timeout(self, timeout: Duration) -> Self {
-        GroupOptions { timeout: Some(timeout) }
+        GroupOptions { timeout: Some(timeout), ..self }
+    }
+
+    /// Asks for a group that nobody else has.
+    #[must_use]
+    pub fn exclusive(self) -> Self {
+        GroupOptions { sharing: Sharing::Exclusive, ..self }
     }
 }
 
@@ -83,7 +108,8 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// A new group of some members, `ranks` being their ranks in this group, in the order they will have.
     ///
     /// Collective over *this* group: all members call it with the same list and options, also those not in it,
-    /// which get `None`. A group of one rank does no communication.
+    /// which get `None`. A group of one rank does no communication. What members hold already is shared unless the
+    /// options say otherwise, see [`Sharing`].
     ///
     /// # Errors
     /// [`Error::Members`] or [`Error::Rank`] for a bad list; otherwise as [`run`](Communicator::run).
@@ -114,7 +140,7 @@ pub trait CommunicatorExt: Communicator {
     fn alloc<T: Element>(&self, len: usize) -> Result<GroupBuffer<T>> {
         let bytes = len.checked_mul(size_of::<T>());
         let bytes = bytes.ok_or_else(|| {
-            argument(self, Call::Alloc, format!("{len} elements"), "a length that fits in memory".into())
+            object::argument(self, Call::Alloc, format!("{len} elements"), "a length that fits in memory".into())
         })?;
         Ok(GroupBuffer::new(self.alloc_bytes(bytes)?))
     }
@@ -156,25 +182,13 @@ pub trait CommunicatorExt: Communicator {
         })
     }
 
-    /// Gathers bytes of any length from every rank; the lengths need not be known.
+    /// Gathers bytes of any length from every rank; the lengths need not be known. Up to 992 bytes take one collective,
+    /// more take two.
     ///
     /// # Errors
     /// See [`Communicator`].
     fn all_gather_v(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let mut lengths = vec![0i64; self.world_size()];
-        self.all_gather(&[bytes.len() as i64], &mut lengths)?;
-        let counts: Vec<usize> = lengths.iter().map(|n| *n as usize).collect();
-        let mut all = vec![0u8; counts.iter().sum()];
-        self.all_gather_counts(bytes, &counts, &mut all)?;
-        let mut rest = &all[..];
-        Ok(counts
-            .iter()
-            .map(|n| {
-                let (one, others) = rest.split_at(*n);
-                rest = others;
-                one.to_vec()
-            })
-            .collect())
+        Ok(object::all_gather_bytes(self, Ok(bytes))?.iter().map(<[u8]>::to_vec).collect())
     }
 
     /// Gives each rank its part of the reduction of all ranks' `input` (`world_size * output.len()`).
@@ -297,14 +311,14 @@ pub trait CommunicatorExt: Communicator {
 
     /// Gathers one object from every rank, in rank order.
     ///
-    /// Objects travel as MessagePack with named fields, so NaN, bytes and maps survive.
+    /// Objects travel as MessagePack with named fields, so NaN, bytes and maps survive. Objects of less than 992 bytes take
+    /// one collective, longer ones two.
     ///
     /// # Errors
-    /// [`Error::Encode`] before anything is sent, [`Error::Decode`]; otherwise see [`Communicator`].
+    /// [`Error::Encode`] on *all* ranks, naming the first whose object cannot be written, and [`Error::Decode`] where
+    /// one cannot be read: the group stays usable. Otherwise see [`Communicator`].
     fn all_gather_object<S: Serialize + DeserializeOwned>(&self, object: &S) -> Result<Vec<S>> {
-        let bytes = encode(self, Call::AllGatherV, object)?;
-        let all = self.all_gather_v(&bytes)?;
-        all.iter().enumerate().map(|(rank, bytes)| decode(self, Call::AllGatherV, rank, bytes)).collect()
+        object::all_gather(self, object::encode(self, Call::AllGatherV, object))
     }
 
     /// Gathers one object from every rank at `root`; `None` elsewhere.
@@ -316,126 +330,130 @@ pub trait CommunicatorExt: Communicator {
         object: &S,
         root: usize,
     ) -> Result<Option<Vec<S>>> {
-        let call = Call::Gather;
-        check_root(self, call, root)?;
-        let bytes = encode(self, call, object)?;
-        let world = self.world_size();
-        let mut lengths = vec![0i64; world];
-        self.all_gather(&[bytes.len() as i64], &mut lengths)?;
-        // Only the lengths differ: everyone pads to the longest.
-        let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
-        let mut padded = bytes;
-        padded.resize(longest, 0);
-        let mut all = vec![0u8; if self.rank() == root { world * longest } else { 0 }];
-        self.gather(&padded, &mut all, root)?;
-        if self.rank() != root {
-            return Ok(None);
-        }
-        let objects = (0..world).map(|rank| {
-            let from = rank * longest;
-            decode(self, call, rank, &all[from..from + lengths[rank] as usize])
-        });
-        objects.collect::<Result<Vec<S>>>().map(Some)
+        object::gather(self, object::encode(self, Call::Gather, object), root)
     }
 
     /// Gives every rank the root's object: `Some` on the root, ignored elsewhere.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the root gives `None`; otherwise as
+    /// [`Error::Argument`] on *all* ranks if the root gives `None`; otherwise as
     /// [`all_gather_object`](CommunicatorExt::all_gather_object).
     fn broadcast_object<S: Serialize + DeserializeOwned>(
         &self,
         object: Option<&S>,
         root: usize,
     ) -> Result<S> {
-        let call = Call::Broadcast;
-        check_root(self, call, root)?;
-        let mut bytes = match (self.rank() == root, object) {
-            (false, _) => Vec::new(),
-            (true, Some(object)) => encode(self, call, object)?,
-            (true, None) => {
-                return Err(argument(self, call, "no object".into(), "an object on the root".into()));
-            }
-        };
-        let mut length = [bytes.len() as i64];
-        self.broadcast(&mut length, root)?;
-        bytes.resize(length[0] as usize, 0);
-        self.broadcast(&mut bytes, root)?;
-        decode(self, call, root, &bytes)
+        // What another rank has is not sent: whether it can be encoded does not matter.
+        let object = object.filter(|_| self.rank() == root);
+        object::broadcast(self, object.map(|object| object::encode(self, Call::Broadcast, object)), root)
     }
 
     /// Gives each rank its object of the root's list: `Some` of `world_size` objects on the root, ignored elsewhere.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the root's list is missing or has another length; otherwise as
+    /// [`Error::Argument`] on *all* ranks if the root's list is missing or has another length; otherwise as
     /// [`all_gather_object`](CommunicatorExt::all_gather_object).
     fn scatter_object<S: Serialize + DeserializeOwned>(
         &self,
         objects: Option<&[S]>,
         root: usize,
     ) -> Result<S> {
-        let call = Call::Scatter;
-        check_root(self, call, root)?;
-        let world = self.world_size();
-        let mut lengths = vec![0i64; world];
-        let mut padded = Vec::new();
-        if self.rank() == root {
-            let expected = || format!("{world} objects on the root");
-            let objects = objects.ok_or_else(|| argument(self, call, "no objects".into(), expected()))?;
-            if objects.len() != world {
-                return Err(argument(self, call, format!("{} objects", objects.len()), expected()));
-            }
-            let encoded: Vec<Vec<u8>> =
-                objects.iter().map(|o| encode(self, call, o)).collect::<Result<_>>()?;
-            let longest = encoded.iter().map(Vec::len).max().unwrap_or(0);
-            for (rank, bytes) in encoded.iter().enumerate() {
-                lengths[rank] = bytes.len() as i64;
-                padded.extend_from_slice(bytes);
-                padded.resize((rank + 1) * longest, 0);
-            }
-        }
-        self.broadcast(&mut lengths, root)?;
-        let longest = lengths.iter().copied().max().unwrap_or(0) as usize;
-        let mut mine = vec![0u8; longest];
-        self.scatter(&padded, &mut mine, root)?;
-        decode(self, call, root, &mine[..lengths[self.rank()] as usize])
+        object::scatter(self, objects, root)
+    }
+
+    /// Reduces several tensors in place, each as [`all_reduce`](CommunicatorExt::all_reduce) would, to the bit, but
+    /// not with a call for each: together up to 992 bytes take one collective; otherwise small tensors of one
+    /// type are packed together, and large ones are reduced where they lie.
+    ///
+    /// Tensors on a device are reduced one by one, before the others.
+    ///
+    /// ```
+    /// # use lightrft_collectives::{CommunicatorExt, ReduceOp, local::World};
+    /// # World::run(2, |comm| {
+    /// let (mut loss, mut counts) = ([0.5f32, 0.25], vec![1i64; 3]);
+    /// comm.all_reduce_many([(&mut loss[..]).into(), (&mut counts[..]).into()], ReduceOp::Sum)?;
+    /// assert_eq!((loss, counts), ([1.0, 0.5], vec![2, 2, 2]));
+    /// # Ok(()) })?;
+    /// # Ok::<_, lightrft_collectives::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Entries`] on all ranks if their lists of tensors differ: nothing was reduced then, and the group
+    /// stays usable. Otherwise see [`Communicator`].
+    fn all_reduce_many<'a>(
+        &self,
+        tensors: impl IntoIterator<Item = BufferMut<'a>>,
+        op: ReduceOp,
+    ) -> Result<()> {
+        fused::all_reduce_many(self, tensors, op)
+    }
+
+    /// Replaces several tensors by the root's, with as few calls as [`all_reduce_many`](CommunicatorExt::all_reduce_many).
+    ///
+    /// # Errors
+    /// As there.
+    fn broadcast_many<'a>(&self, tensors: impl IntoIterator<Item = BufferMut<'a>>, root: usize) -> Result<()> {
+        fused::broadcast_many(self, tensors, root)
+    }
+
+    /// Reduces all values of a map, a training step's status for instance: numbers, or vectors of them.
+    ///
+    /// Up to 992 bytes of values, which are 124 numbers of 8 bytes, take one collective.
+    ///
+    /// ```
+    /// # use std::collections::BTreeMap;
+    /// # use lightrft_collectives::{CommunicatorExt, ReduceOp, local::World};
+    /// # World::run(2, |comm| {
+    /// let mut status = BTreeMap::from([("kl".to_string(), 0.5 * comm.rank() as f64), ("loss".to_string(), 3.0)]);
+    /// comm.all_reduce_map(&mut status, ReduceOp::Mean)?;
+    /// assert_eq!((status["kl"], status["loss"]), (0.25, 3.0));
+    /// # Ok(()) })?;
+    /// # Ok::<_, lightrft_collectives::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Entries`] on all ranks if their keys, or the values' types or lengths, differ: it names them and the ranks,
+    /// nothing was reduced, and the group stays usable. Otherwise see [`Communicator`].
+    fn all_reduce_map<V: Values>(&self, map: &mut BTreeMap<String, V>, op: ReduceOp) -> Result<()> {
+        self.all_reduce_map_by(map, |_| op)
+    }
+
+    /// As [`all_reduce_map`](CommunicatorExt::all_reduce_map), each value by the operation that `op` gives for its key.
+    ///
+    /// # Errors
+    /// As there; also if the operations differ.
+    fn all_reduce_map_by<V: Values>(
+        &self,
+        map: &mut BTreeMap<String, V>,
+        op: impl Fn(&str) -> ReduceOp,
+    ) -> Result<()> {
+        self.all_reduce_named(map.iter_mut().map(|(name, value)| (name.as_str(), op(name), value.buffer_mut())))
+    }
+
+    /// As [`all_reduce_many`](CommunicatorExt::all_reduce_many) of named tensors of any types, each with its own operation.
+    ///
+    /// # Errors
+    /// As there; also if names or operations differ.
+    fn all_reduce_named<'a>(
+        &self,
+        tensors: impl IntoIterator<Item = (&'a str, ReduceOp, BufferMut<'a>)>,
+    ) -> Result<()> {
+        fused::all_reduce_named(self, tensors)
+    }
+
+    /// This group with `timeout` as the deadline of each call.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use lightrft_collectives::{CommunicatorExt, local::World};
+    /// # World::run(2, |comm| {
+    /// comm.within(Duration::from_secs(5)).barrier()?;
+    /// # Ok(()) })?;
+    /// # Ok::<_, lightrft_collectives::Error>(())
+    /// ```
+    fn within(&self, timeout: Duration) -> Within<&Self> {
+        Within::new(self, timeout)
     }
 }
 
 impl<C: Communicator + ?Sized> CommunicatorExt for C {}
-
-/// A bad root is refused before the lengths are exchanged.
-fn check_root<C: Communicator + ?Sized>(comm: &C, call: Call, root: usize) -> Result<()> {
-    let world = comm.world_size();
-    if root < world {
-        return Ok(());
-    }
-    Err(Error::Rank { call, group: comm.name().into(), what: "root", rank: root, world })
-}
-
-fn argument<C: Communicator + ?Sized>(comm: &C, call: Call, got: String, expected: String) -> Error {
-    Error::Argument { call, group: comm.name().into(), rank: comm.rank(), got, expected }
-}
-
-fn encode<C: Communicator + ?Sized, S: Serialize>(comm: &C, call: Call, object: &S) -> Result<Vec<u8>> {
-    rmp_serde::to_vec_named(object).map_err(|source| Error::Encode {
-        call,
-        group: comm.name().into(),
-        rank: comm.ranks()[comm.rank()],
-        source: Arc::new(source),
-    })
-}
-
-fn decode<C: Communicator + ?Sized, S: DeserializeOwned>(
-    comm: &C,
-    call: Call,
-    rank: usize,
-    bytes: &[u8],
-) -> Result<S> {
-    rmp_serde::from_slice(bytes).map_err(|source| Error::Decode {
-        call,
-        group: comm.name().into(),
-        rank: comm.ranks()[rank],
-        source: Arc::new(source),
-    })
-}

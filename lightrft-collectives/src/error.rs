@@ -35,6 +35,29 @@ impl std::fmt::Display for Loss {
     }
 }
 
+/// An entry of a list or map that not all ranks gave alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Differing {
+    /// Its key, or its place.
+    pub key: String,
+    /// What it was there: operation, type and length.
+    pub form: String,
+    /// The ranks of the world that gave it in this form.
+    pub ranks: Vec<usize>,
+}
+
+/// The first few of `differing`, for a message.
+fn list(differing: &[Differing]) -> String {
+    const SHOWN: usize = 8;
+    let shown = differing.iter().take(SHOWN);
+    let mut text: Vec<String> =
+        shown.map(|d| format!("`{}` ({}) on ranks {:?}", d.key, d.form, d.ranks)).collect();
+    if differing.len() > SHOWN {
+        text.push(format!("and {} more", differing.len() - SHOWN));
+    }
+    text.join(", ")
+}
+
 /// What can go wrong between ranks.
 ///
 /// Errors of the first kind are the caller's mistakes: nothing was sent and the group stays usable. After
@@ -87,6 +110,14 @@ pub enum Error {
     #[error("{call} on `{group}`: rank {rank} gave {got}, expected {expected}")]
     #[allow(missing_docs)]
     Argument { call: Call, group: String, rank: usize, got: String, expected: String },
+
+    /// Ranks gave lists or maps with different entries. All ranks get this before anything is reduced.
+    #[error("{call} on `{group}`: not the same on all ranks: {}", list(differing))]
+    #[allow(missing_docs)]
+    Entries { call: Call, group: String, differing: Vec<Differing> },
+    /// A result was asked for again after it had been taken.
+    #[error("the result of this call was taken before")]
+    Taken,
 
     /// Two ranks made different calls. Ranks are those of the world.
     #[error("on `{group}`, rank {rank} called {mine} but rank {other} called {theirs}")]

@@ -29,9 +29,10 @@ use self::tcp::Tcp;
 use self::wire::{Cause, Note};
 pub(crate) use self::world::Join;
 use self::world::{World, group_id};
-use crate::communicator::{Communicator, CommunicatorExt, GroupOptions};
+use crate::communicator::{Communicator, CommunicatorExt, GroupOptions, Sharing};
 use crate::error::{Error, Loss, Result};
 use crate::group::check_members;
+use crate::live::Made;
 use crate::memory::GroupMemory;
 use crate::op::ReduceOp;
 use crate::operation::{Call, Operation, Signature, digest};
@@ -308,24 +309,38 @@ impl Communicator for Group {
         options: &GroupOptions,
     ) -> Result<Option<Arc<dyn Communicator>>> {
         check_members(self, ranks)?;
-        let signature =
-            Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
+        let digest = digest(ranks.iter().copied().chain([options.sharing as usize]));
+        let signature = Signature { digest, ..Signature::bare(Call::Subgroup) };
         self.with_channels(signature, None, |tcp, shm, watch| match shm {
             Some(shm) => shm.meet(signature, watch),
             None => tcp.meet(signature),
         })?;
         let index = self.groups.fetch_add(1, Ordering::Relaxed);
-        if !ranks.contains(&self.rank) {
-            return Ok(None);
-        }
-        let name = format!("{}/{index}", self.name);
+        let is_member = ranks.contains(&self.rank);
         let ranks: Vec<usize> = ranks.iter().map(|r| self.ranks[*r]).collect();
+        let name = format!("{}/{index}", self.name);
         if ranks.len() == 1 {
-            return Ok(Some(Single::group(name, ranks[0])));
+            return Ok(is_member.then(|| Single::group(name, ranks[0])));
         }
         let timeout = options.timeout.unwrap_or(self.timeout);
-        let group = Group::new(self.world.clone(), name, ranks, timeout, self.timeout)?;
-        Ok(Some(Arc::new(group)))
+        let made = Made { ranks, timeout };
+        if options.sharing == Sharing::Shared {
+            let held = self.world.live.find(&made, |group| self.world.shared.fate.cause(group.id).is_none());
+            let mut all_hold = [u8::from(held.is_some() || !is_member)];
+            self.all_reduce(&mut all_hold, ReduceOp::Min)?;
+            if all_hold == [1] {
+                return Ok(held.map(|group| group as Arc<dyn Communicator>));
+            }
+        }
+        if !is_member {
+            return Ok(None);
+        }
+        let group = Group::new(self.world.clone(), name, made.ranks.clone(), timeout, self.timeout)?;
+        let group = Arc::new(group);
+        if options.sharing == Sharing::Shared {
+            self.world.live.insert(made, &group);
+        }
+        Ok(Some(group))
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::Transport;
+use super::{Group, Transport};
 use super::exchange::Links;
 use super::fate::Alarm;
 use super::hello::{Gate, Purpose};
@@ -15,6 +15,7 @@ use super::watcher::{Shared, Watcher};
 use super::wire::Cause;
 use crate::auth::{Token, random};
 use crate::error::{Error, Loss, Result};
+use crate::live::LiveGroups;
 use crate::operation::{Call, digest};
 use crate::store::{Store, StoreServer};
 
@@ -37,6 +38,8 @@ pub(super) struct World {
     pub(super) cards: Vec<Card>,
     pub(super) transport: Transport,
     gate: Gate,
+    /// The groups of this rank that others may share.
+    pub(super) live: LiveGroups<Group>,
     /// Served by rank 0, unless an agent does, until it leaves.
     _server: Option<StoreServer>,
 }
@@ -107,8 +110,9 @@ impl World {
         Watcher::start(shared.clone(), listener, world_size, gate.clone())
             .map_err(io_error("start the watcher"))?;
         // From here on a failure drops this world, which ends the watcher.
+        let (cards, live) = (Vec::new(), LiveGroups::default());
         let mut world =
-            World { shared, cards: Vec::new(), transport: join.transport, gate, _server: join.server };
+            World { shared, cards, transport: join.transport, gate, live, _server: join.server };
 
         let card = Card { address, host: host_identity(), pid: std::process::id() };
         let key = |rank: usize| format!("{prefix}/rank/{rank}");

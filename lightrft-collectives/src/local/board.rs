@@ -1,7 +1,7 @@
 //! The board of a group of threads: contributions pinned up, taken when all have come
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::buffer::AlignedBytes;
@@ -19,9 +19,15 @@ pub(super) struct Posted {
 #[derive(Debug, Default)]
 pub(super) struct Fates {
     lost: Mutex<Vec<(usize, Loss)>>,
+    boards: Mutex<Vec<Weak<Board>>>,
 }
 
 impl Fates {
+    /// All boards of the world.
+    fn boards(&self) -> MutexGuard<'_, Vec<Weak<Board>>> {
+        self.boards.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The first rank that failed, whoever waits for it, since those after it may have failed because of it;
     /// else the first of the `missing` ranks that has left.
     fn first_loss_that_matters(&self, missing: &[usize]) -> Option<(usize, Loss)> {
@@ -43,7 +49,8 @@ struct State {
     mail: HashMap<(usize, usize), VecDeque<Posted>>,
     /// The first failure; every later call returns it.
     failure: Option<Error>,
-    children: HashMap<String, Arc<Board>>,
+    /// Boards of groups below for which not all members have come yet, and how many have.
+    new: HashMap<String, (Arc<Board>, usize)>,
 }
 
 #[derive(Debug)]
@@ -59,7 +66,13 @@ pub(super) struct Board {
 impl Board {
     pub(super) fn new(name: String, ranks: Vec<usize>, timeout: Duration, fates: Arc<Fates>) -> Arc<Self> {
         let state = State { arrived: ranks.iter().map(|_| None).collect(), ..State::default() };
-        Arc::new(Board { name, ranks, timeout, fates, state: Mutex::new(state), changed: Condvar::new() })
+        let (state, changed) = (Mutex::new(state), Condvar::new());
+        let board = Arc::new(Board { name, ranks, timeout, fates, state, changed });
+        let mut boards = board.fates.boards();
+        boards.retain(|board| board.strong_count() > 0);
+        boards.push(Arc::downgrade(&board));
+        drop(boards);
+        board
     }
 
     pub(super) fn name(&self) -> &str {
@@ -70,25 +83,34 @@ impl Board {
         &self.ranks
     }
 
-    /// The board of a new group; the first member to come makes it.
-    pub(super) fn child(&self, name: String, ranks: Vec<usize>, timeout: Option<Duration>) -> Arc<Board> {
-        let mut state = self.lock();
-        let timeout = timeout.unwrap_or(self.timeout);
-        let new = || Board::new(name.clone(), ranks, timeout, self.fates.clone());
-        state.children.entry(name.clone()).or_insert_with(new).clone()
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
     }
 
-    /// Marks a rank of the world as gone and wakes all that may wait for it, here and in all groups below.
+    pub(super) fn is_dead(&self) -> bool {
+        self.lock().failure.is_some()
+    }
+
+    /// The board of a new group; the first member to come makes it.
+    pub(super) fn child(&self, name: String, ranks: Vec<usize>, timeout: Duration) -> Arc<Board> {
+        let mut state = self.lock();
+        let members = ranks.len();
+        let make = || (Board::new(name.clone(), ranks, timeout, self.fates.clone()), 0);
+        let (board, came) = state.new.remove(&name).unwrap_or_else(make);
+        if came + 1 < members {
+            state.new.insert(name, (board.clone(), came + 1));
+        }
+        board
+    }
+
+    /// Marks a rank of the world as gone and wakes all that may wait for it, in any group.
     pub(super) fn lose(&self, world_rank: usize, how: Loss) {
         self.fates.lost.lock().unwrap_or_else(PoisonError::into_inner).push((world_rank, how));
-        self.wake();
-    }
-
-    fn wake(&self) {
-        let children: Vec<Arc<Board>> = self.lock().children.values().cloned().collect();
-        self.changed.notify_all();
-        for child in children {
-            child.wake();
+        let boards: Vec<Arc<Board>> = self.fates.boards().iter().filter_map(Weak::upgrade).collect();
+        for board in boards {
+            // Whoever is about to wait holds the lock: it has seen the loss, or hears this.
+            drop(board.lock());
+            board.changed.notify_all();
         }
     }
 

@@ -13,9 +13,10 @@ use std::time::Duration;
 use self::board::{Board, Posted};
 pub use self::world::World;
 use crate::buffer::{AlignedBytes, element_bytes};
-use crate::communicator::{Communicator, GroupOptions};
+use crate::communicator::{Communicator, GroupOptions, Sharing};
 use crate::error::Result;
 use crate::group::check_members;
+use crate::live::{LiveGroups, Made};
 use crate::operation::{Call, Exchange, HostOperation, Operation, Signature, digest};
 use crate::reduce::fold_bytes;
 use crate::single::Single;
@@ -26,6 +27,8 @@ struct Local {
     board: Arc<Board>,
     rank: usize,
     groups: AtomicUsize,
+    /// The groups of this rank that others may share: one table in a world.
+    live: Arc<LiveGroups<Local>>,
 }
 
 /// Bytes `index` of `of` equal parts.
@@ -35,8 +38,8 @@ fn part(bytes: &[u8], index: usize, of: usize) -> &[u8] {
 }
 
 impl Local {
-    fn communicator(board: Arc<Board>, rank: usize) -> Arc<dyn Communicator> {
-        Arc::new(Local { board, rank, groups: AtomicUsize::new(0) })
+    fn new(board: Arc<Board>, rank: usize, live: Arc<LiveGroups<Local>>) -> Arc<Self> {
+        Arc::new(Local { board, rank, groups: AtomicUsize::new(0), live })
     }
 
     /// What this rank brings to the board.
@@ -189,16 +192,31 @@ impl Communicator for Local {
         options: &GroupOptions,
     ) -> Result<Option<Arc<dyn Communicator>>> {
         check_members(self, ranks)?;
-        let signature =
-            Signature { digest: digest(ranks.iter().copied()), ..Signature::bare(Call::Subgroup) };
-        self.board.exchange(self.rank, Posted { signature, bytes: AlignedBytes::default() }, None)?;
+        let is_member = ranks.contains(&self.rank);
+        let world_ranks: Vec<usize> = ranks.iter().map(|r| self.ranks()[*r]).collect();
+        let timeout = options.timeout.unwrap_or(self.board.timeout());
+        let made = Made { ranks: world_ranks, timeout };
+        let shared = options.sharing == Sharing::Shared;
+        let held = if shared { self.live.find(&made, |group| !group.board.is_dead()) } else { None };
+
+        let digest = digest(ranks.iter().copied().chain([options.sharing as usize]));
+        let signature = Signature { digest, ..Signature::bare(Call::Subgroup) };
+        let bytes = AlignedBytes::copy_of(&[u8::from(shared && (held.is_some() || !is_member))]);
+        let posted = self.board.exchange(self.rank, Posted { signature, bytes }, None)?;
         let index = self.groups.fetch_add(1, Ordering::Relaxed);
         let Some(rank) = ranks.iter().position(|r| *r == self.rank) else { return Ok(None) };
         let name = format!("{}/{index}", self.name());
-        let world_ranks: Vec<usize> = ranks.iter().map(|r| self.ranks()[*r]).collect();
-        if world_ranks.len() == 1 {
-            return Ok(Some(Single::group(name, world_ranks[0])));
+        if ranks.len() == 1 {
+            return Ok(Some(Single::group(name, made.ranks[0])));
         }
-        Ok(Some(Local::communicator(self.board.child(name, world_ranks, options.timeout), rank)))
+        if posted.iter().all(|posted| posted.bytes.as_slice() == [1]) {
+            return Ok(held.map(|group| group as Arc<dyn Communicator>));
+        }
+        let board = self.board.child(name, made.ranks.clone(), timeout);
+        let group = Local::new(board, rank, self.live.clone());
+        if shared {
+            self.live.insert(made, &group);
+        }
+        Ok(Some(group))
     }
 }

@@ -1,6 +1,5 @@
 //! Runs a function once per rank, each on its own thread
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -11,6 +10,7 @@ use super::Local;
 use super::board::{Board, Fates};
 use crate::communicator::Communicator;
 use crate::error::{Error, Loss, Result};
+use crate::queue::message;
 use crate::single::Single;
 
 /// A world whose ranks are threads of this process.
@@ -60,8 +60,10 @@ impl World {
                 let single = self.ranks == 1;
                 let (lost, unstarted) = (board.clone(), ended.clone());
                 let started = thread::Builder::new().spawn_scoped(scope, move || {
-                    let comm =
-                        if single { Single::world() } else { Local::communicator(board.clone(), rank) };
+                    let comm: Arc<dyn Communicator> = match single {
+                        true => Single::world(),
+                        false => Local::new(board.clone(), rank, Arc::default()),
+                    };
                     let result = catch_unwind(AssertUnwindSafe(|| rank_main(comm))).unwrap_or_else(|panic| {
                         Err(Error::Panicked { rank, message: message(&*panic) }.into())
                     });
@@ -87,10 +89,4 @@ impl World {
         // Every rank sends exactly one result before its thread ends, so none is missing here.
         Ok(values.into_iter().flatten().collect())
     }
-}
-
-/// The text of a panic, if it has one.
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }
