@@ -140,7 +140,12 @@ pub trait CommunicatorExt: Communicator {
     fn alloc<T: Element>(&self, len: usize) -> Result<GroupBuffer<T>> {
         let bytes = len.checked_mul(size_of::<T>());
         let bytes = bytes.ok_or_else(|| {
-            object::argument(self, Call::Alloc, format!("{len} elements"), "a length that fits in memory".into())
+            object::argument(
+                self,
+                Call::Alloc,
+                format!("{len} elements"),
+                "a length that fits in memory".into(),
+            )
         })?;
         Ok(GroupBuffer::new(self.alloc_bytes(bytes)?))
     }
@@ -392,7 +397,11 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// As there.
-    fn broadcast_many<'a>(&self, tensors: impl IntoIterator<Item = BufferMut<'a>>, root: usize) -> Result<()> {
+    fn broadcast_many<'a>(
+        &self,
+        tensors: impl IntoIterator<Item = BufferMut<'a>>,
+        root: usize,
+    ) -> Result<()> {
         fused::broadcast_many(self, tensors, root)
     }
 
@@ -427,7 +436,9 @@ pub trait CommunicatorExt: Communicator {
         map: &mut BTreeMap<String, V>,
         op: impl Fn(&str) -> ReduceOp,
     ) -> Result<()> {
-        self.all_reduce_named(map.iter_mut().map(|(name, value)| (name.as_str(), op(name), value.buffer_mut())))
+        self.all_reduce_named(
+            map.iter_mut().map(|(name, value)| (name.as_str(), op(name), value.buffer_mut())),
+        )
     }
 
     /// As [`all_reduce_many`](CommunicatorExt::all_reduce_many) of named tensors of any types, each with its own operation.

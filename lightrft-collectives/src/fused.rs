@@ -154,7 +154,8 @@ fn fuse<C: Communicator + ?Sized>(comm: &C, mut parts: Vec<Part<'_>>, root: Opti
     if bytes > INLINE_BYTES {
         return in_buckets(comm, parts, root);
     }
-    let everyone: Vec<AlignedBytes> = (0..world).map(|rank| AlignedBytes::copy_of(blocks.inline(rank))).collect();
+    let everyone: Vec<AlignedBytes> =
+        (0..world).map(|rank| AlignedBytes::copy_of(blocks.inline(rank))).collect();
     let mut from = 0;
     for part in &mut parts {
         let range = from..from + part.data.bytes().len();
@@ -177,7 +178,12 @@ fn fuse<C: Communicator + ?Sized>(comm: &C, mut parts: Vec<Part<'_>>, root: Opti
 fn layout(parts: &[Part<'_>]) -> u64 {
     digest(parts.iter().flat_map(|part| {
         let name = part.name.bytes().map(usize::from);
-        let numbers = [part.name.len(), part.op.map_or(0, |op| op as usize + 1), part.data.dtype() as usize, part.data.len()];
+        let numbers = [
+            part.name.len(),
+            part.op.map_or(0, |op| op as usize + 1),
+            part.data.dtype() as usize,
+            part.data.len(),
+        ];
         numbers.into_iter().chain(name)
     }))
 }

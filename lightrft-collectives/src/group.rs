@@ -117,7 +117,10 @@ impl MeshGroups {
     /// As [`DeviceMesh::flatten`], also if `name` was used before; otherwise as [`Communicator::subgroup`].
     pub fn flatten(&mut self, axes: &[&str], name: &str) -> Result<&Arc<dyn Communicator>> {
         if self.groups.iter().any(|(other, _)| other == name) {
-            return Err(Error::Mesh { got: format!("axis `{name}` again"), expected: "a name of its own".into() });
+            return Err(Error::Mesh {
+                got: format!("axis `{name}` again"),
+                expected: "a name of its own".into(),
+            });
         }
         let group = self.make(&self.mesh.flatten(axes, name)?, name)?;
         self.groups.push((name.into(), group));

@@ -146,7 +146,8 @@ impl DeviceMesh {
         kept.sort_unstable();
         let here = self.place(rank)?;
         let fixed: Vec<usize> = (0..self.sizes.len()).filter(|axis| !kept.contains(axis)).collect();
-        let same = |place: &usize| fixed.iter().all(|axis| self.along(*axis, *place) == self.along(*axis, here));
+        let same =
+            |place: &usize| fixed.iter().all(|axis| self.along(*axis, *place) == self.along(*axis, here));
         Ok(DeviceMesh {
             names: kept.iter().map(|axis| self.names[*axis].clone()).collect(),
             sizes: kept.iter().map(|axis| self.sizes[*axis]).collect(),

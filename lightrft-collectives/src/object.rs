@@ -31,7 +31,10 @@ impl Pieces {
 }
 
 /// Gathers every rank's bytes everywhere.
-pub(crate) fn all_gather_bytes<C: Communicator + ?Sized>(comm: &C, mine: Result<&[u8], &Error>) -> Result<Pieces> {
+pub(crate) fn all_gather_bytes<C: Communicator + ?Sized>(
+    comm: &C,
+    mine: Result<&[u8], &Error>,
+) -> Result<Pieces> {
     let blocks = Blocks::exchange(comm, Signature::bare(Call::AllGatherV), mine)?;
     let counts: Vec<usize> = (0..blocks.ranks()).map(|rank| blocks.outside(rank)).collect();
     let mut rest = vec![0; total(comm, &counts)?];
@@ -68,7 +71,8 @@ fn gather_bytes<C: Communicator + ?Sized>(
 
 /// The bytes that are still to come; the same list, and so the same error, on every rank.
 fn total<C: Communicator + ?Sized>(comm: &C, counts: &[usize]) -> Result<usize> {
-    let total = counts.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).filter(|n| isize::try_from(*n).is_ok());
+    let total =
+        counts.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).filter(|n| isize::try_from(*n).is_ok());
     total.ok_or_else(|| Error::Protocol {
         rank: comm.ranks()[comm.rank()],
         got: format!("lengths {counts:?}"),
@@ -181,7 +185,12 @@ fn check_root<C: Communicator + ?Sized>(comm: &C, call: Call, root: usize) -> Re
     Err(Error::Rank { call, group: comm.name().into(), what: "root", rank: root, world })
 }
 
-pub(crate) fn argument<C: Communicator + ?Sized>(comm: &C, call: Call, got: String, expected: String) -> Error {
+pub(crate) fn argument<C: Communicator + ?Sized>(
+    comm: &C,
+    call: Call,
+    got: String,
+    expected: String,
+) -> Error {
     Error::Argument { call, group: comm.name().into(), rank: comm.ranks()[comm.rank()], got, expected }
 }
 

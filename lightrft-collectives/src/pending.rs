@@ -102,8 +102,7 @@ impl<T> Pending<T> {
                 drop(progress);
                 return Err(self);
             }
-            progress =
-                self.cell.ended.wait_timeout(progress, rest).unwrap_or_else(PoisonError::into_inner).0;
+            progress = self.cell.ended.wait_timeout(progress, rest).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }

@@ -63,9 +63,7 @@ pub(crate) fn block(signature: Signature, data: Result<&[u8], &Error>) -> Vec<u8
 fn refuse(error: &Error) -> Vec<u8> {
     let cut = |text: &str| text.chars().take(TEXT_BYTES / 4).collect::<String>();
     let refusal = match error {
-        Error::Argument { got, expected, .. } => {
-            Refusal::Argument { got: cut(got), expected: cut(expected) }
-        }
+        Error::Argument { got, expected, .. } => Refusal::Argument { got: cut(got), expected: cut(expected) },
         Error::Encode { source, .. } => Refusal::Encode { what: cut(&source.to_string()) },
         other => Refusal::Encode { what: cut(&other.to_string()) },
     };
@@ -136,7 +134,9 @@ impl Blocks {
         }
         let own = if comm.rank() == root { data.err() } else { None };
         match blocks.length(0) {
-            REFUSED => Err(own.cloned().unwrap_or_else(|| refused(comm, signature.call, root, blocks.inline(0)))),
+            REFUSED => {
+                Err(own.cloned().unwrap_or_else(|| refused(comm, signature.call, root, blocks.inline(0))))
+            }
             _ => Ok(blocks),
         }
     }

@@ -9,7 +9,14 @@ use lightrft_collectives::{CommunicatorExt, Error, Loss, ReduceOp};
 
 #[test]
 fn threads_conform() {
-    for ranks in [1, 2, 3, 4, 5, 8] {
+    for ranks in 1..=4 {
+        World::run(ranks, |comm| conformance(&*comm)).unwrap();
+    }
+}
+
+#[test]
+fn more_threads_conform() {
+    for ranks in [5, 8] {
         World::run(ranks, |comm| conformance(&*comm)).unwrap();
     }
 }

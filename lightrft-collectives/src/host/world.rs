@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Group, Transport};
 use super::exchange::Links;
 use super::fate::Alarm;
 use super::hello::{Gate, Purpose};
 use super::watcher::{Shared, Watcher};
 use super::wire::Cause;
+use super::{Group, Transport};
 use crate::auth::{Token, random};
 use crate::error::{Error, Loss, Result};
 use crate::live::LiveGroups;
@@ -111,8 +111,7 @@ impl World {
             .map_err(io_error("start the watcher"))?;
         // From here on a failure drops this world, which ends the watcher.
         let (cards, live) = (Vec::new(), LiveGroups::default());
-        let mut world =
-            World { shared, cards, transport: join.transport, gate, live, _server: join.server };
+        let mut world = World { shared, cards, transport: join.transport, gate, live, _server: join.server };
 
         let card = Card { address, host: host_identity(), pid: std::process::id() };
         let key = |rank: usize| format!("{prefix}/rank/{rank}");
