@@ -161,15 +161,13 @@ fn change(call: Call, fault: Fault, size: usize, random: &mut Random) -> Call {
     other
 }
 
-/// What of a verdict must be equal on all ranks: each names its own call in flight, and its own waiting time.
-pub(crate) fn verdict(error: &Error) -> String {
+/// What of a verdict must be equal on all ranks: what the culprit did and what the others did. Each names its own call
+/// in flight, its own waiting time, and any of those who did not differ as the other side of a mismatch.
+pub(crate) fn verdict(error: &Error, culprit: usize) -> String {
     match error {
-        Error::Mismatch { group, rank, mine, other, theirs } => {
-            // Whichever of the two has found it.
-            let mut sides = [(rank, mine), (other, theirs)];
-            sides.sort_by_key(|(rank, _)| **rank);
-            let [(rank, mine), (other, theirs)] = sides;
-            format!("on `{group}`, rank {rank} called {mine}, rank {other} called {theirs}")
+        Error::Mismatch { group, rank, mine, theirs, .. } => {
+            let (odd, others) = if *rank == culprit { (mine, theirs) } else { (theirs, mine) };
+            format!("on `{group}`, rank {culprit} called {odd}, others {others}")
         }
         Error::Timeout { group, missing, .. } => format!("on `{group}`, {missing:?} missing"),
         Error::PeerLost { rank, how, .. } => format!("rank {rank} {how}"),
