@@ -15,9 +15,7 @@ pub(crate) trait Sample: Element {
     fn reduce(op: ReduceOp, parts: &[Self]) -> Self;
 
     /// Equal bits, or both not a number: which NaN a sum gives is the processor's affair.
-    fn same(self, other: Self) -> bool {
-        bytemuck::bytes_of(&self) == bytemuck::bytes_of(&other) || (self != self && other != other)
-    }
+    fn same(self, other: Self) -> bool;
 }
 
 /// Element `i` of what rank `rank` of the world brings to the call with this `seed`.
@@ -79,6 +77,10 @@ macro_rules! floats {
             }
             $narrow(acc)
         }
+
+        fn same(self, other: Self) -> bool {
+            self.to_bits() == other.to_bits() || self.is_nan() && other.is_nan()
+        }
     })* };
 }
 floats! {
@@ -106,6 +108,10 @@ macro_rules! integers {
                 };
             }
             acc
+        }
+
+        fn same(self, other: Self) -> bool {
+            self == other
         }
     })* };
 }

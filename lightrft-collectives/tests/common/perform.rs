@@ -251,7 +251,7 @@ fn typed<T: Sample>(
         Kind::Ring => {
             let (next, before) = ((rank + 1) % world, (rank + world - 1) % world);
             let (input, mut output) = (mine(count), zeros(count));
-            if rank % 2 == 0 {
+            if rank.is_multiple_of(2) {
                 comm.send(&input, next)?;
                 comm.recv(&mut output, before)?;
             } else {
@@ -277,7 +277,7 @@ fn objects(comm: &dyn Communicator, call: &Call, at: &str) -> Result<()> {
     let (rank, line) = (comm.rank(), comm.ranks());
     let object = |member: usize| {
         let numbers = values::<i32>(seed, line[member], ragged(seed, member, count.min(500)));
-        (format!("rank {member}"), numbers, (member % 2 == 0).then_some(0.5f32))
+        (format!("rank {member}"), numbers, member.is_multiple_of(2).then_some(0.5f32))
     };
     let everyone = || (0..line.len()).map(object).collect::<Vec<_>>();
     let is_root = rank == root;
