@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::buffer::{BufferMut, Host, HostMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fused::{self, Values};
 use crate::memory::{GroupBuffer, GroupMemory};
 use crate::object;
@@ -64,7 +64,8 @@ impl GroupOptions {
 /// - Reductions are folded in rank order as [`ReduceOp`] says: the bits do not depend on the backend.
 /// - If ranks make different calls, every rank gets [`Error::Mismatch`] before it is given any result.
 /// - Every wait ends: with the result, when a member is lost ([`Error::PeerLost`]), or at the deadline
-///   ([`Error::Timeout`]). Any of these poisons the group.
+///   ([`Error::Timeout`]). Any of these poisons the group, with the same error on all its members; groups that do not
+///   contain the rank that was lost go on. [`rebuild`](Communicator::rebuild) makes a group of those who are left.
 /// - Dropping a communicator never blocks.
 pub trait Communicator: fmt::Debug + Send + Sync {
     /// The group's name in messages: `world`, `world/1`, ...
@@ -122,6 +123,20 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// As there.
     fn subgroup(&self, ranks: &[usize]) -> Result<Option<Arc<dyn Communicator>>> {
         self.subgroup_with(ranks, &GroupOptions::default())
+    }
+
+    /// The group of those members who are left, in the place of this one, which stays dead.
+    ///
+    /// Collective over the members that live; those that have not called it within `timeout` do not come along, and get
+    /// [`Error::PeerLost`] with their own rank if they call it later. The order of ranks is kept. To be called once on a
+    /// group; the new one can be rebuilt in its turn. If only this rank is left, it gets a group of one.
+    ///
+    /// # Errors
+    /// [`Error::NoRebuild`] if this backend cannot, or has done it before; [`Error::PeerLost`] if the others went on
+    /// without this rank, or, as [`Error::Timeout`], if the new group could not be connected within `timeout`.
+    fn rebuild(&self, timeout: Duration) -> Result<Arc<dyn Communicator>> {
+        let _ = timeout;
+        Err(Error::NoRebuild { group: self.name().into(), why: "this backend does not offer it" })
     }
 }
 

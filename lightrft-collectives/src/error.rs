@@ -23,6 +23,8 @@ pub enum Loss {
     Left,
     /// Its function returned an error or panicked (ranks as threads), or a call failed on its side alone.
     Failed,
+    /// It is on another machine and has given no sign of life for seconds.
+    Silent,
 }
 
 impl std::fmt::Display for Loss {
@@ -31,6 +33,7 @@ impl std::fmt::Display for Loss {
             Loss::Died => "died",
             Loss::Left => "left the group",
             Loss::Failed => "failed",
+            Loss::Silent => "does not answer",
         })
     }
 }
@@ -124,13 +127,18 @@ pub enum Error {
     #[allow(missing_docs)]
     Mismatch { group: String, rank: usize, mine: Box<Signature>, other: usize, theirs: Box<Signature> },
     /// A rank of the world is gone.
-    #[error("{call} on `{group}`: rank {rank} {how}")]
+    #[error("{call} on `{group}`: rank {rank} (pid {pid} on {host}) {how}")]
     #[allow(missing_docs)]
-    PeerLost { call: Call, group: String, rank: usize, how: Loss },
-    /// The deadline passed before these ranks of the world had come.
-    #[error("{call} on `{group}`: waited {waited:?} for ranks {missing:?}")]
+    PeerLost { call: Call, group: String, rank: usize, pid: u32, host: String, how: Loss },
+    /// The deadline passed before these ranks of the world had come. The report says what they did instead, as far as
+    /// that could be found out.
+    #[error("{call} on `{group}`: waited {waited:?} for ranks {missing:?}; {report}")]
     #[allow(missing_docs)]
-    Timeout { call: Call, group: String, waited: Duration, missing: Vec<usize> },
+    Timeout { call: Call, group: String, waited: Duration, missing: Vec<usize>, report: String },
+    /// A group cannot be made anew from its survivors: by this backend, or once more.
+    #[error("`{group}` cannot be rebuilt: {why}")]
+    #[allow(missing_docs)]
+    NoRebuild { group: String, why: &'static str },
     /// The function of a rank (a thread) panicked.
     #[error("rank {rank} panicked: {message}")]
     #[allow(missing_docs)]

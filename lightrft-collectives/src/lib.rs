@@ -35,6 +35,7 @@ mod buffer;
 mod communicator;
 mod device;
 mod error;
+pub mod flight;
 mod fused;
 #[cfg(feature = "testing")]
 #[doc(hidden)]

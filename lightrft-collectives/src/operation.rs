@@ -167,10 +167,11 @@ pub enum Call {
     Recv,
     Subgroup,
     Alloc,
+    Rebuild,
 }
 
 impl Call {
-    const ALL: [Call; 15] = [
+    const ALL: [Call; 16] = [
         Call::AllReduce,
         Call::AllGather,
         Call::AllGatherV,
@@ -186,6 +187,7 @@ impl Call {
         Call::Recv,
         Call::Subgroup,
         Call::Alloc,
+        Call::Rebuild,
     ];
 
     /// The name as it is written in code.
@@ -206,6 +208,7 @@ impl Call {
             Call::Recv => "recv",
             Call::Subgroup => "subgroup",
             Call::Alloc => "alloc",
+            Call::Rebuild => "rebuild",
         }
     }
 }
@@ -634,7 +637,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_signature_survives_its_encoding(
-            call in 0usize..15, dtype in 0usize..8, op in 0usize..6, root: Option<u32>, count: u64, digest: u64,
+            call in 0usize..Call::ALL.len(), dtype in 0usize..8, op in 0usize..6, root: Option<u32>, count: u64, digest: u64,
         ) {
             let signature = Signature {
                 call: Call::ALL[call],

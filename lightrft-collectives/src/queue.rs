@@ -335,6 +335,11 @@ impl Communicator for Queue {
         let _turn = self.turn();
         self.comm.subgroup_with(ranks, options)
     }
+
+    fn rebuild(&self, timeout: Duration) -> Result<Arc<dyn Communicator>> {
+        let _turn = self.turn();
+        self.comm.rebuild(timeout)
+    }
 }
 
 impl fmt::Debug for Queue {

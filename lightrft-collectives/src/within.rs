@@ -54,6 +54,10 @@ macro_rules! forward {
         ) -> Result<Option<Arc<dyn Communicator>>> {
             $inner.subgroup_with(ranks, options)
         }
+
+        fn rebuild(&$this, timeout: Duration) -> Result<Arc<dyn Communicator>> {
+            $inner.rebuild(timeout)
+        }
     };
 }
 

@@ -11,11 +11,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::fate::Alarm;
+use super::vigil::Vigil;
 use super::wire::{HEADER_BYTES, Header};
 use crate::operation::Signature;
-
-/// The longest single wait for the sockets.
-const LONGEST_POLL: Duration = Duration::from_secs(60 * 60);
 
 /// The data connections of a group, by rank in the group.
 #[derive(Debug)]
@@ -99,6 +97,7 @@ impl Links {
         expected: Signature,
         traffic: impl IntoIterator<Item = Traffic<'a>>,
         alarm: &Alarm,
+        vigil: &Vigil<'_>,
         timeout: Duration,
     ) -> Result<(), Fault> {
         let (signature, expected) = (mine.encode(), expected.encode());
@@ -145,7 +144,7 @@ impl Links {
             } else if was_rung {
                 return Err(Fault::Alarm);
             } else {
-                self.wait(&flights, alarm, timeout, last_move)?;
+                self.wait(&flights, alarm, vigil, timeout, last_move)?;
             }
         }
     }
@@ -197,6 +196,7 @@ impl Links {
         &self,
         flights: &[Flight<'_>],
         alarm: &Alarm,
+        vigil: &Vigil<'_>,
         timeout: Duration,
         last_move: Instant,
     ) -> Result<(), Fault> {
@@ -213,8 +213,8 @@ impl Links {
             events.set(PollFlags::IN, flight.to_receive());
             fds.push(PollFd::from_borrowed_fd(self.stream(flight.peer)?.as_fd(), events));
         }
-        // A poll takes no longer time than fits its type; whoever waits longer looks again in between.
-        let rest = rest.min(LONGEST_POLL);
+        vigil.still_waiting(idle, || unfinished().map(|f| f.peer).collect());
+        let rest = rest.min(vigil.longest_nap());
         let rest = Timespec { tv_sec: rest.as_secs() as i64, tv_nsec: rest.subsec_nanos().into() };
         match poll(&mut fds, Some(&rest)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),

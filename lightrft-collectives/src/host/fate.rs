@@ -1,6 +1,6 @@
 //! What has gone wrong in this world, and the alarms that tell whoever waits
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::wire::Cause;
+use super::note::Cause;
+use crate::error::Loss;
 
 /// Rung once, when its group dies; stays readable, so that a poll sees it at any time.
 #[derive(Debug)]
@@ -38,20 +39,27 @@ impl Alarm {
     }
 }
 
+/// A group that this rank is in.
+#[derive(Debug)]
+struct Membership {
+    ranks: Vec<usize>,
+    alarm: Weak<Alarm>,
+}
+
 #[derive(Debug, Default)]
 struct Inner {
-    /// The first loss of a rank. It holds for all groups: a training step cannot go on with some.
-    lost: Option<Cause>,
-    /// The first failure of each group.
-    groups: HashMap<u64, Cause>,
-    /// Ranks of the world that said goodbye.
+    groups: HashMap<u64, Membership>,
+    /// Why a group is dead, by the agreement of its members. Of groups that this rank is in, or is about to make.
+    verdicts: HashMap<u64, Cause>,
+    /// Ranks that died, which kills every group that they are in.
+    lost: BTreeMap<usize, Loss>,
+    /// Ranks that said goodbye, which kills a group only when somebody waits for them.
     left: HashSet<usize>,
     /// Ranks that dropped their end of a group.
     left_group: HashSet<(usize, u64)>,
-    alarms: Vec<(u64, Weak<Alarm>)>,
 }
 
-/// The failures of a world, as this rank knows them.
+/// The failures of a world, as this rank knows them. Ranks are those of the world.
 #[derive(Debug, Default)]
 pub(super) struct Fate {
     inner: Mutex<Inner>,
@@ -63,37 +71,66 @@ impl Fate {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An alarm for a group; rung at once if the group is already dead: others may have been faster in making it.
-    pub(super) fn alarm(&self, group: u64) -> io::Result<Arc<Alarm>> {
+    /// Enters a group and returns its alarm; rung at once if the group is already dead: others may have been faster in
+    /// making it.
+    pub(super) fn enter(&self, group: u64, ranks: &[usize]) -> io::Result<Arc<Alarm>> {
         let alarm = Arc::new(Alarm::new()?);
         let mut inner = self.lock();
-        inner.alarms.retain(|(_, alarm)| alarm.strong_count() > 0);
-        inner.alarms.push((group, Arc::downgrade(&alarm)));
-        if inner.lost.is_some() || inner.groups.contains_key(&group) {
+        let membership = Membership { ranks: ranks.to_vec(), alarm: Arc::downgrade(&alarm) };
+        inner.groups.insert(group, membership);
+        if inner.verdicts.contains_key(&group) {
             alarm.ring();
         }
         Ok(alarm)
     }
 
-    /// Whether a failure of one group, or of the world, would be the first, which all others should hear of.
-    pub(super) fn is_news(&self, group: Option<u64>) -> bool {
-        let inner = self.lock();
-        inner.lost.is_none() && group.is_none_or(|group| !inner.groups.contains_key(&group))
+    /// Forgets a group that this rank has left.
+    pub(super) fn leave(&self, group: u64) {
+        let mut inner = self.lock();
+        inner.groups.remove(&group);
+        inner.verdicts.remove(&group);
+        inner.left_group.retain(|(_, of)| *of != group);
     }
 
-    /// Records a failure of one group, or of the world.
-    pub(super) fn record(&self, group: Option<u64>, cause: Cause) {
+    /// Records that a rank died, if that is new.
+    pub(super) fn record_loss(&self, rank: usize, how: Loss) -> bool {
         let mut inner = self.lock();
-        match group {
-            None => inner.lost = Some(cause),
-            Some(group) => drop(inner.groups.insert(group, cause)),
-        }
-        for (id, alarm) in &inner.alarms {
-            if group.is_none_or(|group| group == *id)
-                && let Some(alarm) = alarm.upgrade()
-            {
-                alarm.ring();
-            }
+        let is_new = !inner.lost.contains_key(&rank);
+        inner.lost.entry(rank).or_insert(how);
+        drop(inner);
+        self.changed.notify_all();
+        is_new
+    }
+
+    /// The groups that this rank shares with `rank` and that are not known to be dead, with their members.
+    pub(super) fn groups_with(&self, rank: usize) -> Vec<(u64, Vec<usize>)> {
+        let inner = self.lock();
+        let shared = inner.groups.iter().filter(|(_, of)| of.ranks.contains(&rank));
+        let live = shared.filter(|(group, _)| !inner.verdicts.contains_key(group));
+        live.map(|(group, of)| (*group, of.ranks.clone())).collect()
+    }
+
+    /// The first of these ranks that died, and how.
+    pub(super) fn loss_among(&self, ranks: &[usize]) -> Option<(usize, Loss)> {
+        let inner = self.lock();
+        inner.lost.iter().find(|(rank, _)| ranks.contains(rank)).map(|(rank, how)| (*rank, *how))
+    }
+
+    pub(super) fn is_lost(&self, rank: usize) -> bool {
+        self.lock().lost.contains_key(&rank)
+    }
+
+    /// The members of a group that this rank is in.
+    pub(super) fn members(&self, group: u64) -> Option<Vec<usize>> {
+        self.lock().groups.get(&group).map(|of| of.ranks.clone())
+    }
+
+    /// Records why a group is dead, and rings its alarm.
+    pub(super) fn record_verdict(&self, group: u64, cause: Cause) {
+        let mut inner = self.lock();
+        inner.verdicts.entry(group).or_insert(cause);
+        if let Some(alarm) = inner.groups.get(&group).and_then(|of| of.alarm.upgrade()) {
+            alarm.ring();
         }
         self.changed.notify_all();
     }
@@ -107,10 +144,9 @@ impl Fate {
         self.changed.notify_all();
     }
 
-    /// Why `group` is dead, if it is. A group's own failure comes first: it was there before the world's.
+    /// Why `group` is dead, if it is.
     pub(super) fn cause(&self, group: u64) -> Option<Cause> {
-        let inner = self.lock();
-        inner.groups.get(&group).or(inner.lost.as_ref()).cloned()
+        self.lock().verdicts.get(&group).cloned()
     }
 
     /// Whether `rank` has left the world or this group.
@@ -119,21 +155,44 @@ impl Fate {
         inner.left.contains(&rank) || inner.left_group.contains(&(rank, group))
     }
 
-    /// As [`cause`](Fate::cause), waiting for one up to `timeout` unless `rank` is known to have left.
+    /// As [`cause`](Fate::cause), waiting for one up to `timeout`, unless `rank` is known to have left.
     pub(super) fn await_cause(&self, group: u64, rank: usize, timeout: Duration) -> Option<Cause> {
+        let gone = |inner: &Inner| inner.left.contains(&rank) || inner.left_group.contains(&(rank, group));
+        self.await_verdict(group, timeout, gone)
+    }
+
+    /// Waits up to `timeout` for the verdict on a group that has failed.
+    pub(super) fn await_agreement(&self, group: u64, timeout: Duration) -> Option<Cause> {
+        self.await_verdict(group, timeout, |_| false)
+    }
+
+    fn await_verdict(
+        &self,
+        group: u64,
+        timeout: Duration,
+        in_vain: impl Fn(&Inner) -> bool,
+    ) -> Option<Cause> {
         let begin = Instant::now();
+        let mut inner = self.lock();
         loop {
-            if let Some(cause) = self.cause(group) {
-                return Some(cause);
-            }
-            let inner = self.lock();
             let rest = timeout.saturating_sub(begin.elapsed());
-            if rest.is_zero() || inner.left.contains(&rank) || inner.left_group.contains(&(rank, group)) {
-                return inner.groups.get(&group).or(inner.lost.as_ref()).cloned();
+            let verdict = inner.verdicts.get(&group).cloned();
+            if verdict.is_some() || rest.is_zero() || in_vain(&inner) {
+                return verdict;
             }
-            // A change between the two locks is seen on the next round, at most this much later.
-            drop(self.changed.wait_timeout(inner, rest.min(Duration::from_millis(20))));
+            inner = self.changed.wait_timeout(inner, rest).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Waits up to `timeout` until something has changed.
+    pub(super) fn await_change(&self, timeout: Duration) {
+        drop(self.changed.wait_timeout(self.lock(), timeout));
+    }
+
+    /// Wakes whoever [waits for a change](Fate::await_change).
+    pub(super) fn announce_change(&self) {
+        drop(self.lock());
+        self.changed.notify_all();
     }
 }
 
@@ -144,8 +203,22 @@ mod tests {
     #[test]
     fn who_comes_late_to_a_dead_group_hears_its_alarm() {
         let fate = Fate::default();
-        fate.record(Some(7), Cause::Timeout { waited: Duration::ZERO, missing: vec![1] });
-        assert!(fate.alarm(7).unwrap().is_rung());
-        assert!(!fate.alarm(8).unwrap().is_rung());
+        fate.record_verdict(7, Cause::Lost { rank: 1, how: Loss::Failed });
+        assert!(fate.enter(7, &[0, 1]).unwrap().is_rung());
+        assert!(!fate.enter(8, &[0, 1]).unwrap().is_rung());
+    }
+
+    #[test]
+    fn a_loss_concerns_the_groups_that_the_rank_is_in() {
+        let fate = Fate::default();
+        let alarms = [(7, vec![0, 1]), (8, vec![0, 2]), (9, vec![0, 1, 2])]
+            .map(|(group, ranks)| fate.enter(group, &ranks).unwrap());
+        assert!(fate.record_loss(1, Loss::Died) && !fate.record_loss(1, Loss::Silent));
+        let mut groups: Vec<u64> = fate.groups_with(1).into_iter().map(|(group, _)| group).collect();
+        groups.sort_unstable();
+        assert_eq!(groups, [7, 9]);
+        assert_eq!(fate.loss_among(&[0, 1]), Some((1, Loss::Died)));
+        assert_eq!(fate.loss_among(&[0, 2]), None);
+        assert!(alarms.iter().all(|alarm| !alarm.is_rung()));
     }
 }

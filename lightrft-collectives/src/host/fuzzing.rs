@@ -1,7 +1,8 @@
 //! The readers of bytes between ranks, for fuzz targets
 
 use super::hello::{HELLO_BYTES, Hello};
-use super::wire::{HEADER_BYTES, Header, Note};
+use super::note::Note;
+use super::wire::{HEADER_BYTES, Header};
 use crate::operation::Signature;
 
 /// The first bytes of a connection: what is taken for a hello is one.

@@ -3,34 +3,43 @@
 //! A group holds a connection to each of its members. A call is a few steps of [`exchange`], or, where all
 //! members share a machine, of [`shm`]. The [`watcher`] thread tells both when a rank has died.
 
+mod agreement;
+mod control;
 mod exchange;
 mod fate;
 #[cfg(feature = "testing")]
 pub(crate) mod fuzzing;
 mod hello;
+mod note;
+mod pulse;
+mod rebuild;
 mod segment;
 mod shm;
 mod tcp;
+mod verdict;
+mod vigil;
 mod watcher;
 mod wire;
 mod world;
 
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use self::exchange::{Fault, Links};
 use self::fate::Alarm;
+use self::note::{Cause, Note};
 use self::segment::{Mapping, Segment};
 pub(crate) use self::shm::HeapMemory;
 use self::shm::{Cores, Shm, Watch};
 use self::tcp::Tcp;
-use self::wire::{Cause, Note};
-pub(crate) use self::world::Join;
-use self::world::{World, group_id};
+use self::vigil::{Subject, Vigil};
+use self::world::{AGREEMENT, World, group_id};
+pub(crate) use self::world::{Join, node_name};
 use crate::communicator::{Communicator, CommunicatorExt, GroupOptions, Sharing};
 use crate::error::{Error, Loss, Result};
+use crate::flight::recorder::{Outcome, Slot};
 use crate::group::check_members;
 use crate::live::Made;
 use crate::memory::GroupMemory;
@@ -53,6 +62,10 @@ struct Group {
     alarm: Arc<Alarm>,
     channels: Mutex<Channels>,
     groups: AtomicUsize,
+    /// The group's line in the flight recorder.
+    slot: Slot,
+    /// Whether another group has been made, or tried to be, in the place of this one.
+    is_rebuilt: AtomicBool,
 }
 
 /// What calls go through. One call at a time.
@@ -102,18 +115,37 @@ impl Group {
         timeout: Duration,
         limit: Duration,
     ) -> Result<Self> {
+        let group = Group::connect(world, name, ranks, timeout, limit)?;
+        group.share()?;
+        Ok(group)
+    }
+
+    /// Connects the members; the group works, over TCP.
+    fn connect(
+        world: Arc<World>,
+        name: String,
+        ranks: Vec<usize>,
+        timeout: Duration,
+        limit: Duration,
+    ) -> Result<Self> {
         let (links, alarm) = world.links(&name, &ranks, limit)?;
         let rank = ranks.iter().position(|r| *r == world.rank()).unwrap_or_default();
         let (id, groups) = (group_id(&name), AtomicUsize::new(0));
         let channels = Mutex::new(Channels { links, shm: None });
-        let group = Group { name, id, rank, ranks, timeout, world, alarm, channels, groups };
+        let (slot, is_rebuilt) =
+            (world.shared.recorder.enter(id, &name, ranks.len()), AtomicBool::new(false));
+        Ok(Group { name, id, rank, ranks, timeout, world, alarm, channels, groups, slot, is_rebuilt })
+    }
+
+    /// Goes over to shared memory where all members are on one machine.
+    fn share(&self) -> Result<()> {
         let one_machine =
-            group.ranks.iter().all(|r| group.world.cards[*r].host == group.world.cards[group.ranks[0]].host);
-        if one_machine && group.world.transport == Transport::Auto {
-            let shm = group.share_memory()?;
-            group.channels().shm = shm;
+            self.ranks.iter().all(|r| self.world.cards[*r].host == self.world.cards[self.ranks[0]].host);
+        if one_machine && self.world.transport == Transport::Auto {
+            let shm = self.share_memory()?;
+            self.channels().shm = shm;
         }
-        Ok(group)
+        Ok(())
     }
 
     fn channels(&self) -> MutexGuard<'_, Channels> {
@@ -197,49 +229,61 @@ impl Group {
     ) -> Result<()> {
         let mut channels = self.channels();
         let Channels { links, shm } = &mut *channels;
-        let (alarm, fate) = (&*self.alarm, &self.world.shared.fate);
+        let (alarm, shared, cards) = (&*self.alarm, &*self.world.shared, &self.world.cards);
         let timeout = timeout.unwrap_or(self.timeout);
         if alarm.is_rung()
-            && let Some(cause) = fate.cause(self.id)
+            && let Some(cause) = shared.fate.cause(self.id)
         {
-            return Err(cause.error(mine.call, &self.name));
+            return Err(cause.error(mine.call, &self.name, &self.ranks, cards));
         }
-        let mut tcp = Tcp { links, alarm, rank: self.rank, world: self.ranks.len(), timeout };
-        let watch = Watch { alarm, fate, group: self.id, ranks: &self.ranks, timeout };
-        work(&mut tcp, shm.as_mut(), &watch).map_err(|fault| self.verdict(fault, mine))
+        let ticket = shared.recorder.begin(self.slot, mine.call, mine.encode());
+        let subject = Subject { group: &self.name, id: self.id, ranks: &self.ranks, call: mine, ticket };
+        let vigil = &Vigil::new(shared, cards, alarm, self.world.patience, subject);
+        let mut tcp = Tcp { links, alarm, vigil, rank: self.rank, world: self.ranks.len(), timeout };
+        let watch = Watch { alarm, fate: &shared.fate, vigil, group: self.id, ranks: &self.ranks, timeout };
+        let done = work(&mut tcp, shm.as_mut(), &watch);
+        let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Failed };
+        let result = done.map_err(|fault| self.verdict(fault, mine, vigil));
+        shared.recorder.end(ticket, outcome);
+        result
     }
 
-    /// What happened, agreed with the other ranks: the first cause that was recorded, here or elsewhere.
-    fn verdict(&self, fault: Fault, mine: Signature) -> Error {
+    /// What happened, as the members agree: one cause for all of them, whoever noticed what.
+    fn verdict(&self, fault: Fault, mine: Signature, vigil: &Vigil<'_>) -> Error {
         let call = mine.call;
-        let fate = &self.world.shared.fate;
+        let (shared, fate) = (&self.world.shared, &self.world.shared.fate);
         let world_rank = |member: usize| self.ranks[member];
-        let (group, cause) = match fault {
+        let cause = match fault {
             Fault::System(source) => {
                 // A call that ended half way has left its bytes in the connections: nothing more may go there.
                 let cause = Cause::Lost { rank: self.world.rank(), how: Loss::Failed };
-                self.world.shared.declare(Some(self.id), cause);
+                shared.declare(self.id, cause);
+                fate.await_agreement(self.id, AGREEMENT);
                 return Error::Io { doing: format!("{call} on {}", self.name), source: Arc::new(source) };
             }
-            Fault::Alarm => (None, None),
+            Fault::Alarm => None,
             Fault::Lost(peer) => {
                 let rank = world_rank(peer);
                 let known = fate.await_cause(self.id, rank, VERDICT);
                 // Its process lives, or the watcher would know better: it has dropped its communicator.
-                (None, known.is_none().then_some(Cause::Lost { rank, how: Loss::Left }))
+                known.is_none().then_some(Cause::Lost { rank, how: Loss::Left })
             }
             Fault::Mismatch(peer, theirs) => {
                 let Some(theirs) = theirs.filter(|theirs| *theirs != mine) else {
                     let cause = Cause::Lost { rank: world_rank(peer), how: Loss::Failed };
-                    self.world.shared.declare(Some(self.id), cause);
+                    shared.declare(self.id, cause);
+                    fate.await_agreement(self.id, AGREEMENT);
                     return Error::Protocol {
                         rank: world_rank(peer),
                         got: "a frame out of turn".into(),
                         expected: format!("the next frame of {mine}"),
                     };
                 };
-                let (rank, other) = (world_rank(self.rank), world_rank(peer));
-                (Some(self.id), Some(Cause::Mismatch { rank, mine, other, theirs }))
+                // The lower rank first, whoever of the two noticed.
+                let (one, other) = ((world_rank(self.rank), mine), (world_rank(peer), theirs));
+                let ((rank, mine), (other, theirs)) =
+                    if one.0 < other.0 { (one, other) } else { (other, one) };
+                Some(Cause::Mismatch { rank, mine, other, theirs })
             }
             Fault::Disagree { one, other } => {
                 let cause = Cause::Mismatch {
@@ -248,23 +292,17 @@ impl Group {
                     other: world_rank(other.0),
                     theirs: other.1,
                 };
-                (Some(self.id), Some(cause))
+                Some(cause)
             }
-            Fault::Deadline(waited, missing) => {
-                let missing = missing.into_iter().map(world_rank).collect();
-                (Some(self.id), Some(Cause::Timeout { waited, missing }))
-            }
+            Fault::Deadline(waited, missing) => Some(vigil.lateness(waited, &missing)),
         };
-        if let Some(cause) = cause {
-            self.world.shared.declare(group, cause);
+        if let Some(cause) = &cause {
+            shared.declare(self.id, cause.clone());
         }
-        match fate.cause(self.id) {
-            Some(cause) => cause.error(call, &self.name),
-            // An alarm is rung only after its cause was recorded.
-            None => {
-                Error::PeerLost { call, group: self.name.clone(), rank: self.world.rank(), how: Loss::Failed }
-            }
-        }
+        let failed = || Cause::Lost { rank: self.world.rank(), how: Loss::Failed };
+        // An alarm is rung only after its cause was recorded, and the watcher sees to it that all agree in time.
+        let agreed = fate.await_agreement(self.id, AGREEMENT).or(cause).unwrap_or_else(failed);
+        agreed.error(call, &self.name, &self.ranks, &self.world.cards)
     }
 }
 
@@ -342,11 +380,22 @@ impl Communicator for Group {
         }
         Ok(Some(group))
     }
+
+    fn rebuild(&self, timeout: Duration) -> Result<Arc<dyn Communicator>> {
+        if self.is_rebuilt.swap(true, Ordering::Relaxed) {
+            let why = "that was done, or tried, before";
+            return Err(Error::NoRebuild { group: self.name.clone(), why });
+        }
+        rebuild::rebuild(self, timeout)
+    }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.world.shared.tell_all(&Note::LeftGroup { group: self.id });
+        let shared = &self.world.shared;
+        shared.tell(self.ranks.iter().copied(), &Note::LeftGroup { group: self.id });
+        shared.fate.leave(self.id);
+        shared.recorder.leave(self.slot);
     }
 }
 
@@ -372,6 +421,7 @@ mod tests {
                         world_size: 2,
                         interface: Ipv4Addr::LOCALHOST.into(),
                         timeout: limit,
+                        patience: limit,
                         transport: Transport::Tcp,
                         server: None,
                         token: None,
@@ -380,7 +430,8 @@ mod tests {
                     let group = Group::new(world, "world".into(), vec![0, 1], limit, limit).unwrap();
                     if rank == 1 {
                         let refused = Fault::System(std::io::ErrorKind::OutOfMemory.into());
-                        let error = group.verdict(refused, Signature::bare(Call::Barrier));
+                        let barrier = Signature::bare(Call::Barrier);
+                        let error = group.with_channels(barrier, None, |_, _, _| Err(refused)).unwrap_err();
                         assert!(matches!(error, Error::Io { .. }), "{error}");
                     }
                     let after = group.barrier();

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::exchange::{Fault, Links, Traffic};
 use super::fate::Alarm;
+use super::vigil::Vigil;
 use crate::buffer::{AlignedBytes, element_bytes};
 use crate::op::{Dtype, ReduceOp};
 use crate::operation::{Call, Exchange, HostOperation, Operation, Signature};
@@ -23,6 +24,7 @@ const ROUND: usize = 4 << 20;
 pub(super) struct Tcp<'a> {
     pub(super) links: &'a mut Links,
     pub(super) alarm: &'a Alarm,
+    pub(super) vigil: &'a Vigil<'a>,
     pub(super) rank: usize,
     pub(super) world: usize,
     pub(super) timeout: Duration,
@@ -167,12 +169,12 @@ impl Tcp<'_> {
             }
             Operation::Send { data, to } => {
                 let traffic = Traffic { peer: to, send: Some(data.bytes()), recv: None };
-                self.links.exchange(signature, signature, [traffic], self.alarm, self.timeout)
+                self.links.exchange(signature, signature, [traffic], self.alarm, self.vigil, self.timeout)
             }
             Operation::Recv { mut data, from } => {
                 let expected = Signature { call: Call::Send, ..signature };
                 let traffic = Traffic { peer: from, send: None, recv: Some(data.bytes_mut()) };
-                self.links.exchange(signature, expected, [traffic], self.alarm, self.timeout)
+                self.links.exchange(signature, expected, [traffic], self.alarm, self.vigil, self.timeout)
             }
         }
     }
@@ -197,7 +199,7 @@ impl Tcp<'_> {
         let rank = self.rank;
         let peers = (0..self.world).filter(|peer| *peer != rank);
         let traffic = peers.map(|peer| Traffic { peer, send: Some(send(peer)), recv: Some(recv(peer)) });
-        self.links.exchange(signature, signature, traffic, self.alarm, self.timeout)
+        self.links.exchange(signature, signature, traffic, self.alarm, self.vigil, self.timeout)
     }
 
     /// Mine to all, theirs to their places; my own place is filled too unless it is empty (already in place).

@@ -5,16 +5,19 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 use super::exchange::Links;
 use super::fate::Alarm;
 use super::hello::{Gate, Purpose};
-use super::watcher::{Shared, Watcher};
-use super::wire::Cause;
+use super::note::{Cause, Lateness};
+use super::watcher::{Place, Shared, Watcher};
 use super::{Group, Transport};
 use crate::auth::{Token, random};
 use crate::error::{Error, Loss, Result};
+use crate::flight;
+use crate::flight::memory::Read;
 use crate::live::LiveGroups;
 use crate::operation::{Call, digest};
 use crate::store::{Store, StoreServer};
@@ -29,6 +32,10 @@ pub(super) struct Card {
     /// Equal for ranks that can share memory; see [`host_identity`].
     pub(super) host: String,
     pub(super) pid: u32,
+    /// The machine's name, for people.
+    pub(super) node: String,
+    /// The descriptor of the rank's flight recorder.
+    pub(super) flight: i32,
 }
 
 /// One rank's place among the processes of a job. Shared by its groups; the last to go says goodbye.
@@ -37,6 +44,8 @@ pub(super) struct World {
     pub(super) shared: Arc<Shared>,
     pub(super) cards: Vec<Card>,
     pub(super) transport: Transport,
+    /// How long a call waits before it says for whom.
+    pub(super) patience: Duration,
     gate: Gate,
     /// The groups of this rank that others may share.
     pub(super) live: LiveGroups<Group>,
@@ -54,6 +63,8 @@ pub(crate) struct Join<'a> {
     /// The interface that leads to the other ranks; nothing else is listened on.
     pub(crate) interface: IpAddr,
     pub(crate) timeout: Duration,
+    /// How long a call waits before it says for whom.
+    pub(crate) patience: Duration,
     pub(crate) transport: Transport,
     pub(crate) server: Option<StoreServer>,
     /// What the ranks prove to each other.
@@ -66,6 +77,31 @@ fn host_identity() -> String {
     let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     let uid = rustix::process::getuid().as_raw();
     format!("{}/{}/{uid}", boot.trim(), namespace.display())
+}
+
+/// The machine's name.
+pub(crate) fn node_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// How long the members of a group may take to agree on why it is dead.
+pub(super) const AGREEMENT: Duration = Duration::from_secs(3);
+
+/// The id of the world's group while it is being joined; no other group has it.
+const JOINING: u64 = 0;
+
+/// How long data may be unacknowledged, or a connection of another machine silent, before it is broken.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
+
+/// Lets the kernel break a connection to another machine that is gone without a word.
+fn expect_answers(stream: &TcpStream) -> io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_tcp_user_timeout(stream, UNACKNOWLEDGED.as_millis() as u32)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(2))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(1))?;
+    sockopt::set_tcp_keepcnt(stream, 3)?;
+    Ok(())
 }
 
 /// An id for a group that all its members derive from its name, which is unique in a world.
@@ -107,13 +143,14 @@ impl World {
 
         let shared = Shared::new(rank, world_size, nonce).map_err(io_error("make an event descriptor"))?;
         let gate = Gate::new(nonce, rank, world_size, join.token);
-        Watcher::start(shared.clone(), listener, world_size, gate.clone())
-            .map_err(io_error("start the watcher"))?;
+        Watcher::start(shared.clone(), listener, gate.clone()).map_err(io_error("start the watcher"))?;
         // From here on a failure drops this world, which ends the watcher.
         let (cards, live) = (Vec::new(), LiveGroups::default());
-        let mut world = World { shared, cards, transport: join.transport, gate, live, _server: join.server };
+        let (transport, patience) = (join.transport, join.patience);
+        let mut world = World { shared, cards, transport, patience, gate, live, _server: join.server };
 
-        let card = Card { address, host: host_identity(), pid: std::process::id() };
+        let (pid, flight) = (std::process::id(), world.shared.recorder.descriptor());
+        let card = Card { address, host: host_identity(), pid, node: node_name(), flight };
         let key = |rank: usize| format!("{prefix}/rank/{rank}");
         let bytes = rmp_serde::to_vec_named(&card).unwrap_or_default();
         store.set(&key(rank), &world.gate.sealed(&bytes))?;
@@ -123,7 +160,7 @@ impl World {
             let card: Card = rmp_serde::from_slice(bytes).map_err(|e| Error::Protocol {
                 rank: peer,
                 got: format!("a card of {} bytes ({e})", bytes.len()),
-                expected: "address, host and pid of a rank".into(),
+                expected: "address, host, pid, node and flight of a rank".into(),
             })?;
             // Whoever could write to the store could else send this machine's ranks to another one.
             if join.interface.is_loopback() && !card.address.ip().is_loopback() {
@@ -134,12 +171,39 @@ impl World {
             world.cards.push(card);
         }
         let everyone: Vec<usize> = (0..world_size).collect();
+        let (places, flights) = everyone.iter().map(|rank| world.locate(*rank)).unzip();
+        world.shared.keep_flights(flights);
+        let mut places: Vec<Option<Place>> = places;
+        let _joining =
+            world.shared.fate.enter(JOINING, &everyone).map_err(io_error("make an event descriptor"))?;
         // Watched from the first moment: who dies now must not be waited for.
         world.connect(Purpose::Control, "world", &everyone, rest(), |peer, stream| {
-            stream.set_nodelay(true)?;
-            world.shared.watch(peer, stream)
+            if !world.is_here(peer) {
+                expect_answers(&stream)?;
+            }
+            world.shared.watch(peer, stream, places[peer].take().unwrap_or(Place::Elsewhere))
         })?;
+        world.shared.fate.leave(JOINING);
         Ok(Arc::new(world))
+    }
+
+    /// Whether a rank is on this machine.
+    pub(super) fn is_here(&self, rank: usize) -> bool {
+        self.cards[rank].host == self.cards[self.rank()].host
+    }
+
+    /// How to see a rank's end, and its recorder. Before it connects: a rank that comes afterwards, with the nonce of
+    /// this world, has lived all the time, so that its number was no other process's.
+    fn locate(&self, rank: usize) -> (Option<Place>, Option<Read>) {
+        if rank == self.rank() || !self.is_here(rank) {
+            return (Some(Place::Elsewhere), None);
+        }
+        let card = &self.cards[rank];
+        let pid = i32::try_from(card.pid).ok().and_then(Pid::from_raw);
+        // Without a descriptor, the end of the connection tells.
+        let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        let path = format!("/proc/{}/fd/{}", card.pid, card.flight);
+        (Some(Place::Here(process)), flight::open(path.as_ref()).ok())
     }
 
     pub(super) fn rank(&self) -> usize {
@@ -154,14 +218,26 @@ impl World {
         timeout: Duration,
     ) -> Result<(Links, Arc<Alarm>)> {
         let id = group_id(name);
-        let alarm = self.shared.fate.alarm(id).map_err(io_error("make an event descriptor"))?;
+        let fate = &self.shared.fate;
+        let alarm = fate.enter(id, ranks).map_err(io_error("make an event descriptor"))?;
+        self.shared.examine(id, ranks);
         let mut streams: Vec<Option<TcpStream>> = ranks.iter().map(|_| None).collect();
-        self.connect(Purpose::Data(id), name, ranks, timeout, |place, stream| {
+        let connected = self.connect(Purpose::Data(id), name, ranks, timeout, |place, stream| {
+            if !self.is_here(ranks[place]) {
+                expect_answers(&stream)?;
+            }
             streams[place] = Some(stream);
             Ok(())
-        })?;
-        let links = Links::new(id, streams).map_err(io_error("set a socket option"))?;
-        Ok((links, alarm))
+        });
+        let linked =
+            connected.and_then(|()| Links::new(id, streams).map_err(io_error("set a socket option")));
+        match linked {
+            Ok(links) => Ok((links, alarm)),
+            Err(error) => {
+                fate.leave(id);
+                Err(error)
+            }
+        }
     }
 
     /// Gives `take` a connection to each other rank in `ranks` (of the world), by place in the list: to those before this
@@ -188,19 +264,28 @@ impl World {
                 self.open_connection(purpose, peer, rest)
             };
             let taken = stream.and_then(|stream| take(place, stream));
-            taken.map_err(|failure| self.not_connected(purpose, group, peer, timeout, failure))?;
+            taken.map_err(|failure| self.not_connected(purpose, (group, ranks), peer, timeout, failure))?;
         }
         Ok(())
     }
 
+    /// Connects in turns, so that a rank whose machine is gone is not waited for once that is known.
     fn open_connection(&self, purpose: Purpose, peer: usize, timeout: Duration) -> io::Result<TcpStream> {
-        let deadline = deadline(timeout);
-        let address = &self.cards[peer].address;
-        let mut stream = TcpStream::connect_timeout(address, timeout.max(Duration::from_millis(1)))?;
-        // Whatever is wrong is said by the caller, which asks why.
+        let (deadline, address) = (deadline(timeout), &self.cards[peer].address);
         let given_up = || self.shared.fate.cause(purpose.group()).is_some();
-        self.gate.introduce(&mut stream, purpose, peer, deadline, given_up)?;
-        Ok(stream)
+        loop {
+            let rest = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            let turn = rest.min(Duration::from_secs(1));
+            match TcpStream::connect_timeout(address, turn) {
+                Ok(mut stream) => {
+                    // Whatever is wrong is said by the caller, which asks why.
+                    self.gate.introduce(&mut stream, purpose, peer, deadline, given_up)?;
+                    return Ok(stream);
+                }
+                Err(e) if e.kind() == io::ErrorKind::TimedOut && turn < rest && !given_up() => {}
+                Err(e) => return Err(e),
+            }
+        }
     }
 
     /// Waits in short turns, so that a rank that died, or left, is not waited for.
@@ -224,30 +309,41 @@ impl World {
     fn not_connected(
         &self,
         purpose: Purpose,
-        group: &str,
+        (group, ranks): (&str, &[usize]),
         peer: usize,
         waited: Duration,
         failure: io::Error,
     ) -> Error {
         use io::ErrorKind::{ConnectionRefused, ConnectionReset, TimedOut, WouldBlock};
         let (id, fate, call) = (purpose.group(), &self.shared.fate, Call::Subgroup);
+        let error = |cause: Cause| cause.error(call, group, ranks, &self.cards);
         if let Some(cause) = fate.await_cause(id, peer, Duration::from_secs(1)) {
-            return cause.error(call, group);
+            return error(cause);
         }
-        let (scope, cause) = match failure.kind() {
-            _ if fate.has_left(peer, id) => (None, Cause::Lost { rank: peer, how: Loss::Left }),
+        let cause = match failure.kind() {
+            _ if fate.has_left(peer, id) => Cause::Lost { rank: peer, how: Loss::Left },
             // A rank listens for as long as it is in the world.
-            ConnectionRefused | ConnectionReset => (None, Cause::Lost { rank: peer, how: Loss::Died }),
-            TimedOut | WouldBlock => (Some(id), Cause::Timeout { waited, missing: vec![peer] }),
+            ConnectionRefused | ConnectionReset => {
+                self.shared.declare_lost(peer, Loss::Died);
+                Cause::Lost { rank: peer, how: Loss::Died }
+            }
+            TimedOut | WouldBlock => Cause::Timeout(Lateness {
+                waited,
+                step: 0,
+                missing: [peer].into(),
+                present: [self.rank()].into(),
+                reporter: self.rank(),
+                report: "it has not connected".into(),
+            }),
             // It is this rank that cannot, for want of descriptors for instance.
             _ => {
                 let cause = Cause::Lost { rank: self.rank(), how: Loss::Failed };
-                self.shared.declare(Some(id), cause);
+                self.shared.declare(id, cause);
                 return io_error(format!("connect `{group}` to rank {peer}"))(failure);
             }
         };
-        self.shared.declare(scope, cause.clone());
-        fate.cause(id).unwrap_or(cause).error(call, group)
+        self.shared.declare(id, cause.clone());
+        error(fate.await_agreement(id, AGREEMENT).unwrap_or(cause))
     }
 }
 
@@ -281,6 +377,7 @@ mod tests {
             world_size,
             interface: Ipv4Addr::LOCALHOST.into(),
             timeout: LIMIT,
+            patience: LIMIT,
             transport: Transport::Tcp,
             server: None,
             token: None,
@@ -297,7 +394,8 @@ mod tests {
             });
             // The last rank gets as far as its first connection.
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-            let card = Card { address: listener.local_addr().unwrap(), host: String::new(), pid: 1 };
+            let address = listener.local_addr().unwrap();
+            let card = Card { address, host: String::new(), pid: 1, node: String::new(), flight: -1 };
             let nonce = store.get("test/1/nonce", LIMIT).unwrap();
             let nonce = u64::from_le_bytes(nonce.try_into().unwrap());
             let gate = Gate::new(nonce, 2, 3, None);

@@ -229,9 +229,11 @@ impl Board {
             return Some(error.clone());
         }
         if let Some((rank, how)) = self.fates.first_loss_that_matters(&missing) {
-            return Some(Error::PeerLost { call, group: group(), rank, how });
+            let (pid, host) = (std::process::id(), crate::host::node_name());
+            return Some(Error::PeerLost { call, group: group(), rank, pid, host, how });
         }
-        (waited >= timeout).then(|| Error::Timeout { call, group: group(), waited, missing })
+        let report = String::from("they have not called");
+        (waited >= timeout).then(|| Error::Timeout { call, group: group(), waited, missing, report })
     }
 
     /// Ends the group because two ranks, by rank in the group, made calls that do not fit together.

@@ -23,6 +23,9 @@ pub use self::place::Source;
 /// How long ranks wait for each other to start, unless told otherwise: as torch's store.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// How long a call waits before it says for whom, unless told otherwise.
+const REPORT_AFTER: Duration = Duration::from_secs(10);
+
 /// The variable that says that whoever reaches the ranks is one of them.
 const TRUST_VARIABLE: &str = "LIGHTRFT_TRUST_NETWORK";
 
@@ -53,6 +56,7 @@ pub struct Rendezvous {
     place: Place,
     timeout: Duration,
     join_timeout: Duration,
+    report_after: Duration,
     transport: Transport,
     token: Option<Token>,
     trust: Trust,
@@ -122,6 +126,7 @@ impl Rendezvous {
             place,
             timeout: crate::DEFAULT_TIMEOUT,
             join_timeout: JOIN_TIMEOUT,
+            report_after: REPORT_AFTER,
             transport: Transport::Auto,
             token: secret.map(Token::new).transpose()?,
             trust,
@@ -192,6 +197,13 @@ impl Rendezvous {
     #[must_use]
     pub fn join_timeout(self, join_timeout: Duration) -> Self {
         Rendezvous { join_timeout, ..self }
+    }
+
+    /// Sets how long a call waits for others before it logs who has not come and what they do instead; 10 s by default. It
+    /// does so again after twice that time, and so on.
+    #[must_use]
+    pub fn report_after(self, report_after: Duration) -> Self {
+        Rendezvous { report_after, ..self }
     }
 
     /// Sets how the ranks of each group exchange data. The same on all ranks.
@@ -275,6 +287,7 @@ impl Rendezvous {
             world_size: self.place.world_size,
             interface,
             timeout: self.join_timeout,
+            patience: self.report_after,
             transport: self.transport,
             server,
             token: self.token.clone(),

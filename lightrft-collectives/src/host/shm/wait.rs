@@ -8,6 +8,7 @@ use rustix::thread::{futex, sched_yield};
 use crate::host::exchange::Fault;
 use crate::host::fate::{Alarm, Fate};
 use crate::host::segment::{Cell, Segment};
+use crate::host::vigil::Vigil;
 use crate::operation::Signature;
 
 /// How long to spin, if every rank has a core, before giving the core away.
@@ -75,6 +76,7 @@ impl Policy {
 pub(in crate::host) struct Watch<'a> {
     pub(in crate::host) alarm: &'a Alarm,
     pub(in crate::host) fate: &'a Fate,
+    pub(in crate::host) vigil: &'a Vigil<'a>,
     pub(in crate::host) group: u64,
     /// Ranks of the world, by rank in the group.
     pub(in crate::host) ranks: &'a [usize],
@@ -179,11 +181,15 @@ impl Step<'_> {
             if left {
                 return Err(Fault::Lost(peer));
             }
-            if begin.elapsed() >= watch.timeout {
+            let missing = || {
                 let others = (0..segment.world()).filter(|r| *r != segment.rank());
-                let missing = others.filter(|r| !self.has_come(segment.cell(*r, self.number))).collect();
-                return Err(Fault::Deadline(begin.elapsed(), missing));
+                others.filter(|r| !self.has_come(segment.cell(*r, self.number))).collect()
+            };
+            let waited = begin.elapsed();
+            if waited >= watch.timeout {
+                return Err(Fault::Deadline(waited, missing()));
             }
+            watch.vigil.still_waiting(waited, missing);
             self.sleep(cell, NAP.min(watch.timeout));
         }
     }

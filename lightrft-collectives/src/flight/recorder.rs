@@ -1,0 +1,498 @@
+//! The recorder's format: a ring of a rank's last calls and a line per group, written by one process, read by others
+//!
+//! ```text
+//! | head: 16 words | 64 groups of 32 words | 1024 records of 8 words |
+//! ```
+//! A record is one cache line: stamp, group, step, three words of signature, begin, end. The stamp is odd while the
+//! record is being written, and else twice the number of the call, plus 2: a reader that finds the same even stamp before
+//! and after has read one call and not two halves. `end` is written later, as one word, with the outcome in its low bits.
+//! Nothing here makes a kernel call, takes a lock or allocates while calls are recorded.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Mutex;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::fence;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use super::memory::{Words, Written, cycles};
+use crate::operation::{Call, Signature};
+
+/// Calls that are kept.
+pub(crate) const RECORDS: usize = 1024;
+/// Groups that are kept apart by name. Calls of more are recorded without one.
+const GROUPS: usize = 64;
+/// Ranks that a waiting call names.
+const WAITED_FOR: usize = 16;
+/// Bytes of a group's name.
+const NAME: usize = 96;
+
+const HEAD: usize = 16;
+const GROUP: usize = 32;
+const RECORD: usize = 8;
+pub(crate) const WORDS: usize = HEAD + GROUPS * GROUP + RECORDS * RECORD;
+
+/// First word; its last byte is the version of this format.
+const MAGIC: u64 = u64::from_le_bytes(*b"LRFTFLY\x01");
+/// The name of the memory file, by which a process's recorders are found.
+pub(crate) const FILE: &str = "lightrft-flight";
+
+/// Words of the head.
+mod head {
+    pub(super) const MAGIC: usize = 0;
+    pub(super) const NONCE: usize = 1;
+    pub(super) const RANK: usize = 2;
+    pub(super) const WORLD: usize = 3;
+    pub(super) const PID: usize = 4;
+    pub(super) const CLOCK: usize = 5;
+    pub(super) const CYCLES: usize = 6;
+    pub(super) const NANOS: usize = 7;
+    /// Calls recorded. On a cache line of its own.
+    pub(super) const NEXT: usize = 8;
+}
+
+/// Words of a group.
+mod group {
+    /// Odd while the group is being entered or left.
+    pub(super) const STAMP: usize = 0;
+    pub(super) const ID: usize = 1;
+    pub(super) const SIZE: usize = 2;
+    /// Collective calls begun.
+    pub(super) const STEP: usize = 3;
+    /// The number of the last call begun, plus 1, and of the last that ended.
+    pub(super) const BEGUN: usize = 4;
+    pub(super) const ENDED: usize = 5;
+    /// The number, plus 1, of the call that waits for the ranks that follow, above 8 bits that change with them; and how
+    /// many they are.
+    pub(super) const WAITS: usize = 6;
+    pub(super) const WAITED_FOR: usize = 7;
+    pub(super) const RANKS: usize = 8;
+    pub(super) const NAME: usize = 16;
+}
+
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Done = 1,
+    Failed = 2,
+}
+
+/// What time a recorder's words are in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clock {
+    /// Nanoseconds since the machine started.
+    Nanos = 0,
+    /// Cycles of its processors.
+    Cycles = 1,
+}
+
+fn nanos() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+impl Clock {
+    /// Cycles where the kernel trusts them: reading them takes half the time.
+    fn best() -> Self {
+        let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+        let trusted = std::fs::read_to_string(source).is_ok_and(|name| name.trim() == "tsc");
+        if trusted && cfg!(target_arch = "x86_64") { Clock::Cycles } else { Clock::Nanos }
+    }
+
+    fn now(self) -> u64 {
+        match self {
+            Clock::Nanos => nanos(),
+            Clock::Cycles => cycles(),
+        }
+    }
+}
+
+/// A rank's recorder.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    words: Written,
+    file: OwnedFd,
+    clock: Clock,
+    /// Which groups' lines are taken.
+    taken: Mutex<[bool; GROUPS]>,
+}
+
+/// A group's line in a recorder; `None` if there was no line left.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot {
+    id: u64,
+    line: Option<usize>,
+}
+
+/// A call that is being recorded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ticket {
+    slot: Slot,
+    number: u64,
+    step: u64,
+}
+
+impl Ticket {
+    /// Collective calls begun on the group, with this one; 0 if the group has no line.
+    pub(crate) fn step(&self) -> u64 {
+        self.step
+    }
+}
+
+impl Recorder {
+    pub(crate) fn new(nonce: u64, rank: usize, world: usize) -> io::Result<Self> {
+        let (words, file) = Written::new(FILE, WORDS)?;
+        let clock = Clock::best();
+        let pid = u64::from(std::process::id());
+        for (place, value) in [
+            (head::NONCE, nonce),
+            (head::RANK, rank as u64),
+            (head::WORLD, world as u64),
+            (head::PID, pid),
+            (head::CLOCK, clock as u64),
+            (head::CYCLES, clock.now()),
+            (head::NANOS, nanos()),
+        ] {
+            words[place].store(value, Relaxed);
+        }
+        words[head::MAGIC].store(MAGIC, Release);
+        Ok(Recorder { words, file, clock, taken: Mutex::new([false; GROUPS]) })
+    }
+
+    /// The descriptor by which other processes open this one's recorder.
+    pub(crate) fn descriptor(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// The words, to read them.
+    pub(crate) fn words(&self) -> &impl Words {
+        &self.words
+    }
+
+    /// Takes a line for a group.
+    pub(crate) fn enter(&self, id: u64, name: &str, size: usize) -> Slot {
+        let mut taken = self.taken.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let line = taken.iter().position(|taken| !taken);
+        if let Some(line) = line {
+            taken[line] = true;
+            self.write_line(line, id, name, size);
+        }
+        Slot { id, line }
+    }
+
+    /// Gives a group's line back.
+    pub(crate) fn leave(&self, slot: Slot) {
+        let mut taken = self.taken.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(line) = slot.line {
+            self.write_line(line, 0, "", 0);
+            taken[line] = false;
+        }
+    }
+
+    fn write_line(&self, line: usize, id: u64, name: &str, size: usize) {
+        let words = &self.words[HEAD + line * GROUP..][..GROUP];
+        let stamp = words[group::STAMP].load(Relaxed);
+        words[group::STAMP].store(stamp + 1, Relaxed);
+        fence(Release);
+        words[1..].iter().for_each(|word| word.store(0, Relaxed));
+        words[group::ID].store(id, Relaxed);
+        words[group::SIZE].store(size as u64, Relaxed);
+        let mut bytes = [0u8; NAME];
+        // The end of a long name tells more than its beginning.
+        let name = name.as_bytes();
+        let name = &name[name.len().saturating_sub(NAME)..];
+        bytes[..name.len()].copy_from_slice(name);
+        for (place, part) in words[group::NAME..].iter().zip(bytes.as_chunks::<8>().0) {
+            place.store(u64::from_le_bytes(*part), Relaxed);
+        }
+        words[group::STAMP].store(stamp + 2, Release);
+    }
+
+    /// Records that a call begins. Calls on one group come one after the other.
+    #[inline]
+    pub(crate) fn begin(&self, slot: Slot, call: Call, signature: [u64; 3]) -> Ticket {
+        let number = self.words[head::NEXT].fetch_add(1, Relaxed);
+        let mut step = 0;
+        if let Some(line) = slot.line {
+            let line = &self.words[HEAD + line * GROUP..][..GROUP];
+            step = line[group::STEP].load(Relaxed) + u64::from(is_step(call));
+            line[group::STEP].store(step, Relaxed);
+            line[group::BEGUN].store(number + 1, Relaxed);
+        }
+        let record = self.record(number);
+        record[0].store(2 * number + 1, Relaxed);
+        fence(Release);
+        record[1].store(slot.id, Relaxed);
+        record[2].store(step, Relaxed);
+        record[3].store(signature[0], Relaxed);
+        record[4].store(signature[1], Relaxed);
+        record[5].store(signature[2], Relaxed);
+        record[6].store(self.clock.now(), Relaxed);
+        record[7].store(0, Relaxed);
+        record[0].store(2 * number + 2, Release);
+        Ticket { slot, number, step }
+    }
+
+    /// Records how a call ended.
+    #[inline]
+    pub(crate) fn end(&self, ticket: Ticket, outcome: Outcome) {
+        let record = self.record(ticket.number);
+        // While this call waited, so many others may have been made that its record is another's.
+        if record[0].load(Relaxed) == 2 * ticket.number + 2 {
+            record[7].store(self.clock.now() << 2 | outcome as u64, Release);
+        }
+        if let Some(line) = ticket.slot.line {
+            self.words[HEAD + line * GROUP + group::ENDED].store(ticket.number + 1, Release);
+        }
+    }
+
+    /// Records for whom a call waits: ranks of the world.
+    pub(crate) fn waits_for(&self, ticket: Ticket, ranks: &[usize]) {
+        let Some(line) = ticket.slot.line else { return };
+        let line = &self.words[HEAD + line * GROUP..][..GROUP];
+        let version = line[group::WAITS].load(Relaxed) + 1 & 0xff;
+        line[group::WAITS].store(0, Relaxed);
+        fence(Release);
+        line[group::WAITED_FOR].store(ranks.len() as u64, Relaxed);
+        let mut packed = [0u64; WAITED_FOR / 2];
+        for (place, rank) in ranks.iter().take(WAITED_FOR).enumerate() {
+            packed[place / 2] |= (*rank as u64 & 0xffff_ffff) << (32 * (place % 2));
+        }
+        packed.iter().zip(&line[group::RANKS..]).for_each(|(word, place)| place.store(*word, Relaxed));
+        line[group::WAITS].store((ticket.number + 1) << 8 | version, Release);
+    }
+
+    /// The collective calls begun on a group; 0 if it is not known.
+    pub(crate) fn step_of(&self, id: u64) -> u64 {
+        let line = |line: usize| &self.words[HEAD + line * GROUP..][..GROUP];
+        let known = (0..GROUPS).map(line).find(|line| line[group::ID].load(Relaxed) == id);
+        known.map_or(0, |line| line[group::STEP].load(Relaxed))
+    }
+
+    fn record(&self, number: u64) -> &[std::sync::atomic::AtomicU64] {
+        &self.words[HEAD + GROUPS * GROUP + number as usize % RECORDS * RECORD..][..RECORD]
+    }
+}
+
+/// Whether all members make this call together.
+pub(crate) fn is_step(call: Call) -> bool {
+    !matches!(call, Call::Send | Call::Recv)
+}
+
+/// A record as it was read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawRecord {
+    pub(crate) number: u64,
+    pub(crate) group: u64,
+    pub(crate) step: u64,
+    pub(crate) signature: Option<Signature>,
+    /// Nanoseconds before now.
+    pub(crate) begun: u64,
+    pub(crate) ended: Option<(u64, Outcome)>,
+}
+
+/// A group's line as it was read.
+#[derive(Clone, Debug)]
+pub(crate) struct RawGroup {
+    pub(crate) id: u64,
+    pub(crate) name: String,
+    pub(crate) size: usize,
+    pub(crate) step: u64,
+    /// The number of the call under way.
+    pub(crate) running: Option<u64>,
+    pub(crate) waits_for: Vec<usize>,
+}
+
+/// A recorder's content at one moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Raw {
+    pub(crate) nonce: u64,
+    pub(crate) rank: usize,
+    pub(crate) world: usize,
+    pub(crate) pid: u32,
+    pub(crate) groups: Vec<RawGroup>,
+    /// In the order of their numbers.
+    pub(crate) records: Vec<RawRecord>,
+}
+
+/// Reads all that is whole. `None` if this is no recorder of this version.
+pub(crate) fn read(words: &impl Words) -> Option<Raw> {
+    if words.load(head::MAGIC, Acquire) != MAGIC {
+        return None;
+    }
+    let word = |place| words.load(place, Relaxed);
+    let clock = if word(head::CLOCK) == Clock::Cycles as u64 { Clock::Cycles } else { Clock::Nanos };
+    let age = Age::new(clock, word(head::CYCLES), word(head::NANOS));
+    let records = (0..RECORDS).filter_map(|place| read_record(words, place, &age));
+    let mut records: Vec<RawRecord> = records.collect();
+    records.sort_unstable_by_key(|record| record.number);
+    Some(Raw {
+        nonce: word(head::NONCE),
+        rank: word(head::RANK) as usize,
+        world: word(head::WORLD) as usize,
+        pid: word(head::PID) as u32,
+        groups: (0..GROUPS).filter_map(|line| read_group(words, line)).collect(),
+        records,
+    })
+}
+
+/// How long ago a recorder's time was.
+struct Age {
+    now: u64,
+    nanos_per_tick: f64,
+}
+
+impl Age {
+    fn new(clock: Clock, ticks_then: u64, nanos_then: u64) -> Self {
+        let (now, nanos_now) = (clock.now(), nanos());
+        let ticks = now.saturating_sub(ticks_then).max(1) as f64;
+        let nanos_per_tick = match clock {
+            Clock::Nanos => 1.0,
+            Clock::Cycles => nanos_now.saturating_sub(nanos_then) as f64 / ticks,
+        };
+        Age { now, nanos_per_tick }
+    }
+
+    fn of(&self, ticks: u64) -> u64 {
+        (self.now.saturating_sub(ticks) as f64 * self.nanos_per_tick) as u64
+    }
+}
+
+fn read_record(words: &impl Words, place: usize, age: &Age) -> Option<RawRecord> {
+    let base = HEAD + GROUPS * GROUP + place * RECORD;
+    let stamp = words.load(base, Acquire);
+    let mut found = [0; RECORD];
+    found.iter_mut().enumerate().for_each(|(i, word)| *word = words.load(base + i, Relaxed));
+    fence(Acquire);
+    if stamp == 0 || stamp % 2 == 1 || words.load(base, Relaxed) != stamp {
+        return None;
+    }
+    let number = stamp / 2 - 1;
+    let outcome = |end: u64| match end & 3 {
+        1 => Some((age.of(end >> 2), Outcome::Done)),
+        2 => Some((age.of(end >> 2), Outcome::Failed)),
+        _ => None,
+    };
+    (number as usize % RECORDS == place).then(|| RawRecord {
+        number,
+        group: found[1],
+        step: found[2],
+        signature: Signature::decode([found[3], found[4], found[5]]),
+        begun: age.of(found[6]),
+        ended: outcome(found[7]),
+    })
+}
+
+fn read_group(words: &impl Words, line: usize) -> Option<RawGroup> {
+    let base = HEAD + line * GROUP;
+    let mut found = [0u64; GROUP];
+    // In this order: of a call whose beginning was read and whose end was not, it is certain that it had not ended.
+    found.iter_mut().enumerate().for_each(|(i, word)| *word = words.load(base + i, Acquire));
+    fence(Acquire);
+    let stamp = found[group::STAMP];
+    let waits = words.load(base + group::WAITS, Relaxed);
+    if stamp % 2 == 1 || words.load(base, Relaxed) != stamp || found[group::ID] == 0 {
+        return None;
+    }
+    let running = found[group::ENDED] < found[group::BEGUN];
+    let name: Vec<u8> = found[group::NAME..][..NAME / 8].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME);
+    let mut waits_for = Vec::new();
+    if running && waits >> 8 == found[group::BEGUN] && waits == found[group::WAITS] {
+        let count = (found[group::WAITED_FOR] as usize).min(WAITED_FOR);
+        let rank = |place: usize| (found[group::RANKS + place / 2] >> (32 * (place % 2))) as u32 as usize;
+        waits_for.extend((0..count).map(rank));
+    }
+    Some(RawGroup {
+        id: found[group::ID],
+        name: String::from_utf8_lossy(&name[..end]).into_owned(),
+        size: found[group::SIZE] as usize,
+        step: found[group::STEP],
+        running: running.then(|| found[group::BEGUN].saturating_sub(1)),
+        waits_for,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::op::Dtype;
+
+    fn signature(count: u64) -> Signature {
+        // Every word tells the count, so that halves of two calls would be seen.
+        let root = Some(count as u32);
+        Signature { dtype: Some(Dtype::F32), root, count, digest: count, ..Signature::bare(Call::Broadcast) }
+    }
+
+    #[test]
+    fn the_last_calls_are_kept_with_their_groups() {
+        let recorder = Recorder::new(1, 3, 4).unwrap();
+        let (one, two) = (recorder.enter(11, "world", 4), recorder.enter(12, "world/1", 2));
+        for count in 0..RECORDS as u64 + 10 {
+            let ticket = recorder.begin(one, Call::Broadcast, signature(count).encode());
+            recorder.end(ticket, Outcome::Done);
+        }
+        let failed = recorder.begin(two, Call::Barrier, Signature::bare(Call::Barrier).encode());
+        recorder.end(failed, Outcome::Failed);
+        let waits = recorder.begin(two, Call::Recv, signature(7).encode());
+        recorder.waits_for(waits, &[2, 70_000]);
+
+        let raw = read(recorder.words()).unwrap();
+        assert_eq!((raw.nonce, raw.rank, raw.world, raw.pid), (1, 3, 4, std::process::id()));
+        assert_eq!(raw.records.len(), RECORDS);
+        let [.., last, failed, running] = &raw.records[..] else { panic!() };
+        assert_eq!((last.group, last.step, last.signature), (11, 1034, Some(signature(1033))));
+        assert!(matches!(last.ended, Some((_, Outcome::Done))) && last.begun >= last.ended.unwrap().0);
+        assert!(matches!(failed.ended, Some((_, Outcome::Failed))) && failed.step == 1);
+        // A message between two ranks is no step of the group.
+        assert!(running.ended.is_none() && running.step == 1);
+        let [world, part] = &raw.groups[..] else { panic!("{:?}", raw.groups) };
+        assert_eq!((&*world.name, world.step, world.running, world.size), ("world", 1034, None, 4));
+        assert_eq!((&*part.name, part.running), ("world/1", Some(running.number)));
+        assert_eq!(part.waits_for, [2, 70_000]);
+
+        recorder.end(waits, Outcome::Done);
+        recorder.leave(one);
+        let raw = read(recorder.words()).unwrap();
+        assert_eq!(raw.groups.len(), 1);
+        assert!(raw.groups[0].running.is_none() && raw.groups[0].waits_for.is_empty());
+    }
+
+    #[test]
+    fn more_groups_than_lines_are_recorded_without_a_name() {
+        let recorder = Recorder::new(1, 0, 1).unwrap();
+        let slots: Vec<Slot> =
+            (0..=GROUPS as u64).map(|id| recorder.enter(id + 1, "a group with a name", 1)).collect();
+        let ticket = recorder.begin(slots[GROUPS], Call::Barrier, Signature::bare(Call::Barrier).encode());
+        recorder.waits_for(ticket, &[1]);
+        let raw = read(recorder.words()).unwrap();
+        assert_eq!((raw.groups.len(), raw.records[0].group), (GROUPS, GROUPS as u64 + 1));
+        slots.into_iter().for_each(|slot| recorder.leave(slot));
+        assert!(read(recorder.words()).unwrap().groups.is_empty());
+    }
+
+    #[test]
+    fn a_reader_never_sees_halves_of_two_calls() {
+        let recorder = Recorder::new(1, 0, 1).unwrap();
+        let slot = recorder.enter(11, "world", 4);
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for count in 0..300_000 {
+                    let ticket = recorder.begin(slot, Call::Broadcast, signature(count).encode());
+                    recorder.end(ticket, Outcome::Done);
+                }
+                done.store(true, Relaxed);
+            });
+            let mut seen = 0;
+            while !done.load(Relaxed) || seen == 0 {
+                for record in read(recorder.words()).unwrap().records {
+                    assert_eq!(record.signature, Some(signature(record.number)), "{record:?}");
+                    assert_eq!(record.step, record.number + 1);
+                    seen += 1;
+                }
+            }
+        });
+    }
+}
