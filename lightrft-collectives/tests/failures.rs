@@ -264,13 +264,22 @@ fn rank_beside_a_stopped_one() {
     let rank = Rank::join(Duration::from_secs(2));
     rank.world.barrier().unwrap();
     if rank.is(2) {
-        rank.put("stopped");
-        signal(std::process::id(), Signal::STOP);
-        // Goes on when the others know.
-        let error = rank.world.barrier().unwrap_err();
+        rank.put("ready");
+        rank.await_note("woken");
+        // The others had come to the call that it comes to now, so it may pass; then it hears.
+        let error = (0..).find_map(|_| rank.world.barrier().err()).unwrap();
         return rank.was_told(&verdict(&error));
     }
-    let pid = rank.await_note("stopped");
+    let pid = rank.await_note("ready");
+    if rank.is(0) {
+        signal(pid, Signal::STOP);
+        let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        while !stat().contains(") T ") {
+            std::thread::yield_now();
+        }
+        rank.put("stopped");
+    }
+    rank.await_note("stopped");
     let begin = Instant::now();
     let error = rank.world.barrier().unwrap_err();
     assert!(begin.elapsed() >= Duration::from_secs(1) && begin.elapsed() < LONG, "{:?}", begin.elapsed());
@@ -278,10 +287,10 @@ fn rank_beside_a_stopped_one() {
     if rank.is(0) {
         await_file(&rank.note("told-1"));
         signal(pid, Signal::CONT);
-    } else {
-        // Its connections must stay until the stopped one has heard.
-        await_file(&rank.note("told-2"));
+        rank.put("woken");
     }
+    // Its connections must stay until the stopped one has heard.
+    await_file(&rank.note("told-2"));
     let Error::Timeout { missing, report, .. } = error else { panic!("{error}") };
     assert_eq!(missing, [2], "{report}");
     assert!(report.contains("is stopped"), "{report}");
