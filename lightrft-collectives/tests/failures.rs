@@ -361,7 +361,9 @@ fn rank_in_a_deadlock() {
     for part in ["deadlock", "`world`", "`world/0`", "waits for rank 0", "waits for rank 1"] {
         assert!(report.contains(part), "{report}");
     }
-    // On each group both are told the same.
+    // On each group both are told the same. Not before both calls have failed: one could still meet the other.
+    rank.put(&format!("failed-{}", rank.world.rank()));
+    (0..2).for_each(|other| drop(await_file(&rank.note(&format!("failed-{other}")))));
     let error_there = second.barrier().unwrap_err();
     let mut told = [verdict(&error), verdict(&error_there)];
     told.sort();
