@@ -69,7 +69,8 @@ fn rank_reduces() {
         println!("{error}, {noticed_after:?} after it was killed");
         assert!(round >= ROUNDS);
         assert!(matches!(error, Error::PeerLost { rank: VICTIM, how: Loss::Died, .. }), "{error}");
-        assert!(noticed_after < Duration::from_secs(1), "{noticed_after:?}");
+        // Within 100 ms on a quiet machine; a busy one may take that long to end a process.
+        assert!(noticed_after < Duration::from_secs(5), "{noticed_after:?}");
         // The same verdict from then on, at once, on every group.
         for again in [comm.barrier(), group.barrier()] {
             assert!(matches!(again, Err(Error::PeerLost { rank: VICTIM, .. })), "{again:?}");

@@ -170,7 +170,8 @@ fn rank_in_two_pairs() {
         }
     }
     // The first failure was written down, with the last calls of the dead.
-    let account = rank.note("flights").join(format!("rank{}-pid{}.txt", rank.world.rank(), std::process::id()));
+    let account =
+        rank.note("flights").join(format!("rank{}-pid{}.txt", rank.world.rank(), std::process::id()));
     let account = std::fs::read_to_string(account).unwrap();
     assert!(account.contains("Died") && account.contains(&format!("rank 3 of 4 (pid {pid})")), "{account}");
 }
