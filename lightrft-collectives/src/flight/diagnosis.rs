@@ -28,7 +28,8 @@ pub(crate) fn cycle(known: &Known, start: usize) -> Option<Vec<Edge>> {
     ) -> bool {
         // A rank whose threads are in several calls is held up only if all of them are: that cannot be told apart here,
         // so such a rank is no part of a circle.
-        let [doing] = &known.get(&rank).map_or(&[][..], |status| &status.doing)[..] else { return false };
+        let doing = known.get(&rank).map_or(&[][..], |status| &status.doing);
+        let [doing] = doing else { return false };
         path.push(Edge { rank, group: doing.group.clone(), group_id: doing.group_id, call: doing.call });
         for next in &doing.waiting_for {
             if *next == start || seen.insert(*next) && search(known, start, *next, seen, path) {

@@ -240,7 +240,7 @@ impl Recorder {
         let record = self.record(ticket.number);
         // While this call waited, so many others may have been made that its record is another's.
         if record[0].load(Relaxed) == 2 * ticket.number + 2 {
-            record[7].store(self.clock.now() << 2 | outcome as u64, Release);
+            record[7].store((self.clock.now() << 2) | outcome as u64, Release);
         }
         if let Some(line) = ticket.slot.line {
             self.words[HEAD + line * GROUP + group::ENDED].store(ticket.number + 1, Release);
@@ -251,7 +251,7 @@ impl Recorder {
     pub(crate) fn waits_for(&self, ticket: Ticket, ranks: &[usize]) {
         let Some(line) = ticket.slot.line else { return };
         let line = &self.words[HEAD + line * GROUP..][..GROUP];
-        let version = line[group::WAITS].load(Relaxed) + 1 & 0xff;
+        let version = (line[group::WAITS].load(Relaxed) + 1) & 0xff;
         line[group::WAITS].store(0, Relaxed);
         fence(Release);
         line[group::WAITED_FOR].store(ranks.len() as u64, Relaxed);
@@ -260,7 +260,7 @@ impl Recorder {
             packed[place / 2] |= (*rank as u64 & 0xffff_ffff) << (32 * (place % 2));
         }
         packed.iter().zip(&line[group::RANKS..]).for_each(|(word, place)| place.store(*word, Relaxed));
-        line[group::WAITS].store((ticket.number + 1) << 8 | version, Release);
+        line[group::WAITS].store(((ticket.number + 1) << 8) | version, Release);
     }
 
     /// The collective calls begun on a group; 0 if it is not known.
