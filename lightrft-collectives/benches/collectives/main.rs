@@ -182,6 +182,9 @@ fn bench(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         let mut table = Vec::new();
         for case in cases {
             let measured = measure(&case, &mut contenders, options, &mut failed);
+            if contender::was_interrupted() {
+                return Err("interrupted".into());
+            }
             table.push(Row { case, measured });
         }
         drop(contenders);
