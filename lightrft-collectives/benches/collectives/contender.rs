@@ -9,7 +9,7 @@ use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -20,13 +20,21 @@ use rustix::process::{Pid, Signal, kill_process};
 const START: Duration = Duration::from_secs(60);
 
 /// How long one order may take.
-const ORDER: Duration = Duration::from_secs(20);
+const ORDER: Duration = Duration::from_secs(10);
 
 /// How long ranks may take to end when asked to.
 const END: Duration = Duration::from_secs(5);
 
 /// Processor time, in microseconds, that a rank of real-time priority may use without ever waiting in the kernel.
-const SPIN_LIMIT: &str = "25000000";
+const SPIN_LIMIT: &str = "15000000";
+
+/// Whether the bench was told to end by a signal, which launchers pass on to the ranks.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Whether the bench was told to end by a signal. Known once a contender has been dropped.
+pub(crate) fn was_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
 
 /// How ranks are scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +108,8 @@ pub(crate) struct Contender {
     /// Of the library, as it tells itself.
     pub(crate) version: String,
     ranks: Vec<Connection>,
+    /// Whether an order failed: its ranks may never end by themselves.
+    broken: bool,
     launcher: Option<JoinHandle<lightrft_collectives::Result<Outcome>>>,
 }
 
@@ -136,7 +146,8 @@ impl Contender {
             .grace(Duration::from_secs(1));
         let launcher = thread::Builder::new().name(program.label.into()).spawn(move || launcher.run())?;
         let (label, version) = (program.label, String::new());
-        let mut contender = Contender { label, version, ranks: Vec::new(), launcher: Some(launcher) };
+        let mut contender =
+            Contender { label, version, ranks: Vec::new(), broken: false, launcher: Some(launcher) };
         let mut greeted: Vec<(usize, Connection)> = Vec::new();
         let until = Instant::now() + START;
         while greeted.len() < ranks {
@@ -165,27 +176,31 @@ impl Contender {
 
     /// Gives all ranks an order and waits for their times.
     pub(crate) fn obey(&mut self, order: &str) -> Result<Answer, Box<dyn Error>> {
-        let failed = |what: &dyn std::fmt::Display| format!("{}: `{order}`: {what}", self.label);
+        let answer = self.try_obey(order);
+        self.broken |= answer.is_err();
+        answer.map_err(|error| format!("{}: `{order}`: {error}", self.label).into())
+    }
+
+    fn try_obey(&mut self, order: &str) -> Result<Answer, Box<dyn Error>> {
         let until = Instant::now() + ORDER;
-        let mut slowest: Vec<u64> = Vec::new();
         for rank in &mut self.ranks {
-            rank.stream.write_all(format!("{order}\n").as_bytes()).map_err(|e| failed(&e))?;
+            rank.stream.write_all(format!("{order}\n").as_bytes())?;
         }
-        let mut unsupported = false;
+        let mut slowest: Vec<u64> = Vec::new();
         for (number, rank) in self.ranks.iter_mut().enumerate() {
-            let line = rank.line(until).map_err(|e| failed(&format!("rank {number}: {e}")))?;
+            let line = rank.line(until).map_err(|e| format!("rank {number}: {e}"))?;
             let mut words = line.split_ascii_whitespace();
             match words.next() {
                 Some("ok") => {}
-                Some("unsupported") => unsupported = true,
-                _ => return Err(failed(&format!("rank {number} said `{line}`")).into()),
+                // All ranks say so, or none: the others' answers are still to be read.
+                Some("unsupported") => continue,
+                _ => return Err(format!("rank {number} said `{line}`").into()),
             }
-            let times: Vec<u64> =
-                if unsupported { Vec::new() } else { words.map(str::parse).collect::<Result<_, _>>()? };
-            slowest.resize(slowest.len().max(times.len()), 0);
+            let times: Vec<u64> = words.map(str::parse).collect::<Result<_, _>>()?;
+            slowest.resize(times.len(), 0);
             slowest.iter_mut().zip(times).for_each(|(slowest, time)| *slowest = time.max(*slowest));
         }
-        Ok(if unsupported { Answer::Unsupported } else { Answer::Times(slowest) })
+        Ok(if slowest.is_empty() { Answer::Unsupported } else { Answer::Times(slowest) })
     }
 
     /// Lets all ranks call again and again, kills the last one, and waits until the others have noticed: the time to the last
@@ -228,17 +243,20 @@ impl Drop for Contender {
         let begin = Instant::now();
         let mut killed = false;
         while !launcher.is_finished() && begin.elapsed() < 2 * END {
-            if !killed && begin.elapsed() > END {
-                eprintln!("{}: ranks do not end; killing them", self.label);
+            if !killed && (self.broken || begin.elapsed() > END) {
+                eprintln!("{}: killing the ranks, which do not end", self.label);
                 self.kill();
                 killed = true;
             }
             thread::sleep(Duration::from_millis(5));
         }
-        if launcher.is_finished()
-            && let Ok(Err(error)) = launcher.join()
-        {
-            eprintln!("{}: {error}", self.label);
+        if !launcher.is_finished() {
+            return;
+        }
+        match launcher.join() {
+            Ok(Ok(outcome)) if outcome.signal.is_some() => INTERRUPTED.store(true, Ordering::Relaxed),
+            Ok(Err(error)) => eprintln!("{}: {error}", self.label),
+            _ => {}
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write};
 use std::ops::{Deref, DerefMut};
 use std::os::unix::net::UnixStream;
@@ -70,6 +71,7 @@ pub(crate) fn serve(way: Way) -> Result<(), Box<dyn Error>> {
     writeln!(answers, "hello {} {} {version}", comm.rank(), std::process::id())?;
 
     let mut prepared: Option<(String, Box<dyn Work>)> = None;
+    let mut answer = String::new();
     for line in orders.lines() {
         let line = line?;
         let (buffers, warmup, iterations) = parse(&line).ok_or_else(|| format!("no order: `{line}`"))?;
@@ -92,8 +94,13 @@ pub(crate) fn serve(way: Way) -> Result<(), Box<dyn Error>> {
             },
         };
         let times = measure(&comm, &mut **work, warmup, iterations)?;
-        let words: Vec<String> = times.iter().map(|time| time.as_nanos().to_string()).collect();
-        writeln!(answers, "ok {}", words.join(" "))?;
+        answer.clear();
+        answer.push_str("ok");
+        for time in times {
+            write!(answer, " {}", time.as_nanos())?;
+        }
+        answer.push('\n');
+        answers.write_all(answer.as_bytes())?;
     }
     Ok(())
 }
@@ -204,14 +211,9 @@ fn per_key(comm: Comm, status: BTreeMap<String, f32>) -> impl FnMut() -> Result<
     }
 }
 
-fn fused(comm: Comm, status: BTreeMap<String, f32>) -> impl FnMut() -> Result<()> {
-    move || {
-        let mut values: Vec<f32> = status.values().copied().collect();
-        comm.all_reduce(&mut values, ReduceOp::Sum)?;
-        let reduced: BTreeMap<String, f32> = status.keys().cloned().zip(values).collect();
-        std::hint::black_box(reduced);
-        Ok(())
-    }
+/// One call for the whole map, which also makes sure that all ranks have the same keys.
+fn fused(comm: Comm, mut status: BTreeMap<String, f32>) -> impl FnMut() -> Result<()> {
+    move || comm.all_reduce_map(&mut status, ReduceOp::Mean)
 }
 
 /// A rank's buffer.
@@ -246,6 +248,8 @@ struct Buffers<T> {
     input: Memory<T>,
     output: Memory<T>,
 }
+
+type Call<T> = fn(&mut Buffers<T>) -> Result<()>;
 
 /// A number that small whole numbers can be turned into.
 trait Number: Element + From<i8> + std::ops::Add<Output = Self> {}
@@ -296,7 +300,7 @@ fn over_buffers<T: Number>(
     count: usize,
 ) -> Result<Option<Box<dyn Work>>, Box<dyn Error>> {
     let part = count / comm.world_size();
-    let (call, input, output): (fn(&mut Buffers<T>) -> Result<()>, _, _) = match op {
+    let (call, input, output): (Call<T>, _, _) = match op {
         "all_reduce" => (|b| b.comm.all_reduce(&mut b.output, ReduceOp::Sum), 0, count),
         "broadcast" => (|b| b.comm.broadcast(&mut b.output, 0), 0, count),
         "all_gather" => (|b| b.comm.all_gather(&b.input, &mut b.output), part, count),

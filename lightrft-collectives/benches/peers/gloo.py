@@ -82,7 +82,7 @@ def prepare(op, dtype, count, ranks):
             keys = sorted(status)
             values = torch.tensor([status[key] for key in keys])
             dist.all_reduce(values)
-            dict(zip(keys, values.tolist()))
+            status.update(zip(keys, (values / ranks).tolist()))
 
         return fused, nothing
     raise NotImplementedError(op)
