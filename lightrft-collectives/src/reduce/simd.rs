@@ -9,7 +9,7 @@ use super::{Parts, fold_from};
 use crate::op::{Element, ReduceOp};
 
 /// [`fold_from`] with the widest vectors at hand.
-#[inline]
+#[inline(never)]
 pub(super) fn fold<T: Element>(op: ReduceOp, n: usize, part: Parts<'_, '_, T>, out: &mut [T]) {
     #[cfg(target_arch = "x86_64")]
     if out.len() >= 16 && std::arch::is_x86_feature_detected!("avx2") {
@@ -19,6 +19,7 @@ pub(super) fn fold<T: Element>(op: ReduceOp, n: usize, part: Parts<'_, '_, T>, o
     fold_plain(op, n, part, out);
 }
 
+#[inline(never)]
 fn fold_plain<T: Element>(op: ReduceOp, n: usize, part: Parts<'_, '_, T>, out: &mut [T]) {
     fold_from(op, n, part, out);
 }
