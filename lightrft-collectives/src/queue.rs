@@ -23,9 +23,10 @@ use crate::pending::Pending;
 /// A communicator whose calls return at once and run, one after the other, on a thread of their own.
 ///
 /// Each method takes its buffers and returns a [`Pending`], which gives them back. Any number may be under way. A queue
-/// is itself a [`Communicator`]: a blocking call through it takes its turn behind what was given before. So the ranks'
-/// calls stay in one order as long as all go through the queue; a group that is also used past its queue has two
-/// orders. Give a queue a group of its own, see [`Sharing::Exclusive`](crate::Sharing::Exclusive).
+/// is itself a [`Communicator`], for code that takes a `&dyn Communicator`: a blocking call through it takes its turn
+/// behind what was given before. So the ranks' calls stay in one order as long as all go through the queue; a group that
+/// is also used past its queue has two orders. Give a queue a group of its own, see
+/// [`Sharing::Exclusive`](crate::Sharing::Exclusive).
 ///
 /// Dropping a queue does not wait: what was given still runs, and fails at the latest when the group's deadlines pass. A
 /// process that ends before then leaves the other ranks in the midst of a call: [`flush`](Queue::flush) first.

@@ -3,6 +3,8 @@
 //! Each function is called by all ranks of a group and panics if a promise is broken. Expected values are computed
 //! here, by the plainest code, from the ranks' known inputs.
 
+mod derived;
+
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -40,7 +42,8 @@ pub fn conformance(comm: &dyn Communicator) -> Result<()> {
     objects(comm)?;
     callers_mistakes(comm)?;
     comm.barrier()?;
-    subgroups(comm)
+    subgroups(comm)?;
+    derived::derived(comm)
 }
 
 /// Whether `length` is worth its time: what the ranks send and check grows with the square of their number, and in
