@@ -190,7 +190,8 @@ fn refusals(comm: &dyn Communicator) -> Result<()> {
 fn long_objects(comm: &dyn Communicator) -> Result<()> {
     let (rank, world) = (comm.rank(), comm.world_size());
     for longest in [980, 990, 1000, 300_000] {
-        let object = |rank: usize| vec![rank as u32 + 200; if rank % 2 == 0 { longest / 5 } else { 1 }];
+        let object =
+            |rank: usize| vec![rank as u32 + 200; if rank.is_multiple_of(2) { longest / 5 } else { 1 }];
         let everyone: Vec<Vec<u32>> = (0..world).map(object).collect();
         assert_eq!(comm.all_gather_object(&object(rank))?, everyone, "all_gather_object, {longest}");
         for root in 0..world {
