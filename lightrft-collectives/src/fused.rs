@@ -15,10 +15,10 @@ use crate::preamble::{Blocks, INLINE_BYTES};
 use crate::reduce::fold_bytes;
 
 /// Tensors of at least this size are worth a call of their own, where they lie.
-const LARGE_BYTES: usize = 64 << 10;
+const LARGE_BYTES: usize = 32 << 10;
 
 /// The most that is packed together.
-const BUCKET_BYTES: usize = 1 << 20;
+const BUCKET_BYTES: usize = 256 << 10;
 
 /// Numbers that are reduced in place: one, or several of one type.
 pub trait Values {

@@ -25,11 +25,11 @@ pub(super) fn derived(comm: &dyn Communicator) -> Result<()> {
     // Every member is in the list.
     let Some(own) = comm.subgroup_with(&all, &options)? else { return Ok(()) };
     // In a block, packed, and large among small.
-    for lengths in [&[0, 1, 5][..], &[100, 7, 0, 300, 64], &[1000, 40_000, 3]] {
+    for lengths in [&[0, 1, 5][..], &[100, 7, 0, 300, 64], &[1000, 9000, 3]] {
         many(comm, lengths)?;
     }
     // More than a bucket of small ones.
-    many(comm, &[15_000; 20])?;
+    many(comm, &[8000; 10])?;
     maps(comm)?;
     different_entries(comm)?;
     refusals(comm)?;
@@ -90,15 +90,13 @@ fn maps(comm: &dyn Communicator) -> Result<()> {
     for keys in [0, 3, 20, 1000] {
         let prefix = |i: usize| ["max", "sum", "mean"][i % 3];
         let name = |i: usize| format!("{}/{i:04}", prefix(i));
-        let status = |rank: usize| -> BTreeMap<String, f64> {
-            (0..keys).map(|i| (name(i), values::<f64>(rank, keys)[i])).collect()
-        };
-        let mut mine = status(rank);
+        let mut mine: BTreeMap<String, f64> = (0..keys).map(name).zip(values::<f64>(rank, keys)).collect();
         comm.all_reduce_map_by(&mut mine, ops)?;
+        let expected = |op| reduced::<f64>(op, world, keys);
+        let (max, sum, mean) = (expected(ReduceOp::Max), expected(ReduceOp::Sum), expected(ReduceOp::Mean));
         for i in 0..keys {
-            let key = name(i);
-            let expected = reduced::<f64>(ops(&key), world, keys)[i];
-            assert_eq!(mine[&key].to_bits(), expected.to_bits(), "{key} of {keys} on {world} ranks");
+            let expected = [&max, &sum, &mean][i % 3][i];
+            assert_eq!(mine[&name(i)].to_bits(), expected.to_bits(), "{i} of {keys} on {world} ranks");
         }
     }
     let mut vectors = BTreeMap::from([("a".to_string(), values::<f32>(rank, 10)), ("b".into(), vec![])]);
@@ -189,12 +187,12 @@ fn refusals(comm: &dyn Communicator) -> Result<()> {
 /// Objects around and far beyond what fits in a block, on some ranks and on all.
 fn long_objects(comm: &dyn Communicator) -> Result<()> {
     let (rank, world) = (comm.rank(), comm.world_size());
-    for longest in [980, 990, 1000, 300_000] {
+    for longest in [980, 990, 1000, 100_000] {
         let object =
             |rank: usize| vec![rank as u32 + 200; if rank.is_multiple_of(2) { longest / 5 } else { 1 }];
         let everyone: Vec<Vec<u32>> = (0..world).map(object).collect();
         assert_eq!(comm.all_gather_object(&object(rank))?, everyone, "all_gather_object, {longest}");
-        for root in 0..world {
+        for root in [0, world - 1] {
             let gathered = comm.gather_object(&object(rank), root)?;
             assert_eq!(gathered, (rank == root).then(|| everyone.clone()), "gather_object, {longest}");
             let given = everyone[root].clone();
