@@ -5,7 +5,9 @@ use std::path::Path;
 
 use lightrft_collectives::fuzzing;
 
-const TARGETS: [(&str, fn(&[u8])); 6] = [
+type Target = fn(&[u8]);
+
+const TARGETS: [(&str, Target); 6] = [
     ("store_requests", fuzzing::store_requests),
     ("store_replies", fuzzing::store_replies),
     ("hello", fuzzing::hello),

@@ -5,6 +5,9 @@ use std::collections::HashMap;
 
 use lightrft_collectives::{Error, Rendezvous, Result, Source};
 
+/// Variables and their values.
+type Set = [(&'static str, &'static str)];
+
 const TORCHRUN: [(&str, &str); 6] = [
     ("RANK", "3"),
     ("WORLD_SIZE", "8"),
@@ -138,7 +141,7 @@ fn the_nearest_launcher_counts() {
 
 #[test]
 fn a_wrong_variable_is_named_with_what_it_holds() {
-    let cases: [(&[(&'static str, &'static str)], &str, Option<&str>); 32] = [
+    let cases: [(&Set, &str, Option<&str>); 32] = [
         (&TORCHRUN, "RANK", Some("8")),
         (&TORCHRUN, "RANK", Some("x")),
         (&TORCHRUN, "RANK", None),
