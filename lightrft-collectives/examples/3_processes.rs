@@ -1,16 +1,18 @@
 //! Three ranks, each a process: this program starts itself three times and times all-reduces.
 //! `cargo run --release -p lightrft-collectives --example 3_processes`   prints a line per size
+//! `mpirun -n 2 target/release/examples/3_processes`   the same ranks, started by Open MPI; or by `srun` or `torchrun`
 
 use std::time::Instant;
 
 use lightrft_collectives::launch::{Launcher, Output};
-use lightrft_collectives::{CommunicatorExt, Error, ReduceOp, Rendezvous, Transport};
+use lightrft_collectives::{CommunicatorExt, Error, ReduceOp, Rendezvous, Source, Transport};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // `3_processes [ranks] [tcp]`
     let args: Vec<String> = std::env::args().skip(1).collect();
-    if std::env::var_os("RANK").is_some() {
-        return Ok(rank_main(args.iter().any(|arg| arg == "tcp"))?);
+    let rendezvous = Rendezvous::from_env()?;
+    if rendezvous.source() != Source::Alone {
+        return Ok(rank_main(rendezvous, args.iter().any(|arg| arg == "tcp"))?);
     }
     let ranks = args.first().and_then(|n| n.parse().ok()).unwrap_or(3);
     let outcome = Launcher::new(std::env::current_exe()?)
@@ -22,9 +24,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::process::exit(outcome.exit_code());
 }
 
-fn rank_main(tcp: bool) -> Result<(), Error> {
+fn rank_main(rendezvous: Rendezvous, tcp: bool) -> Result<(), Error> {
     let transport = if tcp { Transport::Tcp } else { Transport::Auto };
-    let comm = Rendezvous::from_env()?.transport(transport).init()?;
+    let comm = rendezvous.transport(transport).init()?;
     for (elements, rounds) in [(2, 20_000), (1 << 18, 200), (1 << 23, 10)] {
         let mut data = vec![1f32; elements];
         comm.all_reduce(&mut data, ReduceOp::Mean)?;

@@ -1,4 +1,4 @@
-//! Ranks meet through rank 0's store, and each wrong variable is named
+//! Ranks meet through the store of rank 0, of an agent, under mpirun, and at a URL
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::HashMap;
@@ -8,59 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use lightrft_collectives::store::StoreServer;
-use lightrft_collectives::{CommunicatorExt, Error, ReduceOp, Rendezvous, Result, Transport};
-
-const GOOD: [(&str, &str); 6] = [
-    ("RANK", "3"),
-    ("WORLD_SIZE", "8"),
-    ("LOCAL_RANK", "1"),
-    ("LOCAL_WORLD_SIZE", "2"),
-    ("MASTER_ADDR", "127.0.0.1"),
-    ("MASTER_PORT", "2222"),
-];
-
-/// The good variables with one changed, or taken away.
-fn with(variable: &str, value: Option<&str>) -> Result<Rendezvous> {
-    let mut variables: HashMap<&str, &str> = GOOD.into();
-    match value {
-        Some(value) => drop(variables.insert(variable, value)),
-        None => drop(variables.remove(variable)),
-    }
-    Rendezvous::from_variables(|name| variables.get(name).map(ToString::to_string))
-}
-
-#[test]
-fn torchruns_variables_are_read() {
-    let rendezvous = with("RANK", Some("3")).unwrap();
-    assert_eq!((rendezvous.rank(), rendezvous.world_size()), (3, 8));
-    assert_eq!((rendezvous.local_rank(), rendezvous.local_world_size()), (1, 2));
-    assert_eq!(with("LOCAL_RANK", None).unwrap().local_rank(), 1);
-}
-
-#[test]
-fn a_wrong_variable_is_named_with_what_it_holds() {
-    for (variable, value) in [
-        ("RANK", Some("8")),
-        ("RANK", Some("x")),
-        ("RANK", None),
-        ("WORLD_SIZE", Some("0")),
-        ("WORLD_SIZE", Some("1000000000000000")),
-        ("WORLD_SIZE", Some("")),
-        ("WORLD_SIZE", None),
-        ("LOCAL_RANK", Some("2")),
-        ("LOCAL_WORLD_SIZE", Some("9")),
-        ("MASTER_ADDR", None),
-        ("MASTER_PORT", None),
-        ("MASTER_PORT", Some("65536")),
-        ("MASTER_PORT", Some("0")),
-    ] {
-        let Err(error @ Error::Environment { .. }) = with(variable, value) else {
-            panic!("{variable}={value:?} was taken");
-        };
-        let text = error.to_string();
-        assert!(text.contains(variable) && text.contains(value.unwrap_or_default()), "{text}");
-    }
-}
+use lightrft_collectives::{CommunicatorExt, Error, ReduceOp, Rendezvous, Source, Transport};
 
 /// Rank `rank` of `world`, meeting at `port`, where rank 0 serves the store.
 fn rank(rank: usize, world: usize, port: u16) -> Rendezvous {
@@ -111,6 +59,49 @@ fn rank_0_serves_the_store_where_no_agent_does() {
         ranks.into_iter().map(|rank| rank.join().unwrap().unwrap()).collect()
     });
     assert_eq!(sums, [3, 3, 3]);
+}
+
+#[test]
+fn ranks_meet_at_a_url() {
+    let url = &format!("tcp://localhost:{}?world_size=2", free_port());
+    thread::scope(|scope| {
+        for rank in 0..2 {
+            scope.spawn(move || {
+                let rendezvous = Rendezvous::from_url(&format!("{url}&rank={rank}")).unwrap();
+                rendezvous.join_timeout(Duration::from_secs(30)).init().unwrap().barrier().unwrap();
+            });
+        }
+    });
+}
+
+#[test]
+fn ranks_that_mpirun_has_started_meet() {
+    let there = std::process::Command::new("mpirun").arg("--version").output();
+    if !there.is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIPPED: there is no `mpirun`; Debian has it in openmpi-bin");
+        return;
+    }
+    let output = std::process::Command::new("mpirun")
+        .args(["-n", "2", "--oversubscribe", "--allow-run-as-root"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["rank_under_mpirun", "--exact", "--ignored", "--nocapture", "--test-threads=1"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("rank 0 of 2 under mpirun") && text.contains("rank 1 of 2 under mpirun"), "{text}");
+}
+
+#[test]
+#[ignore = "a rank of the test above"]
+fn rank_under_mpirun() {
+    let rendezvous = Rendezvous::from_env().unwrap().join_timeout(Duration::from_secs(30));
+    assert_eq!(rendezvous.source(), Source::OpenMpi);
+    let comm = rendezvous.init().unwrap();
+    let mut sum = [comm.rank() as i64 + 1];
+    comm.all_reduce(&mut sum, ReduceOp::Sum).unwrap();
+    assert_eq!(sum, [3]);
+    println!("rank {} of {} under mpirun", comm.rank(), comm.world_size());
 }
 
 #[test]
