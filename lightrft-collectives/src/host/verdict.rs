@@ -51,6 +51,10 @@ impl<V: Agreed> Case<V> {
             return;
         }
         self.round_since = self.agreement.decided().is_none().then(Instant::now);
+        if self.round_since.is_some() {
+            // It may be asleep for as long as nothing comes, and has a round to end now.
+            shared.wake();
+        }
         for word in words {
             let said = Said::new(group, self.members.clone(), word);
             shared.tell(self.members.iter().copied(), &note(said));
@@ -279,6 +283,16 @@ mod tests {
         shared.court_sits(now + SETTLE);
         assert_eq!(shared.fate.cause(7), Some(lost(1)));
         assert!(shared.court_rest(now).is_none());
+    }
+
+    #[test]
+    fn the_watcher_is_woken_for_a_round_that_nobody_may_answer() {
+        let shared = Shared::new(0, 2, 0).unwrap();
+        shared.fate.enter(7, &[0, 1]).unwrap();
+        assert!(!shared.is_woken());
+        let mismatch = Cause::Lost { rank: 0, how: Loss::Failed };
+        shared.declare(7, mismatch);
+        assert!(shared.is_woken());
     }
 
     #[test]

@@ -98,7 +98,8 @@ impl Shared {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake(&self) {
+    /// Makes the watcher's thread look at what there is to do.
+    pub(super) fn wake(&self) {
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
@@ -157,6 +158,12 @@ impl Shared {
                 self.wake();
             }
         }
+    }
+
+    /// Whether the thread has been woken and has not looked yet.
+    #[cfg(test)]
+    pub(super) fn is_woken(&self) -> bool {
+        rustix::io::read(&self.wake, &mut [0u8; 8]).is_ok()
     }
 
     /// Says goodbye and lets the watcher end. Does not wait.
