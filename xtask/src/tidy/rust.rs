@@ -133,14 +133,7 @@ mod tests {
         one_problem_at(2, text);
         no_problem("//! A.\n#![deny(unsafe_code)]\n// unsafe\nlet x = \"unsafe\";");
         assert!(check("lightrft-collectives/src/nccl/raw.rs", text).is_empty());
-        assert!(
-            check(
-                "lightrft-collectives/src/flight/memory.rs",
-                "lightrft-collectives/src/host/segment.rs",
-                text
-            )
-            .is_empty()
-        );
+        assert!(check("lightrft-collectives/src/host/segment.rs", text).is_empty());
         assert!(!check("lightrft-collectives/src/host/shm_other.rs", text).is_empty());
         assert!(!check("lightrft-collectives/src/host/segment.rs/x.rs", text).is_empty());
     }
