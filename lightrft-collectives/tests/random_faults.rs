@@ -101,7 +101,6 @@ fn take_part(comm: Arc<dyn Communicator>, fault: Fault, seed: u64, others: &dyn 
     // From then on, at once.
     let again = Instant::now();
     let same = group.barrier().unwrap_err();
-    let verdict = |error| verdict(error, plan.culprit);
     assert_eq!(verdict(&same), verdict(&error), "{at}");
     assert!(again.elapsed() < BOUND, "{at}: {:?}", again.elapsed());
     if Fault::MISMATCHES.contains(&fault) && plan.family != 0 && ranks > 1 {

@@ -161,14 +161,9 @@ fn change(call: Call, fault: Fault, size: usize, random: &mut Random) -> Call {
     other
 }
 
-/// What of a verdict must be equal on all ranks: what the culprit did and what the others did. Each names its own call
-/// in flight, its own waiting time, and any of those who did not differ as the other side of a mismatch.
-pub(crate) fn verdict(error: &Error, culprit: usize) -> String {
+/// What of a verdict must be equal on all ranks: all but the call in flight and the waiting time, which each has of its own.
+pub(crate) fn verdict(error: &Error) -> String {
     match error {
-        Error::Mismatch { group, rank, mine, theirs, .. } => {
-            let (odd, others) = if *rank == culprit { (mine, theirs) } else { (theirs, mine) };
-            format!("on `{group}`, rank {culprit} called {odd}, others {others}")
-        }
         Error::Timeout { group, missing, .. } => format!("on `{group}`, {missing:?} missing"),
         Error::PeerLost { rank, how, .. } => format!("rank {rank} {how}"),
         other => other.to_string(),
