@@ -270,6 +270,13 @@ impl Recorder {
         known.map_or(0, |line| line[group::STEP].load(Relaxed))
     }
 
+    /// Whether this rank is in a call on a group.
+    pub(crate) fn is_in_call_on(&self, id: u64) -> bool {
+        let line = |line: usize| &self.words[HEAD + line * GROUP..][..GROUP];
+        let known = (0..GROUPS).map(line).find(|line| line[group::ID].load(Relaxed) == id);
+        known.is_some_and(|line| line[group::BEGUN].load(Relaxed) != line[group::ENDED].load(Relaxed))
+    }
+
     fn record(&self, number: u64) -> &[std::sync::atomic::AtomicU64] {
         &self.words[HEAD + GROUPS * GROUP + number as usize % RECORDS * RECORD..][..RECORD]
     }

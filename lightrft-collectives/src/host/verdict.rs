@@ -140,8 +140,9 @@ impl Shared {
         }
         if let Cause::Timeout(late) = &mut mine
             && late.step > 0
-            && self.recorder.step_of(group) >= late.step
+            && (self.recorder.step_of(group) >= late.step || self.recorder.is_in_call_on(group))
         {
+            // It has come, or it waits in an earlier call, for the one that is at fault.
             late.present.insert(self.rank);
         }
         self.judge(&mut self.court(), group, &members, |agreement| {
