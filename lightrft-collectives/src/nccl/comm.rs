@@ -387,12 +387,15 @@ impl Comm {
     }
 
     /// Forgets the work that is not done; returns how many calls that are.
+    ///
+    /// The events are kept until the communicator goes: to destroy one, CUDA may wait for a launch that is stuck behind the
+    /// very kernels that are to be told to end.
     pub(super) fn forget(&self) -> usize {
-        let mut pending = lock(&self.pending);
-        let forgotten = pending.len();
-        pending.clear();
+        let forgotten: Vec<_> = lock(&self.pending).drain(..).map(|pending| pending.event).collect();
+        let calls = forgotten.len();
+        lock(&self.spare).extend(forgotten);
         self.record.abandon();
-        forgotten
+        calls
     }
 
     /// Leaves the communicator to a thread that destroys it. Does not wait.

@@ -87,8 +87,15 @@ pub struct Nccl {
     options: Options,
     /// Groups split off so far: the same number on all ranks, and so a colour that no other split has.
     splits: AtomicUsize,
-    /// Groups split off that may live, with what they are on the host.
-    live: Mutex<Vec<(Weak<dyn Communicator>, Weak<Nccl>)>>,
+    /// Groups split off that may live.
+    live: Mutex<Vec<Split>>,
+}
+
+/// A group that was split off, and what it is on the host.
+#[derive(Debug)]
+struct Split {
+    host: Weak<dyn Communicator>,
+    group: Weak<Nccl>,
 }
 
 /// What a rank tells the others before they connect: their GPU, or why they have none.
@@ -227,8 +234,8 @@ impl Nccl {
     fn known(&self, host: &Arc<dyn Communicator>) -> Option<Arc<Nccl>> {
         let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         // Addresses alone: one group may have several virtual tables.
-        let known = live.iter().find(|(its, _)| its.as_ptr().cast::<()>() == Arc::as_ptr(host).cast::<()>());
-        known.and_then(|(_, group)| group.upgrade()).filter(|group| group.comm.alive().is_ok())
+        let known = live.iter().find(|its| its.host.as_ptr().cast::<()>() == Arc::as_ptr(host).cast::<()>());
+        known.and_then(|its| its.group.upgrade()).filter(|group| group.comm.alive().is_ok())
     }
 
     /// Enqueues calls that have been checked, as one.
@@ -378,8 +385,8 @@ impl Communicator for Nccl {
         let comm = comm.and_then(|comm| comm.ok_or_else(missing));
         let group = Self::meet(host.clone(), comm, &Options { timeout, ..self.options.clone() })?;
         let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        live.retain(|(_, group)| group.strong_count() > 0);
-        live.push((Arc::downgrade(&host), Arc::downgrade(&group)));
+        live.retain(|split| split.group.strong_count() > 0);
+        live.push(Split { host: Arc::downgrade(&host), group: Arc::downgrade(&group) });
         Ok(Some(group))
     }
 

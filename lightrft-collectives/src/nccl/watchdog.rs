@@ -132,9 +132,9 @@ extern "C" fn before_exit() {
 /// Registers [`before_exit`], late: after the libraries have been loaded and have registered theirs.
 fn wait_at_exit() {
     static REGISTERED: Once = Once::new();
-    // SAFETY: the function takes nothing, does not unwind and touches only statics without destructors. If it cannot be
-    // registered, a process that ends too early may crash in its end, as it would without.
     REGISTERED.call_once(|| {
+        // SAFETY: the function takes nothing, does not unwind and touches only statics without destructors. If it cannot be
+        // registered, a process that ends too early may crash in its end, as it would without.
         let _ = unsafe { atexit(before_exit) };
     });
 }
@@ -199,6 +199,7 @@ pub(super) fn fail(origin: &Comm, error: Error) -> Error {
     if first {
         tracing::error!(group = origin.name, %error, communicators = dead.len(), "NCCL: all communicators of this process are aborted");
     }
+    abort(dead.clone());
     for comm in &dead {
         comm.tell_others(&error);
         forget(comm);
@@ -206,7 +207,6 @@ pub(super) fn fail(origin: &Comm, error: Error) -> Error {
             tracing::error!(group = comm.name, "{call}");
         }
     }
-    abort(dead);
     origin.failure().cloned().unwrap_or(error)
 }
 
