@@ -66,7 +66,9 @@ fn build(workspace: &Workspace) -> Result<PathBuf, String> {
         let mut cargo = workspace.cargo();
         cargo.args(["test", "--no-run", "--release", "--lib", "--test", "gpu_*", "-p", &name]);
         cargo.args(["--features", &features.join(",")]);
-        for (kind, program) in built_executables(cargo)? {
+        // A crate's own programs are built along for its tests; they are no tests.
+        let tests = built_executables(cargo)?.into_iter().filter(|(kind, _)| kind == "lib" || kind == "test");
+        for (kind, program) in tests {
             let name = format!("{}-{kind}", program.name);
             put(&program.executable, &folder.join(&name))?;
             names.push(name);

@@ -445,6 +445,12 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs libnccl, though no GPU"]
+    fn nccl_loads_and_says_its_version_without_a_gpu() {
+        assert!(Nccl::get().unwrap().version().unwrap() >= OLDEST);
+    }
+
+    #[test]
     fn a_library_without_its_functions_is_an_error_that_names_one() {
         let error = Nccl::load(&["libm.so.6".into()]).unwrap_err();
         assert!(matches!(&error, Error::Library { reason, .. } if reason.contains("nccl")), "{error}");
