@@ -305,7 +305,8 @@ impl Comm {
 
     fn late(&self, call: Call, waited: Duration) -> Error {
         // NCCL does not tell who is late. The other ranks' numbers of the same call do.
-        let outstanding = self.record.read().into_iter().find(|call| call.state == EnqueuedState::Outstanding);
+        let outstanding =
+            self.record.read().into_iter().find(|call| call.state == EnqueuedState::Outstanding);
         let rank = self.world_rank;
         let report = match outstanding {
             Some(first) => format!("the GPU of rank {rank} has not done its call {first}"),
