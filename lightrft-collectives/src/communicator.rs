@@ -117,6 +117,18 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     fn subgroup_with(&self, ranks: &[usize], options: &GroupOptions)
     -> Result<Option<Arc<dyn Communicator>>>;
 
+    /// The error that `call` would return at once because the group is dead, as far as this rank knows. Never waits.
+    fn failure(&self, call: Call) -> Option<Error> {
+        let _ = call;
+        None
+    }
+
+    /// Declares the group dead on all its ranks, because of what this one has met on another way between them. Never waits;
+    /// without effect on a group that is dead already.
+    fn poison(&self, error: &Error) {
+        let _ = error;
+    }
+
     /// [`subgroup_with`](Communicator::subgroup_with) the default options.
     ///
     /// # Errors

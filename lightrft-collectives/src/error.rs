@@ -181,6 +181,18 @@ pub enum Error {
     #[error("cannot {doing}: {source}")]
     #[allow(missing_docs)]
     Io { doing: String, source: Arc<io::Error> },
+    /// A shared library that a GPU needs is not on this machine, or too old.
+    #[error("cannot use {library}: {reason}")]
+    #[allow(missing_docs)]
+    Library { library: &'static str, reason: String },
+    /// The CUDA driver refused; `code` is its `CUresult`.
+    #[error("cannot {doing} on GPU {ordinal}: {message} (CUDA error {code})")]
+    #[allow(missing_docs)]
+    Cuda { doing: &'static str, ordinal: usize, code: i32, message: String },
+    /// NCCL, or a GPU below it, failed on a rank of the world; `code` is NCCL's `ncclResult_t`. Poisons every group on GPUs.
+    #[error("{call} on `{group}`: rank {rank}: {message}")]
+    #[allow(missing_docs)]
+    Nccl { call: Call, group: String, rank: usize, code: i32, message: String },
     /// A member of the world sent bytes that are not this library's protocol, or not this version of it.
     #[error("rank {rank} sent {got}, expected {expected}")]
     #[allow(missing_docs)]

@@ -47,6 +47,8 @@ mod live;
 pub mod local;
 mod memory;
 mod mesh;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 mod object;
 mod op;
 mod operation;

@@ -585,7 +585,7 @@ impl<'a> Operation<'a> {
 
 impl<'a, I, O> Operation<'a, I, O> {
     /// The same call over other buffers.
-    fn map<I2, O2>(
+    pub(crate) fn map<I2, O2>(
         self,
         read: impl Fn(I) -> Result<I2>,
         write: impl Fn(O) -> Result<O2>,

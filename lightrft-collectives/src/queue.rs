@@ -328,6 +328,14 @@ impl Communicator for Queue {
         self.comm.alloc_bytes(len)
     }
 
+    fn failure(&self, call: Call) -> Option<Error> {
+        self.comm.failure(call)
+    }
+
+    fn poison(&self, error: &Error) {
+        self.comm.poison(error);
+    }
+
     fn subgroup_with(
         &self,
         ranks: &[usize],

@@ -4,11 +4,13 @@
 //! here, by the plainest code, from the ranks' known inputs.
 
 mod derived;
+mod device;
 
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
+pub use self::device::{Block, Memory, OnDevice};
 use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Result};
 use crate::op::{Element, ReduceOp};
@@ -22,28 +24,37 @@ const LENGTHS: [usize; 9] = [0, 1, 3, 4, 64, 1027, 8209, 40_003, 300_001];
 /// # Errors
 /// The first error of a call; in a healthy group there is none.
 pub fn conformance(comm: &dyn Communicator) -> Result<()> {
-    reductions::<f32>(comm, &LENGTHS)?;
-    reductions::<bf16>(comm, &[0, 1, 3, 40_003])?;
-    reductions::<f64>(comm, &[0, 1, 1027])?;
-    reductions::<f16>(comm, &[0, 1, 1027])?;
-    reductions::<i32>(comm, &[0, 1, 1027])?;
-    reductions::<i64>(comm, &[0, 1, 40_003])?;
-    reductions::<u8>(comm, &[0, 1, 3, 1027, 100_003])?;
+    conformance_with(comm, Samples::Any)
+}
+
+/// As [`conformance`], for a backend that folds in an order of its own: sums, and products, of [`Samples::Exact`].
+///
+/// # Errors
+/// As [`conformance`].
+pub fn conformance_with(comm: &dyn Communicator, samples: Samples) -> Result<()> {
+    reductions::<f32>(comm, samples, &LENGTHS)?;
+    reductions::<bf16>(comm, samples, &[0, 1, 3, 40_003])?;
+    reductions::<f64>(comm, samples, &[0, 1, 1027])?;
+    reductions::<f16>(comm, samples, &[0, 1, 1027])?;
+    reductions::<i32>(comm, samples, &[0, 1, 1027])?;
+    reductions::<i64>(comm, samples, &[0, 1, 40_003])?;
+    reductions::<u8>(comm, samples, &[0, 1, 3, 1027, 100_003])?;
     for length in LENGTHS.into_iter().filter(|length| is_in_reach(comm, *length)) {
         movements::<f32>(comm, length)?;
     }
     for length in [0, 1, 3, 1027] {
         movements::<u8>(comm, length)?;
     }
-    heap::<f32>(comm, if is_in_reach(comm, 40_003) { 40_003 } else { 8209 })?;
-    heap::<bf16>(comm, if is_in_reach(comm, 300_001) { 300_001 } else { 18_001 })?;
-    heap::<u8>(comm, 0)?;
+    heap::<f32>(comm, samples, if is_in_reach(comm, 40_003) { 40_003 } else { 8209 })?;
+    heap::<bf16>(comm, samples, if is_in_reach(comm, 300_001) { 300_001 } else { 18_001 })?;
+    heap::<u8>(comm, samples, 0)?;
     point_to_point(comm)?;
     objects(comm)?;
     callers_mistakes(comm)?;
     comm.barrier()?;
     subgroups(comm)?;
-    derived::derived(comm)
+    // What is built on these calls is tried where it is built: on the host.
+    if samples == Samples::Any { derived::derived(comm) } else { Ok(()) }
 }
 
 /// Whether `length` is worth its time: what the ranks send and check grows with the square of their number, and in
@@ -53,11 +64,35 @@ fn is_in_reach(comm: &dyn Communicator, length: usize) -> bool {
     length * world.pow(2) <= if world <= 4 { 5_000_000 } else { 600_000 }
 }
 
+/// What ranks contribute to reductions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Samples {
+    /// Anything: the bits of a result depend on the order in which contributions are combined, which is that of the ranks.
+    Any,
+    /// Floating-point numbers whose sums and products are exact, in any order and rounded at any step, on up to
+    /// eight ranks: `±½`, `±1`, `±2`.
+    Exact,
+}
+
+impl Samples {
+    fn of<T: Sample>(self, rank: usize, length: usize) -> Vec<T> {
+        match self {
+            Samples::Any => values(rank, length),
+            Samples::Exact => (0..length).map(|i| T::exact(mixed(rank, i))).collect(),
+        }
+    }
+}
+
 /// Element `i` of rank `rank`: varied, reproducible, of both signs where the type has them.
 fn value<T: Sample>(rank: usize, i: usize) -> T {
+    T::sample(mixed(rank, i))
+}
+
+fn mixed(rank: usize, i: usize) -> u64 {
     let mixed = (rank as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)
         ^ (i as u64).wrapping_mul(0xD1B5_4A32_D192_ED03);
-    T::sample((mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 32)
+    (mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 32
 }
 
 fn values<T: Sample>(rank: usize, length: usize) -> Vec<T> {
@@ -67,23 +102,34 @@ fn values<T: Sample>(rank: usize, length: usize) -> Vec<T> {
 /// An element type with test values.
 trait Sample: Element {
     fn sample(bits: u64) -> Self;
+    /// One of few values whose sums and products are exact; any integer, since those wrap around.
+    fn exact(bits: u64) -> Self;
+}
+
+/// `±½`, `±1` or `±2`.
+fn power_of_two(bits: u64) -> f32 {
+    let magnitude = [0.5, 1.0, 2.0, 1.0][(bits % 4) as usize];
+    if bits & 4 == 0 { magnitude } else { -magnitude }
 }
 
 macro_rules! sample {
-    ($($t:ty: $from:expr;)*) => { $(impl Sample for $t {
+    ($($t:ty: $from:expr, $exact:expr;)*) => { $(impl Sample for $t {
         fn sample(bits: u64) -> Self {
             $from(bits)
+        }
+        fn exact(bits: u64) -> Self {
+            $exact(bits)
         }
     })* };
 }
 sample! {
-    f32: |bits| (bits as i32 as f32) / 65536.0;
-    f64: |bits| (bits as i32 as f64) / 65536.0;
-    bf16: |bits| bf16::from_f32((bits as i32 as f32) / 1e8);
-    f16: |bits| f16::from_f32((bits as i32 as f32) / 1e8);
-    i32: |bits| bits as i32;
-    i64: |bits: u64| (bits as i64) << 20;
-    u8: |bits| bits as u8;
+    f32: |bits| (bits as i32 as f32) / 65536.0, power_of_two;
+    f64: |bits| (bits as i32 as f64) / 65536.0, |bits| power_of_two(bits).into();
+    bf16: |bits| bf16::from_f32((bits as i32 as f32) / 1e8), |bits| bf16::from_f32(power_of_two(bits));
+    f16: |bits| f16::from_f32((bits as i32 as f32) / 1e8), |bits| f16::from_f32(power_of_two(bits));
+    i32: |bits| bits as i32, Self::sample;
+    i64: |bits: u64| (bits as i64) << 20, Self::sample;
+    u8: |bits| bits as u8, Self::sample;
 }
 
 fn assert_same<T: Element>(got: &[T], expected: &[T], what: impl Fn() -> String) {
@@ -98,41 +144,50 @@ fn assert_same<T: Element>(got: &[T], expected: &[T], what: impl Fn() -> String)
 
 /// The reduction that one rank alone would make of everyone's values.
 fn reduced<T: Sample>(op: ReduceOp, world: usize, length: usize) -> Vec<T> {
-    let all: Vec<Vec<T>> = (0..world).map(|rank| values(rank, length)).collect();
+    reduced_of(op, Samples::Any, world, length)
+}
+
+/// As [`reduced`], of everyone's samples.
+fn reduced_of<T: Sample>(op: ReduceOp, of: Samples, world: usize, length: usize) -> Vec<T> {
+    let all: Vec<Vec<T>> = (0..world).map(|rank| of.of(rank, length)).collect();
     let parts: Vec<&[T]> = all.iter().map(Vec::as_slice).collect();
     let mut out = vec![T::zeroed(); length];
     fold(op, &parts, &mut out);
     out
 }
 
-fn reductions<T: Sample>(comm: &dyn Communicator, lengths: &[usize]) -> Result<()> {
+fn reductions<T: Sample>(comm: &dyn Communicator, of: Samples, lengths: &[usize]) -> Result<()> {
     let (rank, world) = (comm.rank(), comm.world_size());
     for &length in lengths.iter().filter(|length| is_in_reach(comm, **length)) {
         // Long vectors are about chunks, not about arithmetic: two operations will do.
         let worth = |op: &ReduceOp| length < 10_000 || matches!(op, ReduceOp::Sum | ReduceOp::Mean);
+        // A mean over other numbers of ranks is not exact.
+        let worth = |op: &ReduceOp| {
+            worth(op) && (of == Samples::Any || *op != ReduceOp::Mean || world.is_power_of_two())
+        };
         for op in ReduceOp::ALL.into_iter().filter(|op| op.allows(T::DTYPE) && worth(op)) {
             let what = |call: &str| format!("{call} {op} of {length} {:?} on {world} ranks", T::DTYPE);
-            let expected: Vec<T> = reduced(op, world, length);
-            let mut data: Vec<T> = values(rank, length);
+            let expected: Vec<T> = reduced_of(op, of, world, length);
+            let mut data: Vec<T> = of.of(rank, length);
             comm.all_reduce(&mut data, op)?;
             assert_same(&data, &expected, || what("all_reduce"));
 
-            let input: Vec<T> = values(rank, length);
+            let input: Vec<T> = of.of(rank, length);
             let mut output = vec![T::zeroed(); length];
             comm.all_reduce_into(&input, &mut output, op)?;
             assert_same(&output, &expected, || what("all_reduce_into"));
-            assert_same(&input, &values(rank, length), || what("the input of all_reduce_into"));
+            assert_same(&input, &of.of(rank, length), || what("the input of all_reduce_into"));
 
             let root = length % world;
-            let mut data: Vec<T> = values(rank, length);
+            let mut data: Vec<T> = of.of(rank, length);
             comm.reduce(&mut data, op, root)?;
-            let kept = values(rank, length);
+            let kept = of.of(rank, length);
             assert_same(&data, if rank == root { &expected } else { &kept }, || what("reduce"));
 
-            let input: Vec<T> = values(rank, length * world);
+            let input: Vec<T> = of.of(rank, length * world);
             let mut output = vec![T::zeroed(); length];
             comm.reduce_scatter(&input, &mut output, op)?;
-            let expected: Vec<T> = reduced(op, world, length * world);
+            let expected: Vec<T> = reduced_of(op, of, world, length * world);
             assert_same(&output, &expected[rank * length..][..length], || what("reduce_scatter"));
 
             let mut data = input;
@@ -205,21 +260,21 @@ fn movements<T: Sample>(comm: &dyn Communicator, length: usize) -> Result<()> {
 
 /// Calls on memory of the group's heap, on pieces of it that lie elsewhere on each rank, and where some ranks pass other
 /// memory or gather in place and others do not: the results are the same.
-fn heap<T: Sample>(comm: &dyn Communicator, length: usize) -> Result<()> {
+fn heap<T: Sample>(comm: &dyn Communicator, of: Samples, length: usize) -> Result<()> {
     let (rank, world) = (comm.rank(), comm.world_size());
     let what = |call: &str| format!("{call} of {length} {:?} in the heap on {world} ranks", T::DTYPE);
     let mut buffer = comm.alloc::<T>(world * length + 64 * world)?;
     assert!(buffer.iter().all(|x| *x == T::zeroed()), "{}", what("alloc"));
-    let expected: Vec<T> = reduced(ReduceOp::Sum, world, length);
+    let expected: Vec<T> = reduced_of(ReduceOp::Sum, of, world, length);
     for start in [0, 64 * rank] {
         let data = &mut buffer[start..start + length];
-        data.copy_from_slice(&values(rank, length));
+        data.copy_from_slice(&of.of(rank, length));
         comm.all_reduce(data, ReduceOp::Sum)?;
         assert_same(data, &expected, || what("all_reduce"));
     }
 
-    let input: Vec<T> = values(rank, length * world);
-    let sums: Vec<T> = reduced(ReduceOp::Sum, world, length * world);
+    let input: Vec<T> = of.of(rank, length * world);
+    let sums: Vec<T> = reduced_of(ReduceOp::Sum, of, world, length * world);
     let mine = rank * length..(rank + 1) * length;
     let place = 64 * rank..64 * rank + world * length;
     for in_place in [rank % 2 == 0, true, false] {
@@ -256,18 +311,18 @@ fn heap<T: Sample>(comm: &dyn Communicator, length: usize) -> Result<()> {
     assert_same(data, &values(root, length), || what("broadcast"));
 
     // One rank's memory is not the heap's.
-    let mut other = values(rank, length);
+    let mut other = of.of(rank, length);
     let data = if rank == 0 { &mut other[..] } else { &mut buffer[..length] };
-    data.copy_from_slice(&values(rank, length));
+    data.copy_from_slice(&of.of(rank, length));
     comm.all_reduce(data, ReduceOp::Sum)?;
     assert_same(data, &expected, || what("all_reduce, one rank elsewhere"));
     drop(buffer);
 
     // The heap is gone here; what comes after it works as before.
-    let mut data: Vec<T> = values(rank, length);
+    let mut data: Vec<T> = of.of(rank, length);
     comm.all_reduce(&mut data, ReduceOp::Sum)?;
     assert_same(&data, &expected, || what("all_reduce after it"));
-    let mut data: Vec<T> = values(rank, length);
+    let mut data: Vec<T> = of.of(rank, length);
     let mut output = vec![T::zeroed(); length];
     match rank % 2 {
         0 => comm.all_reduce(&mut data, ReduceOp::Sum)?,

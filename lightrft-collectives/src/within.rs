@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::communicator::{Communicator, GroupOptions};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::GroupMemory;
-use crate::operation::Operation;
+use crate::operation::{Call, Operation};
 
 /// The same group with another deadline for each call; see [`CommunicatorExt::within`](crate::CommunicatorExt::within).
 ///
@@ -57,6 +57,14 @@ macro_rules! forward {
 
         fn rebuild(&$this, timeout: Duration) -> Result<Arc<dyn Communicator>> {
             $inner.rebuild(timeout)
+        }
+
+        fn failure(&$this, call: Call) -> Option<Error> {
+            $inner.failure(call)
+        }
+
+        fn poison(&$this, error: &Error) {
+            $inner.poison(error);
         }
     };
 }

@@ -10,7 +10,7 @@ use crate::steps::{command_line, seconds};
 /// A numbered example shows one idea on a laptop: one that needs longer than this hangs, or shows too much.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// An example that cargo has built.
+/// An example, or another program, that cargo has built.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Example {
     pub(crate) name: String,
@@ -18,7 +18,14 @@ pub(crate) struct Example {
 }
 
 /// Runs `build`, a `cargo build` with its progress on the terminal, and returns the examples it made or found fresh.
-pub(crate) fn built_examples(mut build: Command) -> Result<Vec<Example>, String> {
+pub(crate) fn built_examples(build: Command) -> Result<Vec<Example>, String> {
+    let all = built_executables(build)?.into_iter().filter(|(kind, _)| kind == "example");
+    Ok(all.map(|(_, example)| example).collect())
+}
+
+/// As [`built_examples`], for all executables, each with the kind of its target: `example`, `test`, `lib` for a library's
+/// unit tests.
+pub(crate) fn built_executables(mut build: Command) -> Result<Vec<(String, Example)>, String> {
     let line = command_line(&build);
     build.arg("--message-format=json-render-diagnostics").stdout(Stdio::piped());
     let mut child = build.spawn().map_err(|error| format!("{line}: cannot run: {error}"))?;
@@ -26,22 +33,20 @@ pub(crate) fn built_examples(mut build: Command) -> Result<Vec<Example>, String>
     if let Some(messages) = child.stdout.take() {
         for message in BufReader::new(messages).lines() {
             let message = message.map_err(|error| format!("{line}: {error}"))?;
-            examples.extend(example_of(&message));
+            examples.extend(executable_of(&message));
         }
     }
     let status = child.wait().map_err(|error| format!("{line}: {error}"))?;
     if status.success() { Ok(examples) } else { Err(format!("{line}: {status}")) }
 }
 
-/// The example named by one of cargo's messages, which are a JSON object per line.
-fn example_of(message: &str) -> Option<Example> {
-    if !message.contains(r#""kind":["example"]"#) {
-        return None;
-    }
+/// The kind and the executable that one of cargo's messages names; they are a JSON object per line.
+fn executable_of(message: &str) -> Option<(String, Example)> {
     let target = &message[message.find(r#""target":{"#)?..];
+    let kind = string_at(target, r#""kind":[""#)?;
     let name = string_at(target, r#""name":""#)?;
     let executable = string_at(message, r#""executable":""#)?;
-    Some(Example { name, executable: PathBuf::from(executable) })
+    Some((kind, Example { name, executable: PathBuf::from(executable) }))
 }
 
 /// The JSON string that follows `key`, its escapes undone as far as they occur in names and Unix paths.
@@ -107,11 +112,12 @@ mod tests {
     #[test]
     fn cargos_messages_name_examples_and_where_they_lie() {
         let message = r#"{"reason":"compiler-artifact","package_id":"p","target":{"kind":["example"],"crate_types":["bin"],"name":"1_all_reduce","src_path":"/s"},"filenames":[],"executable":"/t/a \"b\"/1_all_reduce","fresh":true}"#;
-        let found = example_of(message).unwrap();
+        let (kind, found) = executable_of(message).unwrap();
+        assert_eq!(kind, "example");
         assert_eq!(found.name, "1_all_reduce");
         assert_eq!(found.executable, PathBuf::from("/t/a \"b\"/1_all_reduce"));
-        assert_eq!(example_of(r#"{"target":{"kind":["lib"],"name":"x"},"executable":null}"#), None);
-        assert_eq!(example_of(r#"{"target":{"kind":["example"],"name":"x"},"executable":null}"#), None);
+        assert_eq!(executable_of(r#"{"target":{"kind":["lib"],"name":"x"},"executable":null}"#), None);
+        assert_eq!(executable_of(r#"{"target":{"kind":["example"],"name":"x"},"executable":null}"#), None);
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod bench;
 mod check;
 mod demo;
 mod examples;
+mod gpu;
 mod manifest;
 mod source;
 mod steps;
@@ -28,6 +29,9 @@ Usage: cargo xtask <command>
   test             every test that needs no GPU and no Python: unit, integration and documentation tests of all
                    crates with their CPU features, then each numbered example
   check            rustfmt, tidy, clippy, documentation, each crate's feature sets: cheapest first, no warning allowed
+  gpu build        test programs for machines with GPUs, in release, into target/gpu/; needs neither CUDA nor a GPU
+  gpu test [N]     those tests on N GPUs of this machine, or on all: builds them first, or, started as
+                   target/gpu/xtask on a machine without cargo, takes those beside it. A test that is skipped has failed
   tidy             only the tree's own rules (part of check)
   help             this text
 ";
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
     match &*command {
         "bench" => bench::run(&workspace, &rest),
         "demo" => demo::run(&workspace, &rest),
+        "gpu" => gpu::run(&workspace, &rest),
         "test" => test::run(&workspace),
         "check" => check::run(&workspace),
         "tidy" => tidy::run(&workspace),

@@ -9,7 +9,7 @@ use crate::steps::{command_line, seconds};
 use crate::workspace::{Member, Workspace};
 
 /// Features whose tests need a device; all others are on.
-const DEVICE_FEATURES: [&str; 2] = ["cuda", "nccl"];
+pub(crate) const DEVICE_FEATURES: [&str; 2] = ["cuda", "nccl"];
 
 pub(crate) fn run(workspace: &Workspace) -> ExitCode {
     let start = Instant::now();
@@ -81,16 +81,16 @@ fn cpu_features(members: &[Member]) -> Vec<String> {
 
 /// What the test programs said about themselves.
 #[derive(Debug, Default, PartialEq)]
-struct Totals {
-    programs: u64,
-    passed: u64,
-    failed: u64,
-    ignored: u64,
+pub(crate) struct Totals {
+    pub(crate) programs: u64,
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) ignored: u64,
 }
 
 impl Totals {
     /// Adds a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out`.
-    fn add(&mut self, line: &str) {
+    pub(crate) fn add(&mut self, line: &str) {
         let Some(result) = line.strip_prefix("test result: ") else { return };
         self.programs += 1;
         let counts = result.split_once(". ").map_or("", |(_, counts)| counts);

@@ -22,6 +22,7 @@ mod watcher;
 mod wire;
 mod world;
 
+use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,7 +30,7 @@ use std::time::Duration;
 
 use self::exchange::{Fault, Links};
 use self::fate::Alarm;
-use self::note::{Cause, Note};
+use self::note::{Cause, Lateness, Note};
 use self::segment::{Mapping, Segment};
 pub(crate) use self::shm::HeapMemory;
 use self::shm::{Cores, Shm, Watch};
@@ -387,6 +388,34 @@ impl Communicator for Group {
             return Err(Error::NoRebuild { group: self.name.clone(), why });
         }
         rebuild::rebuild(self, timeout)
+    }
+
+    fn failure(&self, call: Call) -> Option<Error> {
+        if !self.alarm.is_rung() {
+            return None;
+        }
+        let cause = self.world.shared.fate.cause(self.id)?;
+        Some(cause.error(call, &self.name, &self.ranks, &self.world.cards))
+    }
+
+    fn poison(&self, error: &Error) {
+        let reporter = self.world.rank();
+        let cause = match error {
+            Error::PeerLost { rank, how, .. } => Cause::Lost { rank: *rank, how: *how },
+            Error::Mismatch { rank, mine, other, theirs, .. } => {
+                Cause::Mismatch { rank: *rank, mine: **mine, other: *other, theirs: **theirs }
+            }
+            Error::Timeout { waited, missing, report, .. } => Cause::Timeout(Lateness {
+                waited: *waited,
+                step: 0,
+                missing: missing.iter().copied().collect(),
+                present: BTreeSet::new(),
+                reporter,
+                report: report.clone(),
+            }),
+            _ => Cause::Lost { rank: reporter, how: Loss::Failed },
+        };
+        self.world.shared.declare(self.id, cause);
     }
 }
 
