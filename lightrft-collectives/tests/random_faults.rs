@@ -66,6 +66,14 @@ fn take_part(comm: Arc<dyn Communicator>, fault: Fault, seed: u64, others: &dyn 
     let plan = Plan::draw(fault, &mut schedule);
     let at = format!("FAULT_SEED={seed}, {ranks} ranks, rank {}: {plan}", rank.rank);
     let culprit = rank.rank == plan.culprit;
+    // A rank that is slow may still be here when the others have been told.
+    let begun = now();
+    if let Err(error) = comm.barrier() {
+        assert!((plan.family == 0 || fault == Fault::Left) && plan.is_told_by(&error), "{at}: {error}");
+        let told = Told { rank: rank.rank, verdict: verdict(&error), begun, ended: now() };
+        others.tell(&told);
+        return Some(told);
+    }
     if fault == Fault::Left && culprit {
         return None;
     }
@@ -79,14 +87,6 @@ fn take_part(comm: Arc<dyn Communicator>, fault: Fault, seed: u64, others: &dyn 
             comm.barrier().unwrap_or_else(|error| panic!("{at}: {error}"));
         }
         return None;
-    }
-    // A rank that is slow may still be here when the others have been told.
-    let begun = now();
-    if let Err(error) = comm.barrier() {
-        assert!(plan.family == 0 && plan.is_told_by(&error), "{at}: {error}");
-        let told = Told { rank: rank.rank, verdict: verdict(&error), begun, ended: now() };
-        others.tell(&told);
-        return Some(told);
     }
     let group = rank.comm(plan.family);
     match fault {
