@@ -218,6 +218,21 @@ impl AlignedBytes {
         AlignedBytes { words: vec![0; len.div_ceil(8)], len }
     }
 
+    /// Room for at least `len` bytes, whatever they hold.
+    pub(crate) fn at_least(&mut self, len: usize) -> &mut [u8] {
+        if self.len < len {
+            *self = Self::zeroed(len);
+        }
+        &mut self.as_mut_slice()[..len]
+    }
+
+    /// `len` bytes, whatever they hold, and no more.
+    pub(crate) fn exactly(&mut self, len: usize) -> &mut [u8] {
+        self.words.resize(len.div_ceil(8), 0);
+        self.len = len;
+        self.as_mut_slice()
+    }
+
     /// A copy of `bytes`.
     pub(crate) fn copy_of(bytes: &[u8]) -> Self {
         let mut copy = Self::zeroed(bytes.len());

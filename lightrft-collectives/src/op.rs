@@ -69,7 +69,7 @@ pub(crate) mod private {
     /// [`Element`](super::Element).
     pub trait Arithmetic: Copy {
         /// The type contributions are combined in.
-        type Acc: Copy;
+        type Acc: bytemuck::Pod;
         fn widen(self) -> Self::Acc;
         fn narrow(acc: Self::Acc) -> Self;
         fn add(a: Self::Acc, b: Self::Acc) -> Self::Acc;

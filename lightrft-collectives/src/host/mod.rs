@@ -1,21 +1,28 @@
 //! Ranks as processes: TCP between machines, shared memory within one
 //!
 //! A group holds a connection to each of its members. A call is a few steps of [`exchange`], or, where all
-//! members share a machine, of [`shm`]. The [`watcher`] thread tells both when a rank has died.
+//! members share a machine, of [`shm`], or of both where some do: see [`hierarchy`]. The [`watcher`] thread tells all when
+//! a rank has died.
 
 mod agreement;
+mod chain;
 mod control;
 mod exchange;
 mod fate;
 #[cfg(feature = "testing")]
 pub(crate) mod fuzzing;
 mod hello;
+mod hierarchy;
 mod note;
+mod patience;
 mod pulse;
 mod rebuild;
+mod reduction;
 mod segment;
 mod shm;
+mod steps;
 mod tcp;
+mod topology;
 mod verdict;
 mod vigil;
 mod watcher;
@@ -23,21 +30,25 @@ mod wire;
 mod world;
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use self::exchange::{Fault, Links};
+use self::exchange::{Fault, Links, Wait};
 use self::fate::Alarm;
+use self::hierarchy::Hierarchy;
 use self::note::{Cause, Lateness, Note};
 use self::segment::{Mapping, Segment};
 pub(crate) use self::shm::HeapMemory;
 use self::shm::{Cores, Shm, Watch};
 use self::tcp::Tcp;
+use self::topology::Topology;
 use self::vigil::{Subject, Vigil};
 use self::world::{AGREEMENT, World, group_id};
 pub(crate) use self::world::{Join, node_name};
+use crate::buffer::AlignedBytes;
 use crate::communicator::{Communicator, CommunicatorExt, GroupOptions, Sharing};
 use crate::error::{Error, Loss, Result};
 use crate::flight::recorder::{Outcome, Slot};
@@ -73,8 +84,32 @@ struct Group {
 #[derive(Debug)]
 struct Channels {
     links: Links,
-    /// Where all members share a machine.
-    shm: Option<Shm>,
+    /// Where other ranks' contributions wait to be folded.
+    staging: AlignedBytes,
+    path: Path,
+}
+
+/// How collective calls go.
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // One per group.
+enum Path {
+    /// Over the connections.
+    Flat,
+    /// All members share a machine.
+    Shm(Shm),
+    /// Some do.
+    Hierarchical(Hierarchy),
+}
+
+impl Path {
+    /// Returns when every rank has come with this signature.
+    fn meet(&mut self, signature: Signature, tcp: &mut Tcp<'_>, watch: &Watch<'_>) -> Result<(), Fault> {
+        match self {
+            Path::Flat => tcp.meet(signature),
+            Path::Shm(shm) => shm.meet(signature, watch),
+            Path::Hierarchical(hierarchy) => hierarchy.meet(signature, tcp, watch),
+        }
+    }
 }
 
 /// What each rank tells the others when they make their shared memory.
@@ -132,19 +167,26 @@ impl Group {
         let (links, alarm) = world.links(&name, &ranks, limit)?;
         let rank = ranks.iter().position(|r| *r == world.rank()).unwrap_or_default();
         let (id, groups) = (group_id(&name), AtomicUsize::new(0));
-        let channels = Mutex::new(Channels { links, shm: None });
+        let channels = Mutex::new(Channels { links, staging: AlignedBytes::default(), path: Path::Flat });
         let (slot, is_rebuilt) =
             (world.shared.recorder.enter(id, &name, ranks.len()), AtomicBool::new(false));
         Ok(Group { name, id, rank, ranks, timeout, world, alarm, channels, groups, slot, is_rebuilt })
     }
 
-    /// Goes over to shared memory where all members are on one machine.
+    /// Goes over to shared memory among members of one machine.
     fn share(&self) -> Result<()> {
-        let one_machine =
-            self.ranks.iter().all(|r| self.world.cards[*r].host == self.world.cards[self.ranks[0]].host);
-        if one_machine && self.world.transport == Transport::Auto {
-            let shm = self.share_memory()?;
-            self.channels().shm = shm;
+        if self.world.transport == Transport::Auto {
+            let machines: Vec<&str> = self.ranks.iter().map(|rank| &*self.world.cards[*rank].host).collect();
+            let path = if machines.iter().all(|machine| *machine == machines[0]) {
+                self.share_memory(0..machines.len())?.flatten().map_or(Path::Flat, Path::Shm)
+            } else if let Some(topology) = Topology::new(&machines, self.rank) {
+                let local = self.share_memory(topology.host())?;
+                let hierarchical = |local| Path::Hierarchical(Hierarchy::new(topology, local));
+                local.map_or(Path::Flat, hierarchical)
+            } else {
+                Path::Flat
+            };
+            self.channels().path = path;
         }
         Ok(())
     }
@@ -153,11 +195,13 @@ impl Group {
         self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes and maps the group's shared memory; `None`, on all ranks alike, if one of them cannot.
-    fn share_memory(&self) -> Result<Option<Shm>> {
-        let (nonce, world) = (self.world.shared.nonce ^ self.id, self.ranks.len());
-        let pids: Vec<u32> = self.ranks.iter().map(|r| self.world.cards[*r].pid).collect();
-        let made = (self.rank == 0).then(|| Segment::create(nonce, world, 0));
+    /// Makes and maps shared memory of the `members` on this machine, while those on others make theirs. `None`, on all
+    /// ranks alike, if one of them cannot; `Some(None)` for a rank alone on its machine.
+    fn share_memory(&self, members: Range<usize>) -> Result<Option<Option<Shm>>> {
+        let (nonce, world, local) = (self.world.shared.nonce ^ self.id, self.ranks.len(), members.len());
+        let place = self.rank - members.start;
+        let pids: Vec<u32> = self.ranks[members.clone()].iter().map(|r| self.world.cards[*r].pid).collect();
+        let made = (place == 0 && local > 1).then(|| Segment::create(nonce, local, 0));
         let file = match &made {
             Some(Ok((_, fd))) => fd.as_raw_fd().into(),
             _ => -1i64,
@@ -167,34 +211,37 @@ impl Group {
         let offer = Offer { file, word: std::ptr::from_ref(&*word) as u64, cores: Cores::mine() };
         let mut offers = vec![Offer::default(); world];
         self.all_gather::<u8>(bytemuck::bytes_of(&offer), bytemuck::cast_slice_mut(&mut offers))?;
+        let offers = &offers[members];
         let mapped = match made {
-            Some(made) => made.map(|(segment, fd)| (segment, Some(fd))),
+            Some(made) => made.map(|(segment, fd)| Some((segment, Some(fd)))),
+            None if local == 1 => Ok(None),
             None => {
                 let opened = u64::try_from(offers[0].file).map_err(std::io::Error::other);
-                let open = |fd| Segment::open(pids[0], fd, nonce, world, self.rank);
-                opened.and_then(open).map(|segment| (segment, None))
+                let open = |fd| Segment::open(pids[0], fd, nonce, local, place);
+                opened.and_then(open).map(|segment| Some((segment, None)))
             }
         };
         if let Err(error) = &mapped {
             tracing::info!(group = self.name, %error, "no shared memory, taking TCP");
         }
-        let reads = (0..world).all(|r| r == self.rank || Shm::can_read(pids[r], offers[r].word, nonce));
+        let reads = (0..local).all(|r| r == place || Shm::can_read(pids[r], offers[r].word, nonce));
         let mut all = [u8::from(mapped.is_ok()), u8::from(reads)];
         self.all_reduce(&mut all, ReduceOp::Min)?;
         drop(word);
-        Ok(mapped.ok().filter(|_| all[0] == 1).map(|(segment, _)| {
+        let shared = |(segment, _)| {
             let cores: Vec<Cores> = offers.iter().map(|offer| offer.cores).collect();
             let mut shm = Shm::new(segment, pids, Cores::of_all(&cores));
             shm.reads_peers(all[1] == 1);
             shm
-        }))
+        };
+        Ok(mapped.ok().filter(|_| all[0] == 1).map(|mapped| mapped.map(shared)))
     }
 
     /// Maps a file for the group's heap on all ranks; `None`, on all ranks alike, if one of them cannot.
     fn share_region(&self, len: usize) -> Result<Option<HeapMemory>> {
         let bytes = {
             let channels = self.channels();
-            let Some(shm) = &channels.shm else { return Ok(None) };
+            let Path::Shm(shm) = &channels.path else { return Ok(None) };
             shm.region_bytes(len)
         };
         let made = (self.rank == 0).then(|| Mapping::create("lightrft-heap", bytes));
@@ -218,7 +265,8 @@ impl Group {
         self.all_reduce(&mut all_mapped, ReduceOp::Min)?;
         let mut channels = self.channels();
         let mapping = mapped.ok().filter(|_| all_mapped == [1]).map(|(mapping, _)| mapping);
-        Ok(mapping.and_then(|mapping| Some(channels.shm.as_mut()?.add_region(mapping, len))))
+        let Path::Shm(shm) = &mut channels.path else { return Ok(None) };
+        Ok(mapping.map(|mapping| shm.add_region(mapping, len)))
     }
 
     /// Runs a call on the channels and turns a fault into the group's verdict.
@@ -226,10 +274,10 @@ impl Group {
         &self,
         mine: Signature,
         timeout: Option<Duration>,
-        work: impl FnOnce(&mut Tcp<'_>, Option<&mut Shm>, &Watch<'_>) -> Result<(), Fault>,
+        work: impl FnOnce(&mut Tcp<'_>, &mut Path, &Watch<'_>) -> Result<(), Fault>,
     ) -> Result<()> {
         let mut channels = self.channels();
-        let Channels { links, shm } = &mut *channels;
+        let Channels { links, staging, path } = &mut *channels;
         let (alarm, shared, cards) = (&*self.alarm, &*self.world.shared, &self.world.cards);
         let timeout = timeout.unwrap_or(self.timeout);
         if alarm.is_rung()
@@ -240,9 +288,10 @@ impl Group {
         let ticket = shared.recorder.begin(self.slot, mine.call, mine.encode());
         let subject = Subject { group: &self.name, id: self.id, ranks: &self.ranks, call: mine, ticket };
         let vigil = &Vigil::new(shared, cards, alarm, self.world.patience, subject);
-        let mut tcp = Tcp { links, alarm, vigil, rank: self.rank, world: self.ranks.len(), timeout };
+        let wait = Wait { alarm, vigil, timeout };
+        let mut tcp = Tcp { links, staging, wait, rank: self.rank, world: self.ranks.len() };
         let watch = Watch { alarm, fate: &shared.fate, vigil, group: self.id, ranks: &self.ranks, timeout };
-        let done = work(&mut tcp, shm.as_mut(), &watch);
+        let done = work(&mut tcp, path, &watch);
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Failed };
         let result = done.map_err(|fault| self.verdict(fault, mine, vigil));
         shared.recorder.end(ticket, outcome);
@@ -324,21 +373,19 @@ impl Communicator for Group {
         operation.check(self.rank, self.ranks.len(), &self.name)?;
         let operation = operation.on_host()?;
         let signature = operation.signature(self.ranks.len());
-        self.with_channels(signature, timeout, |tcp, shm, watch| match (shm, operation) {
-            (_, operation @ (Operation::Send { .. } | Operation::Recv { .. })) | (None, operation) => {
+        self.with_channels(signature, timeout, |tcp, path, watch| match (path, operation) {
+            (_, operation @ (Operation::Send { .. } | Operation::Recv { .. })) | (Path::Flat, operation) => {
                 tcp.run(operation)
             }
-            (Some(shm), operation) => shm.run(operation, signature, watch),
+            (Path::Shm(shm), operation) => shm.run(operation, signature, watch),
+            (Path::Hierarchical(hierarchy), operation) => hierarchy.run(operation, signature, tcp, watch),
         })
     }
 
     fn alloc_bytes(&self, len: usize) -> Result<GroupMemory> {
         // The length is part of what ranks must agree on.
         let signature = Signature { count: len as u64, ..Signature::bare(Call::Alloc) };
-        self.with_channels(signature, None, |tcp, shm, watch| match shm {
-            Some(shm) => shm.meet(signature, watch),
-            None => tcp.meet(signature),
-        })?;
+        self.with_channels(signature, None, |tcp, path, watch| path.meet(signature, tcp, watch))?;
         Ok(self.share_region(len)?.map_or_else(|| GroupMemory::own(len), GroupMemory::shared))
     }
 
@@ -350,10 +397,7 @@ impl Communicator for Group {
         check_members(self, ranks)?;
         let digest = digest(ranks.iter().copied().chain([options.sharing as usize]));
         let signature = Signature { digest, ..Signature::bare(Call::Subgroup) };
-        self.with_channels(signature, None, |tcp, shm, watch| match shm {
-            Some(shm) => shm.meet(signature, watch),
-            None => tcp.meet(signature),
-        })?;
+        self.with_channels(signature, None, |tcp, path, watch| path.meet(signature, tcp, watch))?;
         let index = self.groups.fetch_add(1, Ordering::Relaxed);
         let is_member = ranks.contains(&self.rank);
         let ranks: Vec<usize> = ranks.iter().map(|r| self.ranks[*r]).collect();

@@ -4,47 +4,32 @@
 //! that one of them made another call, before any has a result.
 
 use std::ops::Range;
-use std::time::Duration;
 
-use super::exchange::{Fault, Links, Traffic};
-use super::fate::Alarm;
-use super::vigil::Vigil;
+use super::exchange::{Fault, Links, Step, Wait};
+use super::reduction::{Owners, Plan, Reduction};
+use super::steps::{Places, Relay};
 use crate::buffer::{AlignedBytes, element_bytes};
 use crate::op::{Dtype, ReduceOp};
 use crate::operation::{Call, Exchange, HostOperation, Operation, Signature};
-use crate::reduce::fold_bytes;
+use crate::reduce::fold_in_place;
 
-/// Up to this many bytes every rank sends its whole vector to all and sums by itself: one step instead of two.
-const SMALL: usize = 16 << 10;
+/// Up to this many bytes to all peers together every rank sends its whole vector to all and sums by itself: one hop
+/// instead of two.
+const SMALL: usize = 64 << 10;
 
-/// Bytes of a vector that are reduced per round, which bounds the memory for other ranks' contributions.
-const ROUND: usize = 4 << 20;
+/// Below this a vector is always small.
+const TINY: usize = 1 << 10;
+
+/// From this many bytes on the receivers of a broadcast help to spread it.
+const RELAY: usize = 64 << 10;
 
 /// A group's connections together with what a call on them needs to know.
 pub(super) struct Tcp<'a> {
     pub(super) links: &'a mut Links,
-    pub(super) alarm: &'a Alarm,
-    pub(super) vigil: &'a Vigil<'a>,
+    pub(super) staging: &'a mut AlignedBytes,
+    pub(super) wait: Wait<'a>,
     pub(super) rank: usize,
     pub(super) world: usize,
-    pub(super) timeout: Duration,
-}
-
-/// Cuts `bytes` into consecutive parts of these lengths.
-fn cut(mut bytes: &mut [u8], lengths: impl IntoIterator<Item = usize>) -> Vec<&mut [u8]> {
-    let mut parts = Vec::new();
-    for length in lengths {
-        let (part, rest) = bytes.split_at_mut(length);
-        parts.push(part);
-        bytes = rest;
-    }
-    parts
-}
-
-/// The part of `elements` that rank `owner` reduces.
-fn owned(elements: usize, world: usize, owner: usize) -> Range<usize> {
-    let per = elements.div_ceil(world);
-    (owner * per).min(elements)..((owner + 1) * per).min(elements)
 }
 
 impl Tcp<'_> {
@@ -53,243 +38,217 @@ impl Tcp<'_> {
         let signature = operation.signature(world);
         match operation {
             Operation::Barrier => self.meet(signature),
-            Operation::AllReduce { mut data, op } => {
+            Operation::AllReduce { data, op } => {
                 let dtype = data.dtype();
-                let bytes = data.bytes_mut();
-                if bytes.len() <= SMALL {
-                    let reduced = self.reduce_from_all(signature, op, dtype, bytes.len(), |_| bytes)?;
-                    bytes.copy_from_slice(reduced.as_slice());
-                    return Ok(());
+                self.all_reduce(signature, op, dtype, data.into_bytes())
+            }
+            Operation::AllReduceInto { input, output, op } => {
+                let (dtype, output) = (output.dtype(), output.into_bytes());
+                if self.is_small(output.len()) {
+                    output.copy_from_slice(input.bytes());
+                    return self.all_reduce(signature, op, dtype, output);
                 }
-                bytes
-                    .chunks_mut(ROUND)
-                    .try_for_each(|round| self.all_reduce_round(signature, op, dtype, round))
+                self.reduce(signature, op, dtype, Owners::Shares, Some(input.bytes()), output)
             }
-            Operation::ReduceScatter { input, mut output, op } => {
-                let (dtype, part) = (output.dtype(), output.bytes().len());
-                let round = (ROUND / world).next_multiple_of(64);
-                for (index, out) in output.bytes_mut().chunks_mut(round).enumerate() {
-                    let piece = |to: usize| &input.bytes()[to * part + index * round..][..out.len()];
-                    out.copy_from_slice(
-                        self.reduce_from_all(signature, op, dtype, out.len(), piece)?.as_slice(),
-                    );
+            Operation::ReduceScatter { input, output, op } => {
+                let (dtype, output) = (output.dtype(), output.into_bytes());
+                self.reduce(signature, op, dtype, Owners::Parts, Some(input.bytes()), output)
+            }
+            Operation::ReduceScatterInPlace { data, op } => {
+                let (dtype, data) = (data.dtype(), data.into_bytes());
+                self.reduce(signature, op, dtype, Owners::Parts, None, data)
+            }
+            Operation::Reduce { data, op, root } => {
+                let (dtype, data) = (data.dtype(), data.into_bytes());
+                self.reduce(signature, op, dtype, Owners::Root(root), None, data)
+            }
+            Operation::AllGather { input, output } => {
+                let (input, output) = (input.bytes(), output.into_bytes());
+                output[part(input.len(), rank)].copy_from_slice(input);
+                self.all_gather(signature, input.len(), output)
+            }
+            Operation::AllGatherInPlace { data } => {
+                let data = data.into_bytes();
+                self.all_gather(signature, data.len() / world, data)
+            }
+            Operation::AllGatherV { input, counts, output } => {
+                let places = places(counts, element_bytes(output.dtype()));
+                let (input, output) = (input.bytes(), output.into_bytes());
+                output[places[rank].clone()].copy_from_slice(input);
+                self.move_places(
+                    signature,
+                    Some(input),
+                    output,
+                    |_| 0..input.len(),
+                    |peer| places[peer].clone(),
+                )
+            }
+            Operation::Broadcast { data, root } => self.broadcast(signature, data.into_bytes(), root),
+            Operation::Gather { input, output, root } => {
+                let (input, output) = (input.bytes(), output.into_bytes());
+                let n = input.len();
+                if rank == root {
+                    output[part(n, rank)].copy_from_slice(input);
                 }
-                self.meet_if_empty(signature, part)
+                let send = |peer| if peer == root { 0..n } else { 0..0 };
+                let recv = |peer| if rank == root { part(n, peer) } else { 0..0 };
+                self.move_places(signature, Some(input), output, send, recv)
             }
-            Operation::Reduce { mut data, op, root } => {
-                let dtype = data.dtype();
-                let round = (ROUND / world).next_multiple_of(64);
-                for chunk in data.bytes_mut().chunks_mut(round) {
-                    self.reduce_round(signature, op, dtype, chunk, root)?;
+            Operation::Scatter { input, output, root } => {
+                let (input, output) = (input.bytes(), output.into_bytes());
+                let n = output.len();
+                if rank == root {
+                    output.copy_from_slice(&input[part(n, rank)]);
                 }
-                self.meet_if_empty(signature, data.bytes().len())
+                let send = |peer| if rank == root { part(n, peer) } else { 0..0 };
+                let recv = |peer| if peer == root { 0..n } else { 0..0 };
+                self.move_places(signature, Some(input), output, send, recv)
             }
-            Operation::AllGather { input, mut output } => {
-                let n = input.bytes().len();
-                self.gather(signature, input.bytes(), cut(output.bytes_mut(), vec![n; world]))
+            Operation::AllToAll { input, output } => {
+                let (input, output) = (input.bytes(), output.into_bytes());
+                let n = input.len() / world;
+                output[part(n, rank)].copy_from_slice(&input[part(n, rank)]);
+                self.move_places(signature, Some(input), output, |peer| part(n, peer), |peer| part(n, peer))
             }
-            Operation::AllGatherV { input, counts, mut output } => {
+            Operation::AllToAllV { input, send_counts, output, recv_counts } => {
+                self.agree(signature, send_counts, recv_counts)?;
                 let size = element_bytes(output.dtype());
-                let lengths = counts.iter().map(|n| n * size);
-                self.gather(signature, input.bytes(), cut(output.bytes_mut(), lengths))
-            }
-            Operation::AllGatherInPlace { mut data } => {
-                let n = data.bytes().len() / world;
-                let mut parts = cut(data.bytes_mut(), vec![n; world]);
-                let mine = std::mem::take(&mut parts[rank]);
-                self.gather(signature, mine, parts)
-            }
-            Operation::Broadcast { mut data, root } => {
-                if rank == root {
-                    let bytes = data.bytes();
-                    self.step(signature, |_| bytes, |_| &mut [])
-                } else {
-                    let mut bytes = Some(data.bytes_mut());
-                    self.step(signature, |_| &[], |peer| take_if(peer == root, &mut bytes))
-                }
-            }
-            Operation::Gather { input, mut output, root } => {
-                let n = input.bytes().len();
-                let to_root = |peer: usize| if peer == root { input.bytes() } else { &[] };
-                if rank == root {
-                    self.gather_to_me(signature, input.bytes(), cut(output.bytes_mut(), vec![n; world]))
-                } else {
-                    self.step(signature, to_root, |_| &mut [])
-                }
-            }
-            Operation::Scatter { input, mut output, root } => {
-                let n = output.bytes().len();
-                if rank == root {
-                    output.bytes_mut().copy_from_slice(&input.bytes()[rank * n..][..n]);
-                    self.step(signature, |peer| &input.bytes()[peer * n..][..n], |_| &mut [])
-                } else {
-                    let mut bytes = Some(output.bytes_mut());
-                    self.step(signature, |_| &[], |peer| take_if(peer == root, &mut bytes))
-                }
-            }
-            Operation::AllToAll { input, mut output } => {
-                let n = input.bytes().len() / world;
-                let piece = |peer: usize| &input.bytes()[peer * n..][..n];
-                let mut parts = cut(output.bytes_mut(), vec![n; world]);
-                parts[rank].copy_from_slice(piece(rank));
-                self.step(signature, piece, |peer| std::mem::take(&mut parts[peer]))
-            }
-            Operation::AllReduceInto { input, mut output, op } => {
-                output.bytes_mut().copy_from_slice(input.bytes());
-                self.run(Operation::AllReduce { data: output, op })
-            }
-            Operation::ReduceScatterInPlace { mut data, op } => {
-                let (dtype, part) = (data.dtype(), data.bytes().len() / world);
-                let round = (ROUND / world).next_multiple_of(64);
-                for offset in (0..part).step_by(round) {
-                    let n = round.min(part - offset);
-                    let bytes = data.bytes();
-                    let piece = |to: usize| &bytes[to * part + offset..][..n];
-                    let reduced = self.reduce_from_all(signature, op, dtype, n, piece)?;
-                    data.bytes_mut()[rank * part + offset..][..n].copy_from_slice(reduced.as_slice());
-                }
-                self.meet_if_empty(signature, part)
-            }
-            Operation::AllToAllV { input, send_counts, mut output, recv_counts } => {
-                let row = Exchange::row(send_counts, recv_counts);
-                let mut rows = vec![0u64; row.len() * world];
-                let places = cut(bytemuck::cast_slice_mut(&mut rows), vec![row.len() * 8; world]);
-                self.gather(signature, bytemuck::cast_slice(&row), places)?;
-                let exchange = Exchange { counts: &rows, world };
-                if let Some((from, sent, to, expected)) = exchange.disagreement(signature) {
-                    return Err(Fault::Disagree { one: (from, sent), other: (to, expected) });
-                }
-                let size = element_bytes(output.dtype());
-                let piece = |peer: usize| {
-                    &input.bytes()[exchange.offset(rank, peer) * size..][..send_counts[peer] * size]
-                };
-                let mut parts = cut(output.bytes_mut(), recv_counts.iter().map(|n| n * size));
-                parts[rank].copy_from_slice(piece(rank));
-                self.step(signature, piece, |peer| std::mem::take(&mut parts[peer]))
+                let (input, output) = (input.bytes(), output.into_bytes());
+                let (send, recv) = (places(send_counts, size), places(recv_counts, size));
+                output[recv[rank].clone()].copy_from_slice(&input[send[rank].clone()]);
+                let (send, recv) = (|peer: usize| send[peer].clone(), |peer: usize| recv[peer].clone());
+                self.move_places(signature, Some(input), output, send, recv)
             }
             Operation::Send { data, to } => {
-                let traffic = Traffic { peer: to, send: Some(data.bytes()), recv: None };
-                self.links.exchange(signature, signature, [traffic], self.alarm, self.vigil, self.timeout)
+                let bytes = data.bytes();
+                let send = |peer| (peer == to).then_some(0..bytes.len());
+                let mut step = Places { input: Some(bytes), output: &mut [], send, recv: |_| None };
+                self.links.exchange(signature, signature, &mut step, self.wait)
             }
-            Operation::Recv { mut data, from } => {
+            Operation::Recv { data, from } => {
                 let expected = Signature { call: Call::Send, ..signature };
-                let traffic = Traffic { peer: from, send: None, recv: Some(data.bytes_mut()) };
-                self.links.exchange(signature, expected, [traffic], self.alarm, self.vigil, self.timeout)
+                let bytes = data.into_bytes();
+                let n = bytes.len();
+                let recv = |peer| (peer == from).then_some(0..n);
+                let mut step = Places { input: None, output: bytes, send: |_| None, recv };
+                self.links.exchange(signature, expected, &mut step, self.wait)
             }
         }
     }
 
     /// Headers only: returns when every rank has come with this signature.
     pub(super) fn meet(&mut self, signature: Signature) -> Result<(), Fault> {
-        self.step(signature, |_| &[], |_| &mut [])
+        self.move_places(signature, None, &mut [], |_| 0..0, |_| 0..0)
     }
 
-    /// Calls without data would take no step at all, and nobody would learn of a mismatch.
-    fn meet_if_empty(&mut self, signature: Signature, bytes: usize) -> Result<(), Fault> {
-        if bytes == 0 { self.meet(signature) } else { Ok(()) }
+    fn step(&mut self, signature: Signature, step: &mut impl Step) -> Result<(), Fault> {
+        self.links.exchange(signature, signature, step, self.wait)
     }
 
-    /// One frame to and from every other rank.
-    fn step<'s, 'r>(
+    /// One frame to and from every other rank: `send` of `input`, or, without one, of `output`; `recv` of `output`.
+    fn move_places(
         &mut self,
         signature: Signature,
-        send: impl Fn(usize) -> &'s [u8],
-        mut recv: impl FnMut(usize) -> &'r mut [u8],
+        input: Option<&[u8]>,
+        output: &mut [u8],
+        send: impl Fn(usize) -> Range<usize>,
+        recv: impl Fn(usize) -> Range<usize>,
     ) -> Result<(), Fault> {
-        let rank = self.rank;
-        let peers = (0..self.world).filter(|peer| *peer != rank);
-        let traffic = peers.map(|peer| Traffic { peer, send: Some(send(peer)), recv: Some(recv(peer)) });
-        self.links.exchange(signature, signature, traffic, self.alarm, self.vigil, self.timeout)
+        let (send, recv) = (|peer| Some(send(peer)), |peer| Some(recv(peer)));
+        self.step(signature, &mut Places { input, output, send, recv })
     }
 
-    /// Mine to all, theirs to their places; my own place is filled too unless it is empty (already in place).
-    fn gather(&mut self, signature: Signature, mine: &[u8], mut places: Vec<&mut [u8]>) -> Result<(), Fault> {
-        if !places[self.rank].is_empty() {
-            places[self.rank].copy_from_slice(mine);
-        }
-        self.step(signature, |_| mine, |peer| std::mem::take(&mut places[peer]))
+    fn is_small(&self, bytes: usize) -> bool {
+        bytes <= TINY.max(SMALL / (self.world - 1).max(1))
     }
 
-    fn gather_to_me(
-        &mut self,
-        signature: Signature,
-        mine: &[u8],
-        mut places: Vec<&mut [u8]>,
-    ) -> Result<(), Fault> {
-        places[self.rank].copy_from_slice(mine);
-        self.step(signature, |_| &[], |peer| std::mem::take(&mut places[peer]))
-    }
-
-    /// Sends `piece(q)` to each rank `q`, and reduces what all ranks have for this one: `length` bytes.
-    fn reduce_from_all<'a>(
+    fn all_reduce(
         &mut self,
         signature: Signature,
         op: ReduceOp,
         dtype: Dtype,
-        length: usize,
-        piece: impl Fn(usize) -> &'a [u8],
-    ) -> Result<AlignedBytes, Fault> {
-        let (rank, world) = (self.rank, self.world);
+        data: &mut [u8],
+    ) -> Result<(), Fault> {
+        let (rank, world, n) = (self.rank, self.world, data.len());
+        if !self.is_small(n) {
+            return self.reduce(signature, op, dtype, Owners::Shares, None, data);
+        }
         // Aligned places, so that each contribution can be read as elements.
-        let stride = length.next_multiple_of(64);
-        let mut staging = AlignedBytes::zeroed(stride * world);
-        let mut places = cut(staging.as_mut_slice(), vec![stride; world]);
-        self.step(signature, &piece, |peer| &mut std::mem::take(&mut places[peer])[..length])?;
-        let mine = piece(rank);
-        let staged = staging.as_slice();
-        let parts: Vec<&[u8]> = (0..world)
-            .map(|r| if r == rank { &mine[..length] } else { &staged[r * stride..][..length] })
-            .collect();
-        let mut out = AlignedBytes::zeroed(length);
-        fold_bytes(op, dtype, &parts, out.as_mut_slice());
-        Ok(out)
-    }
-
-    /// Each rank reduces the part it owns, then all gather the parts.
-    fn all_reduce_round(
-        &mut self,
-        signature: Signature,
-        op: ReduceOp,
-        dtype: Dtype,
-        data: &mut [u8],
-    ) -> Result<(), Fault> {
-        let (rank, world, size) = (self.rank, self.world, element_bytes(dtype));
-        let range = |owner: usize| {
-            let elements = owned(data.len() / size, world, owner);
-            elements.start * size..elements.end * size
+        let stride = n.next_multiple_of(64);
+        let place = |peer: usize| peer * stride..peer * stride + n;
+        let mut step = Places {
+            input: Some(data),
+            output: self.staging.at_least(stride * world),
+            send: |_| Some(0..n),
+            recv: |peer| Some(place(peer)),
         };
-        let lengths: Vec<usize> = (0..world).map(|owner| range(owner).len()).collect();
-        let reduced =
-            self.reduce_from_all(signature, op, dtype, lengths[rank], |owner| &data[range(owner)])?;
-        self.gather(signature, reduced.as_slice(), cut(data, lengths))
+        self.links.exchange(signature, signature, &mut step, self.wait)?;
+        let staging = self.staging.as_slice();
+        fold_in_place(op, dtype, world, rank, &|peer| &staging[place(peer)], data);
+        Ok(())
     }
 
-    fn reduce_round(
+    fn reduce(
         &mut self,
         signature: Signature,
         op: ReduceOp,
         dtype: Dtype,
-        data: &mut [u8],
-        root: usize,
+        owners: Owners,
+        input: Option<&[u8]>,
+        output: &mut [u8],
     ) -> Result<(), Fault> {
-        if self.rank != root {
-            let mine: &[u8] = data;
-            return self.step(signature, |peer| if peer == root { mine } else { &[] }, |_| &mut []);
+        let bytes = input.map_or(output.len(), <[u8]>::len);
+        let plan = Plan { rank: self.rank, world: self.world, op, dtype, owners, bytes };
+        let mut step = Reduction::new(plan, input, output, self.staging);
+        self.links.exchange(signature, signature, &mut step, self.wait)
+    }
+
+    /// `n` bytes of each rank; this rank's own are already in place.
+    fn all_gather(&mut self, signature: Signature, n: usize, data: &mut [u8]) -> Result<(), Fault> {
+        let rank = self.rank;
+        self.move_places(signature, None, data, |_| part(n, rank), |peer| part(n, peer))
+    }
+
+    fn broadcast(&mut self, signature: Signature, data: &mut [u8], root: usize) -> Result<(), Fault> {
+        let (rank, world, n) = (self.rank, self.world, data.len());
+        if n >= RELAY && world > 2 {
+            return self.step(signature, &mut Relay { data, rank, world, root, have: 0 });
         }
-        let stride = data.len().next_multiple_of(64);
-        let mut staging = AlignedBytes::zeroed(stride * self.world);
-        let mut places = cut(staging.as_mut_slice(), vec![stride; self.world]);
-        places[root][..data.len()].copy_from_slice(data);
-        let length = data.len();
-        self.step(signature, |_| &[], |peer| &mut std::mem::take(&mut places[peer])[..length])?;
-        let staged = staging.as_slice();
-        let parts: Vec<&[u8]> = (0..self.world).map(|r| &staged[r * stride..][..length]).collect();
-        fold_bytes(op, dtype, &parts, data);
-        Ok(())
+        let send = |_| if rank == root { 0..n } else { 0..0 };
+        let recv = |peer| if peer == root { 0..n } else { 0..0 };
+        self.move_places(signature, None, data, send, recv)
+    }
+
+    /// Compares who sends how much to whom, of all pairs on all ranks: none goes on if two do not agree.
+    pub(super) fn agree(
+        &mut self,
+        signature: Signature,
+        send_counts: &[usize],
+        recv_counts: &[usize],
+    ) -> Result<(), Fault> {
+        let row = Exchange::row(send_counts, recv_counts);
+        let mut rows = vec![0u64; row.len() * self.world];
+        rows[part(row.len(), self.rank)].copy_from_slice(&row);
+        self.all_gather(signature, row.len() * 8, bytemuck::cast_slice_mut(&mut rows))?;
+        match (Exchange { counts: &rows, world: self.world }).disagreement(signature) {
+            Some((from, sent, to, expected)) => {
+                Err(Fault::Disagree { one: (from, sent), other: (to, expected) })
+            }
+            None => Ok(()),
+        }
     }
 }
 
-/// The buffer, once, if `wanted`; else nothing.
-fn take_if<'a>(wanted: bool, buffer: &mut Option<&'a mut [u8]>) -> &'a mut [u8] {
-    if wanted { buffer.take().unwrap_or_default() } else { &mut [] }
+/// The `index`-th of equal parts.
+pub(super) fn part(length: usize, index: usize) -> Range<usize> {
+    index * length..(index + 1) * length
+}
+
+/// Consecutive places for these numbers of elements, in bytes.
+pub(super) fn places(counts: &[usize], size: usize) -> Vec<Range<usize>> {
+    let ends = counts.iter().scan(0, |end, n| {
+        *end += n * size;
+        Some(*end)
+    });
+    ends.zip(counts).map(|(end, n)| end - n * size..end).collect()
 }

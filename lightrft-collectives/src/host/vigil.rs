@@ -84,6 +84,12 @@ impl<'a> Vigil<'a> {
         Vigil { shared, cards, alarm, group, id, ranks, call, step, ticket, patience, next, report }
     }
 
+    /// The watch over those of a part of the group only: `ranks` of the world, which are from then on ranks 0, 1, ...
+    pub(super) fn over(&self, ranks: &'a [usize]) -> Self {
+        let (next, report) = (self.next.clone(), self.report.clone());
+        Vigil { ranks, next, report, ..*self }
+    }
+
     /// To be called now and then, at least once a second, while a call waits: how long it has, and for which ranks of the
     /// group.
     #[inline]

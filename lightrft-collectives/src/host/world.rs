@@ -12,6 +12,8 @@ use super::exchange::Links;
 use super::fate::Alarm;
 use super::hello::{Gate, Purpose};
 use super::note::{Cause, Lateness};
+use super::patience::Patience;
+use super::shm::Cores;
 use super::watcher::{Place, Shared, Watcher};
 use super::{Group, Transport};
 use crate::auth::{Token, random};
@@ -36,6 +38,8 @@ pub(super) struct Card {
     pub(super) node: String,
     /// The descriptor of the rank's flight recorder.
     pub(super) flight: i32,
+    /// The words of its [`Cores`].
+    pub(super) cores: Vec<u64>,
 }
 
 /// One rank's place among the processes of a job. Shared by its groups; the last to go says goodbye.
@@ -71,12 +75,18 @@ pub(crate) struct Join<'a> {
     pub(crate) token: Option<Token>,
 }
 
-/// The name of this kernel and process namespace: ranks with the same one can open each other's memory files.
+/// Ranks with different values of this variable are taken to be on different machines, wherever they are: for trying
+/// out on one machine what runs on several, and for containers that must not share memory.
+const HOST_ID: &str = "LIGHTRFT_HOST_ID";
+
+/// The name of this kernel and process namespace: ranks with the same one can open each other's memory files. With
+/// [`HOST_ID`] in front, if that is set.
 fn host_identity() -> String {
+    let id = std::env::var(HOST_ID).unwrap_or_default();
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     let uid = rustix::process::getuid().as_raw();
-    format!("{}/{}/{uid}", boot.trim(), namespace.display())
+    format!("{id}/{}/{}/{uid}", boot.trim(), namespace.display())
 }
 
 /// The machine's name.
@@ -150,7 +160,8 @@ impl World {
         let mut world = World { shared, cards, transport, patience, gate, live, _server: join.server };
 
         let (pid, flight) = (std::process::id(), world.shared.recorder.descriptor());
-        let card = Card { address, host: host_identity(), pid, node: node_name(), flight };
+        let (host, cores) = (host_identity(), Cores::mine().to_words());
+        let card = Card { address, host, pid, node: node_name(), flight, cores };
         let key = |rank: usize| format!("{prefix}/rank/{rank}");
         let bytes = rmp_serde::to_vec_named(&card).unwrap_or_default();
         store.set(&key(rank), &world.gate.sealed(&bytes))?;
@@ -229,9 +240,12 @@ impl World {
             streams[place] = Some(stream);
             Ok(())
         });
-        let linked =
-            connected.and_then(|()| Links::new(id, streams).map_err(io_error("set a socket option")));
-        match linked {
+        let here: Vec<usize> = ranks.iter().copied().filter(|rank| self.is_here(*rank)).collect();
+        let cores: Vec<Cores> = here.iter().map(|rank| Cores::from_words(&self.cards[*rank].cores)).collect();
+        let patience = Patience::new(here.len(), Cores::of_all(&cores));
+        let place = ranks.iter().position(|rank| *rank == self.rank()).unwrap_or_default();
+        let link = |()| Links::new(id, place, streams, patience).map_err(io_error("set a socket option"));
+        match connected.and_then(link) {
             Ok(links) => Ok((links, alarm)),
             Err(error) => {
                 fate.leave(id);
@@ -394,8 +408,8 @@ mod tests {
             });
             // The last rank gets as far as its first connection.
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-            let address = listener.local_addr().unwrap();
-            let card = Card { address, host: String::new(), pid: 1, node: String::new(), flight: -1 };
+            let (address, text) = (listener.local_addr().unwrap(), String::new);
+            let card = Card { address, host: text(), pid: 1, node: text(), flight: -1, cores: Vec::new() };
             let nonce = store.get("test/1/nonce", LIMIT).unwrap();
             let nonce = u64::from_le_bytes(nonce.try_into().unwrap());
             let gate = Gate::new(nonce, 2, 3, None);

@@ -1,6 +1,9 @@
 //! The fold behind every reduction: contributions in rank order, one accumulator, one rounding
 
+mod partial;
 mod simd;
+
+pub(crate) use self::partial::{Begin, finish, fold_in_place, fold_onto, partial_bytes};
 
 use crate::op::{Dtype, Element, ReduceOp, private::Arithmetic, with_element};
 

@@ -50,6 +50,17 @@ impl Cores {
         cores
     }
 
+    /// For a message to the other ranks; [`from_words`](Cores::from_words) reads them back.
+    pub(in crate::host) fn to_words(self) -> Vec<u64> {
+        bytemuck::cast_slice(&[self]).to_vec()
+    }
+
+    /// One core, whichever it is, if these are not the words of [`to_words`](Cores::to_words).
+    pub(in crate::host) fn from_words(words: &[u64]) -> Self {
+        let one = Cores { quota: 1, ..Cores::default() };
+        bytemuck::try_cast_slice(words).ok().and_then(|all| all.first().copied()).unwrap_or(one)
+    }
+
     /// How many the ranks have together.
     pub(in crate::host) fn of_all(all: &[Cores]) -> usize {
         let in_set: u32 =
