@@ -543,6 +543,32 @@ fn total(counts: &[usize]) -> usize {
     counts.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)).unwrap_or(usize::MAX)
 }
 
+impl HostOperation<'_> {
+    /// What rank `rank` of `world` brings; empty where only another rank has something.
+    pub(crate) fn contribution(&self, rank: usize, world: usize) -> &[u8] {
+        match self {
+            Operation::AllReduce { data, .. }
+            | Operation::Reduce { data, .. }
+            | Operation::ReduceScatterInPlace { data, .. } => data.bytes(),
+            Operation::Broadcast { data, root } if *root == rank => data.bytes(),
+            Operation::AllGatherInPlace { data } => {
+                let n = data.bytes().len() / world;
+                &data.bytes()[rank * n..][..n]
+            }
+            Operation::AllReduceInto { input, .. }
+            | Operation::AllGather { input, .. }
+            | Operation::AllGatherV { input, .. }
+            | Operation::ReduceScatter { input, .. }
+            | Operation::Gather { input, .. }
+            | Operation::Scatter { input, .. }
+            | Operation::AllToAll { input, .. }
+            | Operation::AllToAllV { input, .. } => input.bytes(),
+            Operation::Send { data, .. } => data.bytes(),
+            Operation::Broadcast { .. } | Operation::Barrier | Operation::Recv { .. } => &[],
+        }
+    }
+}
+
 impl<'a> Operation<'a> {
     /// This call, if all its buffers are on the host.
     ///

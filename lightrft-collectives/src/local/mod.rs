@@ -42,28 +42,6 @@ impl Local {
         Arc::new(Local { board, rank, groups: AtomicUsize::new(0), live })
     }
 
-    /// What this rank brings to the board.
-    fn contribution(&self, operation: &HostOperation<'_>) -> AlignedBytes {
-        let world = self.world_size();
-        AlignedBytes::copy_of(match operation {
-            Operation::AllReduce { data, .. }
-            | Operation::Reduce { data, .. }
-            | Operation::ReduceScatterInPlace { data, .. } => data.bytes(),
-            Operation::AllGatherInPlace { data } => part(data.bytes(), self.rank, world),
-            Operation::Broadcast { data, root } if *root == self.rank => data.bytes(),
-            Operation::AllReduceInto { input, .. }
-            | Operation::AllGather { input, .. }
-            | Operation::AllGatherV { input, .. }
-            | Operation::ReduceScatter { input, .. }
-            | Operation::Gather { input, .. }
-            | Operation::Scatter { input, .. }
-            | Operation::AllToAll { input, .. }
-            | Operation::AllToAllV { input, .. } => input.bytes(),
-            Operation::Send { data, .. } => data.bytes(),
-            Operation::Broadcast { .. } | Operation::Barrier | Operation::Recv { .. } => &[],
-        })
-    }
-
     /// This rank's result from everyone's contribution.
     fn result(&self, operation: HostOperation<'_>, posted: &[Posted]) {
         let (rank, world) = (self.rank, self.world_size());
@@ -178,7 +156,7 @@ impl Communicator for Local {
                 Ok(())
             }
             collective => {
-                let bytes = self.contribution(&collective);
+                let bytes = AlignedBytes::copy_of(collective.contribution(self.rank, self.world_size()));
                 let posted = self.board.exchange(self.rank, Posted { signature, bytes }, timeout)?;
                 self.result(collective, &posted);
                 Ok(())

@@ -34,28 +34,6 @@ pub(super) fn contribution_bytes(operation: &HostOperation<'_>, world: usize) ->
     })
 }
 
-/// What this rank shows; empty where only a root has something.
-fn contribution<'o>(operation: &'o HostOperation<'_>, rank: usize, world: usize) -> &'o [u8] {
-    match operation {
-        Operation::AllReduce { data, .. }
-        | Operation::Reduce { data, .. }
-        | Operation::ReduceScatterInPlace { data, .. } => data.bytes(),
-        Operation::Broadcast { data, root } if *root == rank => data.bytes(),
-        Operation::AllGatherInPlace { data } => {
-            let n = data.bytes().len() / world;
-            &data.bytes()[rank * n..][..n]
-        }
-        Operation::AllReduceInto { input, .. }
-        | Operation::AllGather { input, .. }
-        | Operation::AllGatherV { input, .. }
-        | Operation::ReduceScatter { input, .. }
-        | Operation::Gather { input, .. }
-        | Operation::Scatter { input, .. }
-        | Operation::AllToAll { input, .. } => input.bytes(),
-        _ => &[],
-    }
-}
-
 /// Writes this rank's result from what all ranks have shown: `shown(rank, start, length)`.
 #[inline(always)]
 fn take<'s>(
@@ -136,7 +114,7 @@ impl Shm {
     pub(super) fn run_whole(&mut self, call: &Call<'_>, operation: HostOperation<'_>) -> Result<(), Fault> {
         let (rank, world) = (self.segment.rank(), self.segment.world());
         let most = contribution_bytes(&operation, world).unwrap_or(0);
-        let mine = contribution(&operation, rank, world);
+        let mine = operation.contribution(rank, world);
         if most > PAYLOAD * 8 {
             debug_assert!(most <= SLOT);
             let slot = self.next_slot();
