@@ -19,6 +19,7 @@ mod pulse;
 mod rebuild;
 mod reduction;
 mod segment;
+mod sharing;
 mod shm;
 mod steps;
 mod tcp;
@@ -30,8 +31,6 @@ mod wire;
 mod world;
 
 use std::collections::BTreeSet;
-use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -40,11 +39,9 @@ use self::exchange::{Fault, Links, Wait};
 use self::fate::Alarm;
 use self::hierarchy::Hierarchy;
 use self::note::{Cause, Lateness, Note};
-use self::segment::{Mapping, Segment};
 pub(crate) use self::shm::HeapMemory;
-use self::shm::{Cores, Shm, Watch};
+use self::shm::{Shm, Watch};
 use self::tcp::Tcp;
-use self::topology::Topology;
 use self::vigil::{Subject, Vigil};
 use self::world::{AGREEMENT, World, group_id};
 pub(crate) use self::world::{Join, node_name};
@@ -112,17 +109,6 @@ impl Path {
     }
 }
 
-/// What each rank tells the others when they make their shared memory.
-#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct Offer {
-    /// The memory file that it holds open; -1 for none.
-    file: i64,
-    /// Where in its own memory it has a word for the others to try to read.
-    word: u64,
-    cores: Cores,
-}
-
 /// How the ranks of a group exchange data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -173,100 +159,8 @@ impl Group {
         Ok(Group { name, id, rank, ranks, timeout, world, alarm, channels, groups, slot, is_rebuilt })
     }
 
-    /// Goes over to shared memory among members of one machine.
-    fn share(&self) -> Result<()> {
-        if self.world.transport == Transport::Auto {
-            let machines: Vec<&str> = self.ranks.iter().map(|rank| &*self.world.cards[*rank].host).collect();
-            let path = if machines.iter().all(|machine| *machine == machines[0]) {
-                self.share_memory(0..machines.len())?.flatten().map_or(Path::Flat, Path::Shm)
-            } else if let Some(topology) = Topology::new(&machines, self.rank) {
-                let local = self.share_memory(topology.host())?;
-                let hierarchical = |local| Path::Hierarchical(Hierarchy::new(topology, local));
-                local.map_or(Path::Flat, hierarchical)
-            } else {
-                Path::Flat
-            };
-            self.channels().path = path;
-        }
-        Ok(())
-    }
-
     fn channels(&self) -> MutexGuard<'_, Channels> {
         self.channels.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes and maps shared memory of the `members` on this machine, while those on others make theirs. `None`, on all
-    /// ranks alike, if one of them cannot; `Some(None)` for a rank alone on its machine.
-    fn share_memory(&self, members: Range<usize>) -> Result<Option<Option<Shm>>> {
-        let (nonce, world, local) = (self.world.shared.nonce ^ self.id, self.ranks.len(), members.len());
-        let place = self.rank - members.start;
-        let pids: Vec<u32> = self.ranks[members.clone()].iter().map(|r| self.world.cards[*r].pid).collect();
-        let made = (place == 0 && local > 1).then(|| Segment::create(nonce, local, 0));
-        let file = match &made {
-            Some(Ok((_, fd))) => fd.as_raw_fd().into(),
-            _ => -1i64,
-        };
-        // A word of this process's own memory, for the others to try to read.
-        let word = Box::new(nonce);
-        let offer = Offer { file, word: std::ptr::from_ref(&*word) as u64, cores: Cores::mine() };
-        let mut offers = vec![Offer::default(); world];
-        self.all_gather::<u8>(bytemuck::bytes_of(&offer), bytemuck::cast_slice_mut(&mut offers))?;
-        let offers = &offers[members];
-        let mapped = match made {
-            Some(made) => made.map(|(segment, fd)| Some((segment, Some(fd)))),
-            None if local == 1 => Ok(None),
-            None => {
-                let opened = u64::try_from(offers[0].file).map_err(std::io::Error::other);
-                let open = |fd| Segment::open(pids[0], fd, nonce, local, place);
-                opened.and_then(open).map(|segment| Some((segment, None)))
-            }
-        };
-        if let Err(error) = &mapped {
-            tracing::info!(group = self.name, %error, "no shared memory, taking TCP");
-        }
-        let reads = (0..local).all(|r| r == place || Shm::can_read(pids[r], offers[r].word, nonce));
-        let mut all = [u8::from(mapped.is_ok()), u8::from(reads)];
-        self.all_reduce(&mut all, ReduceOp::Min)?;
-        drop(word);
-        let shared = |(segment, _)| {
-            let cores: Vec<Cores> = offers.iter().map(|offer| offer.cores).collect();
-            let mut shm = Shm::new(segment, pids, Cores::of_all(&cores));
-            shm.reads_peers(all[1] == 1);
-            shm
-        };
-        Ok(mapped.ok().filter(|_| all[0] == 1).map(|mapped| mapped.map(shared)))
-    }
-
-    /// Maps a file for the group's heap on all ranks; `None`, on all ranks alike, if one of them cannot.
-    fn share_region(&self, len: usize) -> Result<Option<HeapMemory>> {
-        let bytes = {
-            let channels = self.channels();
-            let Path::Shm(shm) = &channels.path else { return Ok(None) };
-            shm.region_bytes(len)
-        };
-        let made = (self.rank == 0).then(|| Mapping::create("lightrft-heap", bytes));
-        let mut file = [match &made {
-            Some(Ok((_, fd))) => fd.as_raw_fd().into(),
-            _ => -1i64,
-        }];
-        self.broadcast(&mut file, 0)?;
-        let mapped = match made {
-            Some(made) => made.map(|(mapping, fd)| (mapping, Some(fd))),
-            None => {
-                let pid = self.world.cards[self.ranks[0]].pid;
-                let opened = u64::try_from(file[0]).map_err(std::io::Error::other);
-                opened.and_then(|fd| Mapping::open(pid, fd, bytes)).map(|mapping| (mapping, None))
-            }
-        };
-        if let Err(error) = &mapped {
-            tracing::warn!(group = self.name, len, %error, "no heap memory, taking ordinary memory");
-        }
-        let mut all_mapped = [u8::from(mapped.is_ok())];
-        self.all_reduce(&mut all_mapped, ReduceOp::Min)?;
-        let mut channels = self.channels();
-        let mapping = mapped.ok().filter(|_| all_mapped == [1]).map(|(mapping, _)| mapping);
-        let Path::Shm(shm) = &mut channels.path else { return Ok(None) };
-        Ok(mapping.map(|mapping| shm.add_region(mapping, len)))
     }
 
     /// Runs a call on the channels and turns a fault into the group's verdict.
