@@ -11,8 +11,7 @@ use std::time::Duration;
 
 use lightrft_collectives::{Communicator, GroupOptions, Operation, Result as GroupResult, local::World};
 use lightrft_sharding::{
-    AdamW, AdamWConfig, Error, FlatUnit, Plan, ReshardAfterForward, ShardOptions, ShardedModel,
-    StagedModel as _,
+    AdamW, AdamWConfig, Error, FlatUnit, Plan, Policy, ReshardAfterForward, ShardedModel, StagedModel as _,
 };
 use tiny::{Batch, Tiny};
 
@@ -99,7 +98,7 @@ const BOOKKEEPING: usize = 32 << 10;
 
 /// (live after preparing, live after three steps, most during them, transient peak as the crate counts it, its count of
 /// persistent bytes)
-fn measure(comm: Arc<dyn Communicator>, options: ShardOptions) -> Result<[usize; 5], Error> {
+fn measure(comm: Arc<dyn Communicator>, options: Policy) -> Result<[usize; 5], Error> {
     let batch = Batch { tokens: vec![3], targets: vec![4] };
     let before = LIVE.get();
     let since = |now: isize| usize::try_from(now - before).expect("more than before");
@@ -131,7 +130,7 @@ fn a_rank_keeps_sixteen_bytes_a_parameter_over_the_ranks_and_padding() {
             let rank = comm.rank();
             let plan = Plan::new(MODEL.units(), world)?;
             let (elems, padding) = (plan.elems(), plan.padding_elems());
-            let [prepared, kept, _, _, own_count] = measure(comm, ShardOptions::default())?;
+            let [prepared, kept, _, _, own_count] = measure(comm, Policy::default())?;
             assert_eq!(own_count * world, 16 * (elems + padding), "rank {rank} of {world}");
             assert!(prepared >= own_count && prepared - own_count < BOOKKEEPING, "{prepared} {own_count}");
             assert!(kept >= own_count && kept - own_count < BOOKKEEPING, "{kept} {own_count}");
@@ -152,8 +151,8 @@ fn computing_takes_no_more_than_the_units_of_one_stage_and_their_gradients() {
     let head = bytes(&layouts.units()[0]) + bytes(&layouts.units()[MODEL.layers + 1]);
     let bound = 2 * head + largest / 2 + largest;
     let peaks = |reshard_after_forward| {
-        let ranks = World::new(2)
-            .launch(|comm| measure(comm, ShardOptions { reshard_after_forward, ..ShardOptions::default() }));
+        let ranks =
+            World::new(2).launch(|comm| measure(comm, Policy { reshard_after_forward, ..Policy::default() }));
         let [prepared, _, peak, transient, _] = ranks.unwrap()[0];
         // The crate's count is the allocator's, but for activations and bookkeeping.
         assert!((peak - prepared).abs_diff(transient) < BOOKKEEPING, "{} {transient}", peak - prepared);

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lightrft_collectives::{Communicator, local::World};
-use lightrft_sharding::{AdamW, AdamWConfig, Error, ReshardAfterForward, ShardOptions, ShardedModel, Update};
+use lightrft_sharding::{AdamW, AdamWConfig, Error, Policy, ReshardAfterForward, ShardedModel, Update};
 use tiny::{Batch, Tiny};
 
 const MODEL: Tiny = Tiny { vocab: 11, width: 7, layers: 2 };
@@ -25,7 +25,7 @@ fn micro_batch(step: usize, index: usize) -> Batch {
 fn train(
     comm: Arc<dyn Communicator>,
     count: usize,
-    options: ShardOptions,
+    options: Policy,
 ) -> Result<BTreeMap<String, Vec<f32>>, Error> {
     let (rank, world) = (comm.rank(), comm.world_size());
     let mut model = ShardedModel::new(MODEL, comm, options)?;
@@ -55,8 +55,8 @@ fn train(
     Ok(params)
 }
 
-fn on(world: usize, count: usize, options: ShardOptions) -> BTreeMap<String, Vec<f32>> {
-    let mut ranks = World::new(world).launch(|comm| train(comm, count, options)).unwrap();
+fn on(world: usize, count: usize, options: Policy) -> BTreeMap<String, Vec<f32>> {
+    let mut ranks = World::new(world).launch(|comm| train(comm, count, options.clone())).unwrap();
     let first = ranks.swap_remove(0);
     assert!(ranks.iter().all(|params| *params == first), "ranks disagree");
     first
@@ -76,8 +76,8 @@ fn smallest_change(params: &BTreeMap<String, Vec<f32>>) -> f32 {
 fn ranks_with_one_micro_batch_each_equal_one_rank_with_all_bit_for_bit() {
     for world in [1, 2, 3, 4] {
         // Rank order is the order of accumulation: ((g0 + g1) + g2) + g3 on either side.
-        let one = on(1, world, ShardOptions::default());
-        let many = on(world, world, ShardOptions::default());
+        let one = on(1, world, Policy::default());
+        let many = on(world, world, Policy::default());
         assert_eq!(one, many, "{world} ranks");
         assert!(smallest_change(&one) > 1e-3, "every parameter learns");
     }
@@ -85,9 +85,9 @@ fn ranks_with_one_micro_batch_each_equal_one_rank_with_all_bit_for_bit() {
 
 #[test]
 fn ranks_that_accumulate_equal_one_rank_to_rounding() {
-    let one = on(1, 12, ShardOptions::default());
+    let one = on(1, 12, Policy::default());
     for world in [2, 3, 4] {
-        let many = on(world, 12, ShardOptions::default());
+        let many = on(world, 12, Policy::default());
         for (name, values) in &one {
             for (a, b) in values.iter().zip(&many[name]) {
                 assert!((a - b).abs() <= 1e-6 + 1e-6 * a.abs(), "{world} ranks, {name}: {a} {b}");
@@ -98,17 +98,17 @@ fn ranks_that_accumulate_equal_one_rank_to_rounding() {
 
 #[test]
 fn neither_resharding_nor_alignment_changes_a_bit() {
-    let always = on(3, 3, ShardOptions::default());
-    let never = ShardOptions { reshard_after_forward: ReshardAfterForward::Never, ..ShardOptions::default() };
+    let always = on(3, 3, Policy::default());
+    let never = Policy { reshard_after_forward: ReshardAfterForward::Never, ..Policy::default() };
     assert_eq!(always, on(3, 3, never));
-    assert_eq!(always, on(3, 3, ShardOptions { alignment: 16, ..ShardOptions::default() }));
+    assert_eq!(always, on(3, 3, Policy { alignment: 16, ..Policy::default() }));
 }
 
 #[test]
 fn gradients_written_by_hand_equal_differences() {
     // Without this, all ranks could agree on nonsense.
     let world = World::new(1).launch(|comm| {
-        let mut model = ShardedModel::new(MODEL, comm, ShardOptions::default())?;
+        let mut model = ShardedModel::new(MODEL, comm, Policy::default())?;
         model.units_mut().load(tiny::start)?;
         let batch = micro_batch(0, 0);
         let (logits, tape) = model.forward(&batch)?;

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use lightrft_collectives::{Communicator, Single, local::World};
 use lightrft_sharding::{
-    AdamW, AdamWConfig, Error, FlatUnit, Mode, ParamSpec, Plan, ReshardAfterForward, ShardOptions,
-    ShardedModel, ShardedUnits, StageGrads, StageSpec, StagedModel, UnitSpec, Update, load_state,
+    AdamW, AdamWConfig, Error, FlatUnit, Mode, ParamSpec, Plan, Policy, ReshardAfterForward, ShardedModel,
+    ShardedUnits, StageGrads, StageSpec, StagedModel, UnitSpec, UnitValues, Update, load_state,
 };
 use tiny::{Batch, Tiny};
 
@@ -21,7 +21,7 @@ fn batch() -> Batch {
     Batch { tokens: vec![0, 1, 2], targets: vec![1, 2, 3] }
 }
 
-fn sharded(comm: Arc<dyn Communicator>, options: ShardOptions) -> Result<ShardedModel<Tiny>, Error> {
+fn sharded(comm: Arc<dyn Communicator>, options: Policy) -> Result<ShardedModel<Tiny>, Error> {
     let mut model = ShardedModel::new(MODEL, comm, options)?;
     model.units_mut().load(tiny::start)?;
     Ok(model)
@@ -65,7 +65,7 @@ fn gradients_and_values_of_wrong_lengths_are_refused_before_anything_is_sent() {
 fn a_nan_on_one_rank_skips_the_step_on_all_and_is_counted() {
     let ranks = World::new(3).launch(|comm| {
         let rank = comm.rank();
-        let mut model = sharded(comm, ShardOptions::default())?;
+        let mut model = sharded(comm, Policy::default())?;
         let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
         let before = model.units().param(0)?.to_vec();
         let mut updates = Vec::new();
@@ -96,7 +96,7 @@ fn a_nan_on_one_rank_skips_the_step_on_all_and_is_counted() {
 
 #[test]
 fn a_tape_is_refused_once_the_parameters_have_changed() {
-    let mut model = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let mut model = sharded(Single::world(), Policy::default()).unwrap();
     let mut adamw = AdamW::new(AdamWConfig::default(), model.units()).unwrap();
     let batch = batch();
     let (logits, first) = model.forward(&batch).unwrap();
@@ -107,13 +107,13 @@ fn a_tape_is_refused_once_the_parameters_have_changed() {
     assert!(matches!(model.backward(second, grad.clone()), Err(Error::StaleTape)));
     // Nor may another model play it.
     let (_, tape) = model.forward(&batch).unwrap();
-    let mut other = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let mut other = sharded(Single::world(), Policy::default()).unwrap();
     assert!(matches!(other.backward(tape, grad), Err(Error::StaleTape)));
 }
 
 #[test]
 fn units_that_stay_gathered_are_gathered_anew_after_a_step() {
-    let never = ShardOptions { reshard_after_forward: ReshardAfterForward::Never, ..ShardOptions::default() };
+    let never = Policy { reshard_after_forward: ReshardAfterForward::Never, ..Policy::default() };
     let mut model = sharded(Single::world(), never).unwrap();
     let batch = batch();
     let (before, _unused) = model.forward(&batch).unwrap();
@@ -132,9 +132,9 @@ fn units_that_stay_gathered_are_gathered_anew_after_a_step() {
 
 #[test]
 fn frozen_units_predict_and_refuse_to_learn() {
-    let frozen = ShardOptions { mode: Mode::Frozen, ..ShardOptions::default() };
+    let frozen = Policy { mode: Mode::Frozen, ..Policy::default() };
     let mut model = sharded(Single::world(), frozen).unwrap();
-    let mut trained = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let mut trained = sharded(Single::world(), Policy::default()).unwrap();
     assert_eq!(model.evaluate(&batch()).unwrap(), trained.evaluate(&batch()).unwrap());
     assert_eq!(2 * model.units().persistent_bytes(), trained.units().persistent_bytes());
     assert!(matches!(model.forward(&batch()), Err(Error::Frozen { .. })));
@@ -145,7 +145,7 @@ fn frozen_units_predict_and_refuse_to_learn() {
 
 #[test]
 fn settings_that_cannot_be_are_refused_by_name() {
-    let mut model = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let mut model = sharded(Single::world(), Policy::default()).unwrap();
     let default = AdamWConfig::default();
     for (config, setting) in [
         (AdamWConfig { betas: (1.0, 0.9), ..default }, "betas.0"),
@@ -168,9 +168,9 @@ fn settings_that_cannot_be_are_refused_by_name() {
 
 #[test]
 fn an_optimizer_of_another_model_is_refused() {
-    let model = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let model = sharded(Single::world(), Policy::default()).unwrap();
     let mut other =
-        ShardedModel::new(Tiny { width: 4, ..MODEL }, Single::world(), ShardOptions::default()).unwrap();
+        ShardedModel::new(Tiny { width: 4, ..MODEL }, Single::world(), Policy::default()).unwrap();
     let mut adamw = AdamW::new(AdamWConfig::default(), model.units()).unwrap();
     assert!(matches!(adamw.step(other.units_mut(), 0.1), Err(Error::ForeignOptimizer { .. })));
     let loaded = load_state(other.units_mut(), Some(&mut adamw), |_, param, range, out| {
@@ -181,7 +181,7 @@ fn an_optimizer_of_another_model_is_refused() {
 
 #[test]
 fn a_reader_that_fails_is_quoted_with_what_it_was_asked_for() {
-    let mut model = sharded(Single::world(), ShardOptions::default()).unwrap();
+    let mut model = sharded(Single::world(), Policy::default()).unwrap();
     let failed = model.units_mut().load(|param, _, _| match param.name() {
         "head.bias" => Err("the disk is gone"),
         _ => Ok(()),
@@ -195,7 +195,7 @@ fn a_reader_that_fails_is_quoted_with_what_it_was_asked_for() {
 fn a_visitor_that_fails_on_one_rank_keeps_no_other_waiting() {
     let ranks = World::new(2).timeout(Duration::from_secs(20)).launch(|comm| {
         let rank = comm.rank();
-        let mut model = sharded(comm, ShardOptions::default())?;
+        let mut model = sharded(comm, Policy::default())?;
         let mut seen = 0;
         let visited = model.units_mut().for_each_full_unit(|_, _| {
             seen += 1;
@@ -218,6 +218,7 @@ impl StagedModel for Fragile {
     type Batch = ();
     type Activation = ();
     type Params = ();
+    type Saved = ();
     type Error = Box<dyn std::error::Error + Send + Sync>;
 
     fn units(&self) -> Vec<UnitSpec> {
@@ -228,7 +229,7 @@ impl StagedModel for Fragile {
         vec![StageSpec::new("only", [0])]
     }
 
-    fn bind(&self, _: &FlatUnit, _: Vec<f32>) -> Result<(), Self::Error> {
+    fn bind(&self, _: &FlatUnit, _: UnitValues) -> Result<(), Self::Error> {
         Ok(())
     }
 
@@ -255,7 +256,7 @@ impl StagedModel for Fragile {
 #[test]
 fn a_backward_that_failed_half_way_blocks_the_step_until_gradients_are_zeroed() {
     let fragile = Fragile { fails: Cell::new(true), gradient: 4 };
-    let mut model = ShardedModel::new(fragile, Single::world(), ShardOptions::default()).unwrap();
+    let mut model = ShardedModel::new(fragile, Single::world(), Policy::default()).unwrap();
     let mut adamw = AdamW::new(AdamWConfig::default(), model.units()).unwrap();
     let ((), tape) = model.forward(&()).unwrap();
     let error = model.backward(tape, ()).unwrap_err();
@@ -279,7 +280,7 @@ fn a_backward_that_failed_half_way_blocks_the_step_until_gradients_are_zeroed() 
 #[test]
 fn a_gradient_of_the_wrong_length_names_the_parameter() {
     let fragile = Fragile { fails: Cell::new(false), gradient: 3 };
-    let mut model = ShardedModel::new(fragile, Single::world(), ShardOptions::default()).unwrap();
+    let mut model = ShardedModel::new(fragile, Single::world(), Policy::default()).unwrap();
     let ((), tape) = model.forward(&()).unwrap();
     let error = model.backward(tape, ()).unwrap_err();
     let source = std::error::Error::source(&error).unwrap().to_string();

@@ -10,14 +10,15 @@ use std::time::Duration;
 use lightrft_collectives::{
     Communicator, GroupOptions, Operation, Result as GroupResult, Single, local::World,
 };
-use lightrft_sharding::{AdamW, AdamWConfig, Error, ReshardAfterForward, ShardOptions, ShardedModel};
+use lightrft_sharding::{AdamW, AdamWConfig, Error, Policy, ReshardAfterForward, ShardedModel};
 use tiny::{Batch, Tiny};
 
 /// A group that writes down what is asked of it.
 #[derive(Debug)]
 struct Counted {
     inner: Arc<dyn Communicator>,
-    calls: Mutex<Vec<&'static str>>,
+    /// Shared with the groups that are made of it.
+    calls: Arc<Mutex<Vec<&'static str>>>,
 }
 
 impl Counted {
@@ -54,7 +55,10 @@ impl Communicator for Counted {
         ranks: &[usize],
         options: &GroupOptions,
     ) -> GroupResult<Option<Arc<dyn Communicator>>> {
-        self.inner.subgroup_with(ranks, options)
+        let group = self.inner.subgroup_with(ranks, options)?;
+        Ok(group.map(|inner| {
+            Arc::new(Counted { inner, calls: Arc::clone(&self.calls) }) as Arc<dyn Communicator>
+        }))
     }
 }
 
@@ -65,8 +69,8 @@ fn calls(
     inner: Arc<dyn Communicator>,
     reshard_after_forward: ReshardAfterForward,
 ) -> Result<[Vec<&'static str>; 4], Error> {
-    let counted = Arc::new(Counted { inner, calls: Mutex::default() });
-    let options = ShardOptions { reshard_after_forward, ..ShardOptions::default() };
+    let counted = Arc::new(Counted { inner, calls: Arc::default() });
+    let options = Policy { reshard_after_forward, ..Policy::default() };
     let mut model = ShardedModel::new(MODEL, counted.clone(), options)?;
     model.units_mut().load(tiny::start)?;
     let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;

@@ -5,7 +5,7 @@
 
 use std::convert::Infallible;
 
-use lightrft_sharding::{FlatUnit, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec};
+use lightrft_sharding::{FlatUnit, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec, UnitValues};
 
 /// Sizes of the model.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +70,7 @@ impl StagedModel for Tiny {
     type Batch = Batch;
     type Activation = Vec<f32>;
     type Params = Bound;
+    type Saved = ();
     type Error = lightrft_sharding::Error;
 
     fn units(&self) -> Vec<UnitSpec> {
@@ -96,13 +97,14 @@ impl StagedModel for Tiny {
         stages
     }
 
-    fn bind(&self, unit: &FlatUnit, values: Vec<f32>) -> Result<Bound, Self::Error> {
+    fn bind(&self, unit: &FlatUnit, values: UnitValues) -> Result<Bound, Self::Error> {
+        let values = values.into_f32();
         let offsets = unit.params().iter().map(|param| (param.range().start, param.range().end)).collect();
         Ok(Bound { values, offsets })
     }
 
-    fn unbind(&self, params: Bound) -> Option<Vec<f32>> {
-        Some(params.values)
+    fn unbind(&self, params: Bound) -> Option<UnitValues> {
+        Some(params.values.into())
     }
 
     fn forward(
