@@ -1,0 +1,138 @@
+//! Every policy trains what one rank trains: same parameters in every pass, same gradients, same step, bit for bit where
+//! sums are exact, whatever each rank's batch makes it skip.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod probe;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lightrft_collectives::local::World;
+use lightrft_sharding::{
+    Activations, AdamW, AdamWConfig, Error, Overlap, Policy, Precision, ReshardAfterForward, ShardSize,
+    ShardedModel, Stage, Trainable,
+};
+use probe::{Batch, Probe, Seen};
+use proptest::prelude::*;
+
+/// The `choice`th divisor of `n`, counted round and round.
+fn divisor(n: usize, choice: usize) -> usize {
+    let all: Vec<usize> = (1..=n).filter(|d| n.is_multiple_of(*d)).collect();
+    all[choice % all.len()]
+}
+
+/// A policy that a world of so many ranks allows, from any numbers.
+fn policy(world: usize, choices: &[usize; 12]) -> Policy {
+    let precision = |choice: usize| [Precision::F32, Precision::Bf16, Precision::F16][choice % 3];
+    let stage = [Stage::Zero0, Stage::Zero1, Stage::Zero2, Stage::Zero3, Stage::Zero3][choices[0] % 5];
+    let ranks = if stage == Stage::Zero0 { 1 } else { divisor(world, choices[1]) };
+    let reshard_after_forward = match choices[2] % 3 {
+        1 => ReshardAfterForward::Never,
+        2 if stage == Stage::Zero3 => ReshardAfterForward::ToGroup(divisor(ranks, choices[3])),
+        _ => ReshardAfterForward::Always,
+    };
+    Policy {
+        stage,
+        shard_size: ShardSize::Ranks(ranks),
+        reshard_after_forward,
+        prefetch: choices[4] % 3,
+        overlap: if stage >= Stage::Zero2 && choices[5] % 2 == 0 { Overlap::On } else { Overlap::Off },
+        reduce_bucket_elems: 1 + choices[6] % 60,
+        param_dtype: precision(choices[7]),
+        reduce_dtype: precision(choices[8]),
+        grad_accum_dtype: precision(choices[9]),
+        persistence_threshold: if stage == Stage::Zero0 { 0 } else { choices[10] % 3 * 6 },
+        trainable: match choices[11] % 3 {
+            0 => Trainable::All,
+            1 => Trainable::ExceptPrefixes(vec!["u0.".to_owned()]),
+            _ => Trainable::OnlyContaining(vec!["p1".to_owned()]),
+        },
+        activations: if choices[4] % 2 == 0 { Activations::Recompute } else { Activations::Keep },
+        alignment: 1 + choices[6] % 3,
+        ..Policy::default()
+    }
+}
+
+const ROUNDS: usize = 2;
+const PASSES: usize = 2;
+
+/// What the model saw, and what it was left with, when each rank of `world` runs its batches under `policy`. One rank
+/// alone runs those of all `ranks`.
+fn run(shapes: &[Vec<Vec<usize>>], world: usize, ranks: usize, policy: &Policy) -> Vec<(Seen, Seen)> {
+    let all = World::new(world).timeout(Duration::from_secs(60)).launch(|comm| {
+        let rank = comm.rank();
+        let mut model = ShardedModel::new(Probe::new(shapes), comm, policy.clone())?;
+        model.units_mut().load(probe::start)?;
+        let config = AdamWConfig { max_norm: 1.0, weight_decay: 0.1, ..AdamWConfig::default() };
+        let mut adamw = AdamW::new(config, model.units())?;
+        for round in 0..ROUNDS {
+            let mine = rank * ranks / world..(rank + 1) * ranks / world;
+            for (rank, pass) in mine.flat_map(|rank| (0..PASSES).map(move |pass| (rank, pass))) {
+                let batch = Batch { round, rank, pass };
+                let (output, tape) = model.forward(&batch)?;
+                // An evaluation between the two passes disturbs neither.
+                if pass == 0 {
+                    assert_eq!(model.evaluate(&batch)?, output);
+                }
+                model.backward(tape, output)?;
+            }
+            adamw.step(model.units_mut(), 0.1)?;
+        }
+        let mut last = Seen::new();
+        model.units_mut().for_each_full_unit(|unit, values| {
+            for param in unit.params() {
+                last.insert((0, param.name().to_owned()), probe::bits(&values[param.range()]));
+            }
+            Ok::<_, Error>(())
+        })?;
+        Ok::<_, Error>((model.model().take_seen(), last))
+    });
+    all.unwrap()
+}
+
+/// Units of parameters of any shape, scalars and empty ones included.
+fn shapes() -> impl Strategy<Value = Vec<Vec<Vec<usize>>>> {
+    let shape = prop::collection::vec(0usize..4, 0..3);
+    prop::collection::vec(prop::collection::vec(shape, 0..4), 1..4)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn any_policy_on_any_number_of_ranks_equals_one_rank_bit_for_bit_where_sums_are_exact(
+        shapes in shapes(), world in 1usize..9, choices in prop::array::uniform12(0usize..1000),
+    ) {
+        let policy = policy(world, &choices);
+        // What is computed in and what learns is part of the model, not of how it is cut.
+        let alone = Policy {
+            param_dtype: policy.param_dtype,
+            trainable: policy.trainable.clone(),
+            ..Policy::default()
+        };
+        let (seen, last) = run(&shapes, 1, world, &alone).swap_remove(0);
+        for (rank, (seen_here, last_here)) in run(&shapes, world, world, &policy).into_iter().enumerate() {
+            prop_assert_eq!(&last_here, &last, "rank {} of {}: {:?}", rank, world, &policy);
+            for (at, bits) in &seen_here {
+                prop_assert_eq!(bits, &seen[at], "rank {} of {}, {:?}: {:?}", rank, world, at, &policy);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_mesh_of_the_callers_gives_the_shards_its_second_axis() {
+    let sizes = World::new(4)
+        .launch(|comm| {
+            // Shard groups of every second rank.
+            let mesh = lightrft_collectives::DeviceMesh::of_ranks(vec![0, 2, 1, 3], &[("r", 2), ("s", 2)])
+                .expect("a mesh");
+            let model = ShardedModel::on_mesh(Probe::new(&[vec![vec![8]]]), comm, &mesh, Policy::default())?;
+            let units = model.units();
+            let ranks = |comm: &Arc<dyn lightrft_collectives::Communicator>| comm.ranks().to_vec();
+            Ok::<_, Error>((ranks(units.communicator()), ranks(units.replicas()), units.param(0)?.len()))
+        })
+        .unwrap();
+    assert_eq!(sizes[1], (vec![1, 3], vec![0, 1], 4));
+    assert_eq!(sizes[2], (vec![0, 2], vec![2, 3], 4));
+}
