@@ -177,8 +177,8 @@ impl<M: StagedModel> ShardedModel<M> {
             .filter_map(move |&(unit, param)| Some(units.get(unit)?.params().get(param)?.name()))
     }
 
-    /// Frees every unit that is gathered. Needed only where units are never resharded and a forward pass has not been
-    /// followed by its backward.
+    /// Frees every unit that is gathered: those of a forward pass that has not been followed by its backward, and what
+    /// stages 1 and 2 keep whole. All ranks do it alike.
     pub fn reshard(&mut self) {
         (0..self.live.len()).for_each(|unit| self.free(unit));
         self.ahead.iter_mut().for_each(|gathering| *gathering = None);

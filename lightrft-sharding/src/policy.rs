@@ -66,7 +66,8 @@ impl TryFrom<u8> for Stage {
 #[serde(rename_all = "snake_case")]
 pub enum ReshardAfterForward {
     /// After the forward stages that use it, and gathered again for backward: two all-gathers a pass, and no more
-    /// memory than the units of one stage. (ZeRO-3; FSDP2's `reshard_after_forward=True`.)
+    /// memory than the units of one stage. Those of the last stage stay, since backward begins with them: one
+    /// all-gather. (ZeRO-3; FSDP2's `reshard_after_forward=True`, and its default for the root.)
     #[default]
     Always,
     /// After backward: one all-gather a pass, and every unit whole between the passes.

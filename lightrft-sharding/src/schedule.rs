@@ -6,7 +6,8 @@ use crate::error::{Error, Result};
 /// How long a gathered unit stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// From its first use by stages in a row to the last of them.
+    /// From its first use by stages in a row to the last of them; from the last stage of forward on into backward, which
+    /// begins with it.
     Use,
     /// From its first use in forward to its last in backward.
     Pass,
@@ -55,11 +56,8 @@ impl Schedule {
     /// twice, or when no stage uses some unit (its parameters would never learn).
     pub(crate) fn new(stages: &[StageSpec], units: &[UnitPlan]) -> Result<Self> {
         check(stages, units)?;
-        // An evaluation has no backward to keep units for.
-        let briefly = |hold| if hold == Hold::Pass { Hold::Use } else { hold };
-        let alone: Vec<Hold> = units.iter().map(|unit| briefly(unit.hold)).collect();
         let hold: Vec<Hold> = units.iter().map(|unit| unit.hold).collect();
-        let evaluate = pass(stages, &alone, Direction::Forward);
+        let evaluate = pass(stages, &hold, Direction::Alone);
         let backward = pass(stages, &hold, Direction::Backward);
         let forward = pass(stages, &hold, Direction::Forward);
         let ahead = |ops| start_ahead(ops, units);
@@ -69,8 +67,11 @@ impl Schedule {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
+    /// A forward that a backward follows.
     Forward,
     Backward,
+    /// A forward that none follows.
+    Alone,
 }
 
 /// One pass. A unit is gathered before a stage that needs it, and freed after one that is not followed by another
@@ -78,15 +79,17 @@ enum Direction {
 /// gradient is reduced after the last stage that uses it.
 fn pass(stages: &[StageSpec], hold: &[Hold], direction: Direction) -> Vec<Op> {
     let order: Vec<&StageSpec> = match direction {
-        Direction::Forward => stages.iter().collect(),
+        Direction::Forward | Direction::Alone => stages.iter().collect(),
         Direction::Backward => stages.iter().rev().collect(),
     };
     let index = |at: usize| match direction {
-        Direction::Forward => at,
+        Direction::Forward | Direction::Alone => at,
         Direction::Backward => stages.len() - 1 - at,
     };
     let backward = direction == Direction::Backward;
-    let mut live: Vec<bool> = hold.iter().map(|hold| backward && *hold != Hold::Use).collect();
+    let in_last = |unit: &usize| stages.last().is_some_and(|last| last.units.contains(unit));
+    let held = |(unit, hold): (usize, &Hold)| *hold != Hold::Use || in_last(&unit);
+    let mut live: Vec<bool> = hold.iter().enumerate().map(|unit| backward && held(unit)).collect();
     let mut ops = Vec::new();
     for (at, stage) in order.iter().enumerate() {
         let (next, later) = (order.get(at + 1), &order[at + 1..]);
@@ -99,7 +102,10 @@ fn pass(stages: &[StageSpec], hold: &[Hold], direction: Direction) -> Vec<Op> {
         let used_later = |unit: usize| later.iter().any(|stage| stage.units.contains(&unit));
         for &unit in &stage.units {
             let stays = match (hold[unit], direction) {
-                (Hold::Use, _) => next.is_some_and(|next| next.units.contains(&unit)),
+                (Hold::Use, Direction::Forward) if next.is_none() => true,
+                (Hold::Use, _) | (Hold::Pass, Direction::Alone) => {
+                    next.is_some_and(|next| next.units.contains(&unit))
+                }
                 (Hold::Pass, Direction::Backward) => used_later(unit),
                 (Hold::Pass, Direction::Forward) | (Hold::Step, _) => true,
             };
@@ -197,24 +203,17 @@ mod tests {
     fn a_tied_unit_is_gathered_for_each_use_and_reduced_after_its_last() {
         let (stages, units) = tied(Hold::Use, 0);
         let schedule = Schedule::new(&stages, &units).unwrap();
-        let forward = [
-            Gather(0),
-            Run(0),
-            Free(0),
-            Gather(1),
-            Run(1),
-            Free(1),
-            Gather(0),
-            Gather(2),
-            Run(2),
-            Free(0),
-            Free(2),
+        #[rustfmt::skip]
+        let evaluate = [
+            Gather(0), Run(0), Free(0), Gather(1), Run(1), Free(1), Gather(0), Gather(2), Run(2),
+            Free(0), Free(2),
         ];
-        assert_eq!(schedule.forward, forward);
-        assert_eq!(schedule.evaluate, forward);
+        assert_eq!(schedule.evaluate, evaluate);
+        // Backward begins with what forward ends with.
+        assert_eq!(schedule.forward, evaluate[..9]);
         #[rustfmt::skip]
         assert_eq!(schedule.backward, [
-            Gather(0), Gather(2), Run(2), Free(0), Free(2), Reduce(2),
+            Run(2), Free(0), Free(2), Reduce(2),
             Gather(1), Run(1), Free(1), Reduce(1),
             Gather(0), Run(0), Free(0), Reduce(0),
         ]);
@@ -234,8 +233,9 @@ mod tests {
     fn a_unit_that_two_neighbours_share_is_not_gathered_twice() {
         let stages = [StageSpec::new("a", [0]), StageSpec::new("b", [0])];
         let schedule = Schedule::new(&stages, &units(&["u"], Hold::Use, 0)).unwrap();
-        assert_eq!(schedule.forward, [Gather(0), Run(0), Run(1), Free(0)]);
-        assert_eq!(schedule.backward, [Gather(0), Run(1), Run(0), Free(0), Reduce(0)]);
+        assert_eq!(schedule.forward, [Gather(0), Run(0), Run(1)]);
+        assert_eq!(schedule.evaluate, [Gather(0), Run(0), Run(1), Free(0)]);
+        assert_eq!(schedule.backward, [Run(1), Run(0), Free(0), Reduce(0)]);
     }
 
     #[test]
@@ -256,11 +256,11 @@ mod tests {
         assert_eq!(schedule.forward, [
             Gather(0), Start(1), Run(0), Free(0),
             Gather(1), Start(0), Start(2), Run(1), Free(1),
-            Gather(0), Gather(2), Run(2), Free(0), Free(2),
+            Gather(0), Gather(2), Run(2),
         ]);
         #[rustfmt::skip]
         assert_eq!(schedule.backward, [
-            Gather(0), Gather(2), Start(1), Run(2), Free(0), Free(2), Reduce(2),
+            Start(1), Run(2), Free(0), Free(2), Reduce(2),
             Gather(1), Start(0), Run(1), Free(1), Reduce(1),
             Gather(0), Run(0), Free(0), Reduce(0),
         ]);

@@ -121,6 +121,43 @@ proptest! {
 }
 
 #[test]
+fn each_stage_and_each_way_to_cut_equals_one_rank() {
+    let shapes = [vec![vec![5, 3], vec![7], vec![]], vec![vec![4, 4], vec![3]], vec![vec![2, 9], vec![1]]];
+    let two = ShardSize::Ranks(2);
+    let prefixes = Trainable::ExceptPrefixes(vec!["u1.p0".to_owned(), "u2.".to_owned()]);
+    let near = |ranks| ReshardAfterForward::ToGroup(ranks);
+    let default = Policy::default;
+    let policies = [
+        Policy { stage: Stage::Zero0, ..default() },
+        Policy { stage: Stage::Zero1, ..default() },
+        Policy { stage: Stage::Zero1, reduce_bucket_elems: 20, shard_size: two, ..default() },
+        Policy { stage: Stage::Zero2, ..default() },
+        Policy { stage: Stage::Zero2, reduce_bucket_elems: 30, overlap: Overlap::On, ..default() },
+        Policy { shard_size: two, ..default() },
+        Policy { shard_size: two, persistence_threshold: 20, overlap: Overlap::On, ..default() },
+        Policy { reshard_after_forward: near(2), ..default() },
+        Policy { reshard_after_forward: near(4), prefetch: 0, trainable: prefixes.clone(), ..default() },
+        Policy { reshard_after_forward: near(1), ..default() },
+        Policy { trainable: prefixes, ..default() },
+    ];
+    for policy in policies {
+        let alone = Policy { trainable: policy.trainable.clone(), ..Policy::default() };
+        let (seen, last) = run(&shapes, 1, 8, &alone).swap_remove(0);
+        for (seen_here, last_here) in run(&shapes, 8, 8, &policy) {
+            assert_eq!(last_here, last, "{policy:?}");
+            assert!(seen_here.iter().all(|(at, bits)| *bits == seen[at]), "{policy:?}");
+        }
+        let mut start = vec![0.0; 15];
+        Probe::start_of("u0.p0", &mut start);
+        assert_ne!(last[&(0, "u0.p0".to_owned())], probe::bits(&start), "it learns");
+        let mut frozen = vec![0.0; 16];
+        Probe::start_of("u1.p0", &mut frozen);
+        let stays = last[&(0, "u1.p0".to_owned())] == probe::bits(&frozen);
+        assert_eq!(stays, !policy.trainable.includes("u1.p0"), "what is frozen stays");
+    }
+}
+
+#[test]
 fn a_mesh_of_the_callers_gives_the_shards_its_second_axis() {
     let sizes = World::new(4)
         .launch(|comm| {

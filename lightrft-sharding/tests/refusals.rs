@@ -8,10 +8,11 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lightrft_collectives::{Communicator, Single, local::World};
+use lightrft_collectives::{Communicator, DeviceMesh, Single, local::World};
 use lightrft_sharding::{
-    AdamW, AdamWConfig, Error, FlatUnit, Mode, ParamSpec, Plan, Policy, ReshardAfterForward, ShardedModel,
-    ShardedUnits, StageGrads, StageSpec, StagedModel, UnitSpec, UnitValues, Update, load_state,
+    AdamW, AdamWConfig, Error, FlatUnit, Mode, Overlap, ParamSpec, Plan, Policy, Precision,
+    ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage, StageGrads, StageSpec, StagedModel,
+    Trainable, UnitSpec, UnitValues, Update, load_state,
 };
 use tiny::{Batch, Tiny};
 
@@ -206,6 +207,235 @@ fn a_visitor_that_fails_on_one_rank_keeps_no_other_waiting() {
     let ranks = ranks.unwrap();
     assert_eq!(ranks[0], (3, None));
     assert!(ranks[1].0 == 2 && ranks[1].1.as_ref().is_some_and(|error| error.contains("layers.0")));
+}
+
+#[test]
+fn a_nan_on_one_rank_skips_the_step_in_every_stage_and_on_replicas() {
+    let default = Policy::default;
+    for policy in [
+        Policy { stage: Stage::Zero0, ..default() },
+        Policy { stage: Stage::Zero1, ..default() },
+        Policy { stage: Stage::Zero2, overlap: Overlap::On, ..default() },
+        Policy { shard_size: ShardSize::Ranks(2), ..default() },
+        // Every unit whole: only one rank counts them in the norm.
+        Policy { persistence_threshold: 1000, ..default() },
+        Policy { grad_accum_dtype: Precision::Bf16, ..default() },
+    ] {
+        let counters = World::new(4).launch(|comm| {
+            let rank = comm.rank();
+            let mut model = sharded(comm, policy.clone())?;
+            let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
+            let before = model.units().param(0)?.to_vec();
+            let batch = batch();
+            let (logits, tape) = model.forward(&batch)?;
+            let (_, mut grad) = MODEL.loss(&logits, &batch, 12);
+            if rank == 3 {
+                grad[1] = f32::NAN;
+            }
+            model.backward(tape, grad)?;
+            let update = adamw.step(model.units_mut(), 0.01)?.update;
+            assert_eq!((update, model.units().param(0)?), (Update::Skipped, &before[..]), "{policy:?}");
+            Ok::<_, Error>(adamw.counters())
+        });
+        assert!(counters.unwrap().iter().all(|counters| (counters.steps, counters.skipped) == (0, 1)));
+    }
+}
+
+#[test]
+fn choices_that_do_not_go_together_are_named_both() {
+    let default = Policy::default;
+    let near = ReshardAfterForward::ToGroup(3);
+    for (policy, world, first, second) in [
+        (
+            Policy { stage: Stage::Zero2, reshard_after_forward: near, ..default() },
+            3,
+            "stage = 2",
+            "to_group(3)",
+        ),
+        (
+            Policy { stage: Stage::Zero0, persistence_threshold: 9, ..default() },
+            2,
+            "stage = 0",
+            "threshold = 9",
+        ),
+        (Policy { stage: Stage::Zero1, overlap: Overlap::On, ..default() }, 2, "stage = 1", "overlap = on"),
+        (
+            Policy { stage: Stage::Zero0, shard_size: ShardSize::Ranks(2), ..default() },
+            2,
+            "stage = 0",
+            "size = 2",
+        ),
+        (Policy { shard_size: ShardSize::Ranks(4), ..default() }, 6, "shard_size = 4", "world size = 6"),
+        (Policy { reshard_after_forward: near, ..default() }, 4, "to_group(3)", "shard_size = 4"),
+        (
+            Policy { reshard_after_forward: near, shard_size: ShardSize::Ranks(2), ..default() },
+            6,
+            "to_group(3)",
+            "shard_size = 2",
+        ),
+    ] {
+        let error = policy.validate(world).unwrap_err();
+        let Error::Contradiction { first: one, second: other, .. } = &error else { panic!("{error}") };
+        assert!(one.contains(first) && other.contains(second), "{error}");
+    }
+    for (policy, setting) in [
+        (Policy { reduce_bucket_elems: 0, ..default() }, "reduce_bucket_elems"),
+        (Policy { alignment: 0, ..default() }, "alignment"),
+        (Policy { shard_size: ShardSize::Ranks(0), ..default() }, "shard_size"),
+        (
+            Policy { reshard_after_forward: ReshardAfterForward::ToGroup(0), ..default() },
+            "reshard_after_forward",
+        ),
+    ] {
+        let error = policy.validate(1).unwrap_err();
+        assert!(matches!(error, Error::InvalidSetting { setting: named, .. } if named == setting));
+    }
+    assert!(Stage::try_from(4).is_err_and(|error| error.to_string().contains('4')));
+}
+
+#[test]
+fn the_size_of_shard_groups_follows_lightrfts_thresholds_where_it_is_left_to_them() {
+    let auto = |mode| Policy { shard_size: ShardSize::Auto, mode, ..Policy::default() };
+    let ranks = |mode, world, billions: usize| auto(mode).shard_ranks(world, billions * 1_000_000_000);
+    for (billions, expected) in [(0, 1), (9, 1), (10, 8), (79, 8), (80, 32)] {
+        assert_eq!(ranks(Mode::Frozen, 32, billions).unwrap(), expected);
+        assert_eq!(ranks(Mode::Train, 32, billions).unwrap(), 32);
+    }
+    assert_eq!(ranks(Mode::Frozen, 4, 10).unwrap(), 4);
+    let error = ranks(Mode::Frozen, 12, 10).unwrap_err().to_string();
+    assert!(error.contains("shard_size = 8 (auto)") && error.contains("world size = 12"), "{error}");
+}
+
+#[test]
+fn a_policy_survives_json_and_unknown_fields_are_refused() {
+    let policy = Policy {
+        stage: Stage::Zero1,
+        shard_size: ShardSize::Ranks(2),
+        trainable: Trainable::ExceptPrefixes(vec!["visual.".to_owned()]),
+        ..Policy::default()
+    };
+    let json = serde_json::to_string(&policy).unwrap();
+    assert_eq!(serde_json::from_str::<Policy>(&json).unwrap(), policy);
+    let short: Policy =
+        serde_json::from_str(r#"{"stage": 2, "param_dtype": "bf16", "overlap": "on"}"#).unwrap();
+    assert_eq!((short.stage, short.param_dtype, short.overlap), (Stage::Zero2, Precision::Bf16, Overlap::On));
+    assert!(serde_json::from_str::<Policy>(r#"{"stage": 4}"#).is_err());
+    assert!(serde_json::from_str::<Policy>(r#"{"prefech": 1}"#).is_err());
+}
+
+#[test]
+fn ranks_with_other_policies_are_told_both_on_every_rank() {
+    let results = World::new(2).timeout(Duration::from_secs(20)).launch(|comm| {
+        let policy = Policy { prefetch: comm.rank(), ..Policy::default() };
+        Ok::<_, Error>(ShardedModel::new(MODEL, comm, policy).map(drop).unwrap_err().to_string())
+    });
+    for text in results.unwrap() {
+        assert!(text.contains("prefetch = 0") && text.contains("prefetch = 1"), "{text}");
+    }
+}
+
+#[test]
+fn a_mesh_that_does_not_fit_the_world_is_refused() {
+    for (axes, fits) in [
+        (vec![("s", 4)], true),
+        (vec![("r", 2), ("s", 2)], true),
+        (vec![("s", 3)], false),
+        (vec![("r", 2), ("s", 4)], false),
+        (vec![("r", 2), ("s", 2), ("t", 1)], false),
+    ] {
+        let made = World::new(4).timeout(Duration::from_secs(20)).launch(|comm| {
+            let mesh = DeviceMesh::new(&axes)?;
+            match ShardedModel::on_mesh(MODEL, comm, &mesh, Policy::default()) {
+                Ok(_) => Ok::<_, Error>(true),
+                Err(Error::MeshMismatch { sizes, world: 4, .. }) if sizes == mesh.sizes() => Ok(false),
+                Err(error) => Err(error),
+            }
+        });
+        assert_eq!(made.unwrap(), [fits; 4], "{axes:?}");
+    }
+    // Stage 0 cuts nothing, so no mesh that cuts something is one for it.
+    let mesh = DeviceMesh::new(&[("r", 1), ("s", 1)]).unwrap();
+    let stage_0 = Policy { stage: Stage::Zero0, ..Policy::default() };
+    assert!(ShardedModel::on_mesh(MODEL, Single::world(), &mesh, stage_0).is_ok());
+}
+
+#[test]
+fn a_pass_between_the_sum_over_ranks_and_the_step_is_refused() {
+    let refused = World::new(2).launch(|comm| {
+        let mut model = sharded(comm, Policy { stage: Stage::Zero1, ..Policy::default() })?;
+        let pass = |model: &mut ShardedModel<Tiny>| {
+            let batch = batch();
+            let (logits, tape) = model.forward(&batch)?;
+            model.backward(tape, MODEL.loss(&logits, &batch, 6).1)
+        };
+        pass(&mut model)?;
+        assert_eq!(model.units().grad(0)?, None, "the ranks have yet to sum it");
+        model.units_mut().sync_gradients()?;
+        assert!(model.units().grad(0)?.is_some());
+        let again = pass(&mut model);
+        model.units_mut().zero_gradients();
+        pass(&mut model)?;
+        Ok::<_, Error>(matches!(again, Err(Error::AlreadySummed { .. })))
+    });
+    assert_eq!(refused.unwrap(), [true; 2]);
+}
+
+#[test]
+fn what_a_caller_leaves_in_the_padding_does_not_reach_the_norm() {
+    let norms = World::new(4).launch(|comm| {
+        let unit = UnitSpec::new("u", [ParamSpec::new("w", [5])]);
+        let mut units = ShardedUnits::with_policy(vec![unit], comm, &Policy::default())?;
+        let mut full = vec![1.0; 8];
+        full[5..].fill(f32::NAN);
+        units.reduce_gradient(0, full)?;
+        Ok::<_, Error>(AdamW::new(AdamWConfig::default(), &units)?.step(&mut units, 0.1)?.grad_norm)
+    });
+    assert_eq!(norms.unwrap(), [80f32.sqrt(); 4]);
+}
+
+#[test]
+fn units_that_are_offloaded_are_not_used_and_come_back_as_they_were() {
+    for policy in [
+        Policy::default(),
+        Policy { stage: Stage::Zero2, ..Policy::default() },
+        Policy { reshard_after_forward: ReshardAfterForward::ToGroup(2), ..Policy::default() },
+    ] {
+        let ranks = World::new(4).launch(|comm| {
+            let mut model = sharded(comm, policy.clone())?;
+            let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
+            let train = |model: &mut ShardedModel<Tiny>| {
+                let batch = batch();
+                let (logits, tape) = model.forward(&batch)?;
+                model.backward(tape, MODEL.loss(&logits, &batch, 12).1)?;
+                Ok::<_, Error>(logits)
+            };
+            train(&mut model)?;
+            adamw.step(model.units_mut(), 0.01)?;
+            let before = model.evaluate(&batch())?;
+            let held = model.units().persistent_bytes() + model.units().transient_bytes().now;
+
+            let report = model.offload()?;
+            let now = model.units().persistent_bytes() + model.units().transient_bytes().now;
+            assert_eq!(now, 4 * model.units().plan().shard_elems(), "the masters alone");
+            assert_eq!((report.bytes, report.kept_bytes), (held - now, now), "{policy:?}");
+            assert!(matches!(model.evaluate(&batch()), Err(Error::Offloaded { unit }) if unit == "embed"));
+            assert!(matches!(model.units_mut().gather(1), Err(Error::Offloaded { .. })));
+            assert!(matches!(model.units_mut().gradient_buffer(1), Err(Error::Offloaded { .. })));
+            assert!(matches!(adamw.step(model.units_mut(), 0.1), Err(Error::Offloaded { .. })));
+
+            let report = model.reload()?;
+            assert_eq!(report.kept_bytes - now, report.bytes, "gradients");
+            assert_eq!(model.evaluate(&batch())?, before);
+            train(&mut model)?;
+            // What has accumulated is kept.
+            let grad = model.units().grad(1)?.unwrap().to_vec();
+            model.offload()?;
+            model.reload()?;
+            assert_eq!(model.units().grad(1)?.unwrap(), grad);
+            adamw.step(model.units_mut(), 0.01).map(|report| report.update)
+        });
+        assert_eq!(ranks.unwrap(), [Update::Applied; 4]);
+    }
 }
 
 /// A model whose one stage fails in backward when told to, after it has given a gradient.

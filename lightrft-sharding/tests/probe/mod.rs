@@ -25,6 +25,8 @@ pub struct Batch {
 #[derive(Debug)]
 pub struct Probe {
     shapes: Vec<Vec<Vec<usize>>>,
+    /// The units of each stage.
+    stages: Vec<Vec<usize>>,
     seen: Mutex<Seen>,
 }
 
@@ -32,8 +34,22 @@ pub struct Probe {
 pub type Bound = Vec<(String, Vec<f32>)>;
 
 impl Probe {
+    /// One stage for each unit, and a last one that uses the last unit again, tied to the first.
     pub fn new(shapes: &[Vec<Vec<usize>>]) -> Self {
-        Self { shapes: shapes.to_vec(), seen: Mutex::default() }
+        let last = shapes.len() - 1;
+        let mut stages: Vec<Vec<usize>> = (0..=last).map(|unit| vec![unit]).collect();
+        stages.push(if last == 0 { vec![0] } else { vec![last, 0] });
+        Self::with_stages(shapes, stages)
+    }
+
+    pub fn with_stages(shapes: &[Vec<Vec<usize>>], stages: Vec<Vec<usize>>) -> Self {
+        Self { shapes: shapes.to_vec(), stages, seen: Mutex::default() }
+    }
+
+    /// The starting values of the parameter called `name`.
+    pub fn start_of(name: &str, out: &mut [f32]) {
+        let seed: usize = name.bytes().map(usize::from).sum();
+        out.iter_mut().enumerate().for_each(|(at, value)| *value = value_at(seed, at));
     }
 
     pub fn take_seen(&self) -> Seen {
@@ -61,9 +77,13 @@ pub fn bits(values: &[f32]) -> Vec<u32> {
 pub fn start(param: &FlatParam, range: Range<usize>, out: &mut [f32]) -> Result<(), Infallible> {
     let seed: usize = param.name().bytes().map(usize::from).sum();
     for (value, at) in out.iter_mut().zip(range) {
-        *value = ((seed + 7 * at) % 31) as f32 / 16.0 - 1.0;
+        *value = value_at(seed, at);
     }
     Ok(())
+}
+
+fn value_at(seed: usize, at: usize) -> f32 {
+    ((seed + 7 * at) % 31) as f32 / 16.0 - 1.0
 }
 
 /// A gradient of small whole numbers, which f32, bf16 and f16 add without rounding.
@@ -72,7 +92,6 @@ fn gradient(name: &str, batch: &Batch, elems: usize) -> Vec<f32> {
     (0..elems).map(|at| ((seed + 7 * at) % 5) as f32 - 2.0).collect()
 }
 
-/// One stage for each unit, and a last one that uses the first unit again, tied to the last.
 impl StagedModel for Probe {
     type Batch = Batch;
     type Activation = usize;
@@ -91,17 +110,13 @@ impl StagedModel for Probe {
     }
 
     fn stages(&self) -> Vec<StageSpec> {
-        let last = self.shapes.len() - 1;
-        let mut stages: Vec<StageSpec> =
-            (0..=last).map(|unit| StageSpec::new(format!("s{unit}"), [unit])).collect();
-        let tied = if last == 0 { vec![0] } else { vec![last, 0] };
-        stages.push(StageSpec::new("tied", tied));
-        stages
+        let stage = |(at, units): (usize, &Vec<usize>)| StageSpec::new(format!("s{at}"), units.clone());
+        self.stages.iter().enumerate().map(stage).collect()
     }
 
     fn skips(&self, stage: usize, batch: &Batch) -> bool {
-        // The tied stage always runs, so that there is an output; the unit between may be skipped on all ranks.
-        stage < self.shapes.len() && (stage + batch.rank + 2 * batch.pass).is_multiple_of(3)
+        // The last stage always runs, so that there is an output; others may be skipped on all ranks.
+        stage + 1 < self.stages.len() && (stage + batch.rank + 2 * batch.pass).is_multiple_of(3)
     }
 
     fn bind(&self, unit: &FlatUnit, values: UnitValues) -> Result<Bound, Self::Error> {
