@@ -30,8 +30,12 @@ pub struct Probe {
     seen: Mutex<Seen>,
 }
 
-/// A bound unit: each parameter's name and values.
-pub type Bound = Vec<(String, Vec<f32>)>;
+/// A bound unit: each parameter's name and values, and the buffer, to be given back.
+#[derive(Debug)]
+pub struct Bound {
+    params: Vec<(String, Vec<f32>)>,
+    buffer: UnitValues,
+}
 
 impl Probe {
     /// One stage for each unit, and a last one that uses the last unit again, tied to the first.
@@ -59,7 +63,7 @@ impl Probe {
     /// Every pass of a round must see the same parameters, forward and backward.
     fn see(&self, round: usize, params: &[&Bound]) -> Result<(), String> {
         let mut seen = self.seen.lock().unwrap();
-        for (name, values) in params.iter().flat_map(|unit| unit.iter()) {
+        for (name, values) in params.iter().flat_map(|unit| unit.params.iter()) {
             let was = seen.entry((round, name.clone())).or_insert_with(|| bits(values));
             if *was != bits(values) {
                 return Err(format!("{name} changed within round {round}"));
@@ -121,9 +125,13 @@ impl StagedModel for Probe {
 
     fn bind(&self, unit: &FlatUnit, values: UnitValues) -> Result<Bound, Self::Error> {
         assert_eq!(values.len(), unit.padded_elems());
-        let values = values.into_f32();
-        let bound = |param: &FlatParam| (param.name().to_owned(), values[param.range()].to_vec());
-        Ok(unit.params().iter().map(bound).collect())
+        let wide = values.clone().into_f32();
+        let bound = |param: &FlatParam| (param.name().to_owned(), wide[param.range()].to_vec());
+        Ok(Bound { params: unit.params().iter().map(bound).collect(), buffer: values })
+    }
+
+    fn unbind(&self, params: Bound) -> Option<UnitValues> {
+        Some(params.buffer)
     }
 
     fn forward(
@@ -161,7 +169,7 @@ impl StagedModel for Probe {
         assert_eq!(grad_output, input.map_or(1, |input| input + 1), "stage {stage}");
         self.see(batch.round, params)?;
         for (unit, bound) in params.iter().enumerate() {
-            for (param, (name, values)) in bound.iter().enumerate() {
+            for (param, (name, values)) in bound.params.iter().enumerate() {
                 let gradient = gradient(name, batch, values.len());
                 if !grads.wants(unit, param)? {
                     assert!(grads.slice_mut(unit, param).is_err());
