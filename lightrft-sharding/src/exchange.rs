@@ -129,7 +129,7 @@ impl ShardedUnits {
                     self.pool.put_whole(whole);
                     return Ok(());
                 }
-                (self.to_reduce_dtype(whole), vec![(unit, own)])
+                (self.in_reduce_dtype(whole), vec![(unit, own)])
             }
             Err(bucket) if bucket.is_empty() => return Ok(()),
             Err(bucket) => self.pack(bucket)?,
@@ -201,7 +201,7 @@ impl ShardedUnits {
     }
 
     /// The gradient in what it is sent in.
-    fn to_reduce_dtype(&mut self, whole: Whole) -> Whole {
+    fn in_reduce_dtype(&mut self, whole: Whole) -> Whole {
         let UnitValues::F32(values) = &whole.values else {
             return whole;
         };
@@ -235,6 +235,14 @@ impl ShardedUnits {
     fn names(&self, parts: &Parts) -> String {
         let name = |(unit, _): &(usize, Range<usize>)| self.plan.unit(*unit).map_or("", FlatUnit::name);
         parts.iter().map(name).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Refuses a pass between the ranks' sum and the step.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        for (unit, store) in self.plan.units().iter().zip(&self.stores) {
+            store.grad.as_ref().map_or(Ok(()), |gradient| gradient.check_open(unit))?;
+        }
+        Ok(())
     }
 
     /// Forgets what was on its way.

@@ -149,6 +149,7 @@ impl<M: StagedModel> ShardedModel<M> {
     /// # Errors
     /// [`Error::StaleTape`] when the parameters have changed since, or the tape is another model's;
     /// [`Error::IncompleteBackward`] when an earlier pass failed half-way and its gradients have not been zeroed;
+    /// [`Error::AlreadySummed`] between [`sync_gradients`](ShardedUnits::sync_gradients) and the step;
     /// [`Error::Compute`] with the model's error, [`Error::Collective`], [`Error::Length`].
     pub fn backward(&mut self, tape: Tape<'_, M>, grad_output: M::Activation) -> Result<()> {
         if tape.version != self.units.version() || tape.stages.len() != self.stages.len() {
@@ -157,6 +158,7 @@ impl<M: StagedModel> ShardedModel<M> {
         if self.units.backward_incomplete() {
             return Err(Error::IncompleteBackward);
         }
+        self.units.check_open()?;
         // Another pass may have ended, and freed what is never resharded; then this one gathers again.
         self.without_gradient.clear();
         self.guarded(|this| {
@@ -213,7 +215,7 @@ impl<M: StagedModel> ShardedModel<M> {
         for &op in ops {
             match op {
                 Op::Start(unit) => self.start(unit)?,
-                Op::Gather(unit) => self.gather(unit, tape.is_some())?,
+                Op::Gather(unit) => self.gather(unit)?,
                 Op::Free(unit) => self.free(unit),
                 Op::Run(stage) if self.model.skips(stage, batch) => {}
                 Op::Run(stage) => {
@@ -246,12 +248,12 @@ impl<M: StagedModel> ShardedModel<M> {
         for &op in &schedule.backward {
             match op {
                 Op::Start(unit) => self.start(unit)?,
-                Op::Gather(unit) => self.gather(unit, false)?,
+                Op::Gather(unit) => self.gather(unit)?,
                 Op::Free(unit) => self.free(unit),
                 Op::Run(stage) => {
                     for &unit in &stages[stage].units {
                         // A pass that was open beside this one may have freed it.
-                        self.gather(unit, false)?;
+                        self.gather(unit)?;
                     }
                     let Some(Record { input, saved }) = records[stage].take() else {
                         continue;
@@ -311,9 +313,8 @@ impl<M: StagedModel> ShardedModel<M> {
         Ok(())
     }
 
-    /// Makes a unit whole and binds it, unless it is. In a forward pass that has a backward, its neighbours may `keep` it
-    /// for that.
-    fn gather(&mut self, unit: usize, keep: bool) -> Result<()> {
+    /// Makes a unit whole and binds it, unless it is.
+    fn gather(&mut self, unit: usize) -> Result<()> {
         if self.live[unit].is_some() {
             return Ok(());
         }
@@ -322,9 +323,7 @@ impl<M: StagedModel> ShardedModel<M> {
             None => self.units.begin_gather(unit)?,
         };
         let whole = self.units.finish_gather(unit, gathering)?;
-        if keep {
-            self.units.keep_near(unit, &whole)?;
-        }
+        self.units.keep_near(unit, &whole)?;
         let Whole { values, lease } = whole;
         let layout = &self.units.plan().units()[unit];
         let params = self.model.bind(layout, values).map_err(|source| Error::Compute {

@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lightrft_collectives::{Communicator, local::World};
-use lightrft_sharding::{AdamW, AdamWConfig, Error, Policy, ReshardAfterForward, ShardedModel, Update};
+use lightrft_sharding::{
+    Activations, AdamW, AdamWConfig, Error, Overlap, Policy, Precision, ReshardAfterForward, ShardSize,
+    ShardedModel, Stage, Update,
+};
 use tiny::{Batch, Tiny};
 
 const MODEL: Tiny = Tiny { vocab: 11, width: 7, layers: 2 };
@@ -97,11 +100,58 @@ fn ranks_that_accumulate_equal_one_rank_to_rounding() {
 }
 
 #[test]
-fn neither_resharding_nor_alignment_changes_a_bit() {
-    let always = on(3, 3, Policy::default());
-    let never = Policy { reshard_after_forward: ReshardAfterForward::Never, ..Policy::default() };
-    assert_eq!(always, on(3, 3, never));
-    assert_eq!(always, on(3, 3, Policy { alignment: 16, ..Policy::default() }));
+fn how_a_model_is_cut_and_when_it_travels_changes_no_bit() {
+    let always = on(4, 4, Policy::default());
+    let default = Policy::default;
+    for policy in [
+        Policy { reshard_after_forward: ReshardAfterForward::Never, ..default() },
+        Policy { reshard_after_forward: ReshardAfterForward::ToGroup(2), ..default() },
+        Policy { alignment: 16, ..default() },
+        Policy { prefetch: 0, ..default() },
+        Policy { prefetch: 3, overlap: Overlap::On, ..default() },
+        Policy { activations: Activations::Keep, ..default() },
+        Policy { stage: Stage::Zero2, ..default() },
+        Policy { stage: Stage::Zero2, reduce_bucket_elems: 1, overlap: Overlap::On, ..default() },
+        Policy { stage: Stage::Zero1, ..default() },
+        Policy { stage: Stage::Zero1, reduce_bucket_elems: 70, ..default() },
+    ] {
+        assert!(on(4, 4, policy.clone()) == always, "{policy:?}");
+    }
+}
+
+#[test]
+fn summing_in_another_order_changes_rounding_alone() {
+    let one = on(1, 12, Policy::default());
+    let default = Policy::default;
+    for policy in [
+        Policy { stage: Stage::Zero0, ..default() },
+        Policy { stage: Stage::Zero0, reduce_bucket_elems: 1, ..default() },
+        Policy { stage: Stage::Zero1, ..default() },
+        Policy { shard_size: ShardSize::Ranks(2), ..default() },
+        Policy { stage: Stage::Zero2, shard_size: ShardSize::Ranks(1), ..default() },
+        Policy { persistence_threshold: 60, ..default() },
+    ] {
+        near(&one, &on(4, 12, policy.clone()), 1e-6, &policy);
+    }
+    // Computing in bf16 is another model, by some 2^-8 of each parameter; what travels in bf16 is rounded as much.
+    let bf16 = Precision::Bf16;
+    for policy in [
+        Policy { param_dtype: bf16, ..default() },
+        Policy { reduce_dtype: bf16, ..default() },
+        Policy { grad_accum_dtype: bf16, stage: Stage::Zero1, ..default() },
+    ] {
+        let many = on(4, 12, policy.clone());
+        assert!(many != one, "{policy:?} has no effect");
+        near(&one, &many, 0.1, &policy);
+    }
+}
+
+fn near(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, tolerance: f32, policy: &Policy) {
+    for (name, values) in a {
+        for (a, b) in values.iter().zip(&b[name]) {
+            assert!((a - b).abs() <= tolerance * (1.0 + a.abs()), "{policy:?}, {name}: {a} {b}");
+        }
+    }
 }
 
 #[test]

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use lightrft_collectives::local::World;
 use lightrft_sharding::{
-    Activations, AdamW, AdamWConfig, Error, Overlap, Policy, Precision, ReshardAfterForward, ShardSize,
-    ShardedModel, Stage, Trainable,
+    Activations, AdamW, AdamWConfig, Error, Overlap, ParamSpec, Policy, Precision, ReshardAfterForward,
+    ShardSize, ShardedModel, ShardedUnits, Stage, Trainable, UnitSpec,
 };
 use probe::{Batch, Probe, Seen};
 use proptest::prelude::*;
@@ -36,7 +36,7 @@ fn policy(world: usize, choices: &[usize; 12]) -> Policy {
         shard_size: ShardSize::Ranks(ranks),
         reshard_after_forward,
         prefetch: choices[4] % 3,
-        overlap: if stage >= Stage::Zero2 && choices[5] % 2 == 0 { Overlap::On } else { Overlap::Off },
+        overlap: if stage >= Stage::Zero2 && choices[5].is_multiple_of(2) { Overlap::On } else { Overlap::Off },
         reduce_bucket_elems: 1 + choices[6] % 60,
         param_dtype: precision(choices[7]),
         reduce_dtype: precision(choices[8]),
@@ -47,7 +47,7 @@ fn policy(world: usize, choices: &[usize; 12]) -> Policy {
             1 => Trainable::ExceptPrefixes(vec!["u0.".to_owned()]),
             _ => Trainable::OnlyContaining(vec!["p1".to_owned()]),
         },
-        activations: if choices[4] % 2 == 0 { Activations::Recompute } else { Activations::Keep },
+        activations: if choices[4].is_multiple_of(2) { Activations::Recompute } else { Activations::Keep },
         alignment: 1 + choices[6] % 3,
         ..Policy::default()
     }
@@ -154,6 +154,68 @@ fn each_stage_and_each_way_to_cut_equals_one_rank() {
         Probe::start_of("u1.p0", &mut frozen);
         let stays = last[&(0, "u1.p0".to_owned())] == probe::bits(&frozen);
         assert_eq!(stays, !policy.trainable.includes("u1.p0"), "what is frozen stays");
+    }
+}
+
+#[test]
+fn backward_begins_from_what_was_saved_where_that_is_asked_for() {
+    for (activations, kept) in [(Activations::Recompute, 0), (Activations::Keep, 2)] {
+        let mut model = ShardedModel::new(
+            Probe::new(&[vec![vec![3]]]),
+            lightrft_collectives::Single::world(),
+            Policy { activations, ..Policy::default() },
+        )
+        .unwrap();
+        // Rank 1 skips no stage of two.
+        let batch = Batch { round: 0, rank: 1, pass: 0 };
+        let (output, tape) = model.forward(&batch).unwrap();
+        model.backward(tape, output).unwrap();
+        assert_eq!(model.model().kept.load(std::sync::atomic::Ordering::Relaxed), kept);
+    }
+}
+
+#[test]
+fn units_are_computed_in_the_policys_precision_and_learn_in_f32() {
+    // One part in 512 more than one: too fine for bf16.
+    let fine = 1.0 + 1.0 / 512.0;
+    for (param_dtype, seen) in [(Precision::F32, fine), (Precision::F16, fine), (Precision::Bf16, 1.0)] {
+        let ranks = World::new(2).launch(|comm| {
+            let policy = Policy { param_dtype, ..Policy::default() };
+            let mut model = ShardedModel::new(Probe::new(&[vec![vec![4]]]), comm, policy)?;
+            model.units_mut().load_unit(0, &[fine; 4])?;
+            model.evaluate(&Batch { round: 0, rank: 1, pass: 0 })?;
+            let whole = model.units_mut().gather(0)?.values().to_vec();
+            Ok::<_, Error>((model.model().take_seen()[&(0, "u0.p0".to_owned())].clone(), whole))
+        });
+        assert_eq!(ranks.unwrap(), vec![(probe::bits(&[seen; 4]), vec![fine; 4]); 2]);
+    }
+}
+
+#[test]
+fn gradients_are_rounded_to_what_they_are_sent_and_added_up_in() {
+    let bf16 = Precision::Bf16;
+    // Each of four ranks gives 257, then 1. bf16 tells 256 from 258, and 1,024 from 1,032.
+    for (stage, reduce_dtype, grad_accum_dtype, sum) in [
+        (Stage::Zero3, Precision::F32, Precision::F32, 4.0 * 258.0),
+        // Sent as 256, then as 1.
+        (Stage::Zero3, bf16, Precision::F32, 4.0 * 257.0),
+        // 1,028 is a tie, kept as 1,024; so is that with 4 more.
+        (Stage::Zero3, Precision::F32, bf16, 1024.0),
+        // 257 is kept as 256, and so is that with 1 more.
+        (Stage::Zero1, Precision::F32, bf16, 1024.0),
+        // The sum of both passes is sent, as 258.
+        (Stage::Zero1, bf16, Precision::F32, 4.0 * 258.0),
+    ] {
+        let policy = Policy { reduce_dtype, grad_accum_dtype, stage, ..Policy::default() };
+        let sums = World::new(4).launch(|comm| {
+            let unit = UnitSpec::new("u", [ParamSpec::new("w", [4])]);
+            let mut units = ShardedUnits::with_policy(vec![unit], comm, &policy)?;
+            units.reduce_gradient(0, vec![257.0; 4])?;
+            units.reduce_gradient(0, vec![1.0; 4])?;
+            units.sync_gradients()?;
+            Ok::<_, Error>(units.grad(0)?.unwrap()[0])
+        });
+        assert_eq!(sums.unwrap(), [sum; 4], "{policy:?}");
     }
 }
 

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lightrft_sharding::{
     FlatParam, FlatUnit, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec, UnitValues,
@@ -28,6 +29,8 @@ pub struct Probe {
     /// The units of each stage.
     stages: Vec<Vec<usize>>,
     seen: Mutex<Seen>,
+    /// Stages whose backward began from what they had saved.
+    pub kept: AtomicUsize,
 }
 
 /// A bound unit: each parameter's name and values, and the buffer, to be given back.
@@ -47,7 +50,7 @@ impl Probe {
     }
 
     pub fn with_stages(shapes: &[Vec<Vec<usize>>], stages: Vec<Vec<usize>>) -> Self {
-        Self { shapes: shapes.to_vec(), stages, seen: Mutex::default() }
+        Self { shapes: shapes.to_vec(), stages, seen: Mutex::default(), kept: AtomicUsize::new(0) }
     }
 
     /// The starting values of the parameter called `name`.
@@ -191,6 +194,7 @@ impl StagedModel for Probe {
         grads: &mut StageGrads<'_>,
     ) -> Result<Option<usize>, Self::Error> {
         assert_eq!(saved, input.copied());
+        self.kept.fetch_add(1, Ordering::Relaxed);
         self.backward(stage, params, batch, input, grad_output, grads)
     }
 }
