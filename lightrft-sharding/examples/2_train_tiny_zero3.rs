@@ -6,7 +6,7 @@
 mod tiny;
 
 use lightrft_collectives::{CommunicatorExt as _, ReduceOp, local::World};
-use lightrft_sharding::{AdamW, AdamWConfig, Error, ShardOptions, ShardedModel};
+use lightrft_sharding::{AdamW, AdamWConfig, Error, Policy, ShardedModel};
 use tiny::{Batch, Tiny};
 
 const RANKS: usize = 3;
@@ -15,7 +15,7 @@ const TOKENS_PER_RANK: usize = 8;
 fn main() -> Result<(), Error> {
     let losses = World::new(RANKS).launch(|comm| {
         let (rank, model) = (comm.rank(), Tiny { vocab: 24, width: 12, layers: 2 });
-        let mut sharded = ShardedModel::new(model, comm.clone(), ShardOptions::default())?;
+        let mut sharded = ShardedModel::new(model, comm.clone(), Policy::default())?;
         sharded.units_mut().load(tiny::start)?;
         let mut adamw = AdamW::new(AdamWConfig::default(), sharded.units())?;
 

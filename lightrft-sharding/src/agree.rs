@@ -1,35 +1,36 @@
 //! Do all ranks mean the same model? Asked once, before anything is cut.
 
 use lightrft_collectives::{Communicator, CommunicatorExt as _};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{Error, Result};
 use crate::plan::{Plan, UnitSpec};
+use crate::policy::Policy;
 
-/// Returns an error, the same on every rank, unless all ranks of `comm` have equal plans.
+/// Returns an error, the same on every rank, unless all ranks of `comm` have equal plans and policies.
 ///
 /// Sends eight bytes per rank; the full specifications follow only when those differ, which all ranks see alike.
-pub(crate) fn on_plan(plan: &Plan, comm: &dyn Communicator) -> Result<()> {
+pub(crate) fn on_plan(plan: &Plan, policy: &Policy, comm: &dyn Communicator) -> Result<()> {
     if comm.world_size() == 1 {
         return Ok(());
     }
     let failed = Error::collective("comparison", "the plans");
     let mut prints = vec![0u8; comm.world_size() * size_of::<u64>()];
-    comm.all_gather(&plan.fingerprint().to_le_bytes(), &mut prints).map_err(&failed)?;
+    let policy = policy.lines();
+    let mut print = Xxh3::with_seed(plan.fingerprint());
+    policy.iter().for_each(|line| print.update(line.as_bytes()));
+    comm.all_gather(&print.digest().to_le_bytes(), &mut prints).map_err(&failed)?;
     let mut prints = prints.chunks_exact(size_of::<u64>());
     let first = prints.next();
     if prints.all(|print| Some(print) == first) {
         return Ok(());
     }
-    let all = comm.all_gather_object(&(plan.alignment(), plan.specs())).map_err(&failed)?;
-    let Some(((alignment, units), others)) = all.split_first() else {
+    let all = comm.all_gather_object(&(policy, plan.specs())).map_err(&failed)?;
+    let Some(((policy, units), others)) = all.split_first() else {
         return Ok(());
     };
-    for (peer, (peer_alignment, peer_units)) in others.iter().enumerate() {
-        let difference = if alignment != peer_alignment {
-            Some((format!("an alignment of {alignment}"), format!("an alignment of {peer_alignment}")))
-        } else {
-            first_difference(units, peer_units)
-        };
+    for (peer, (peer_policy, peer_units)) in others.iter().enumerate() {
+        let difference = first_different(policy, peer_policy).or_else(|| first_difference(units, peer_units));
         if let Some((ours, theirs)) = difference {
             return Err(Error::PlanMismatch { rank: 0, ours, peer: peer + 1, theirs });
         }
@@ -39,11 +40,14 @@ pub(crate) fn on_plan(plan: &Plan, comm: &dyn Communicator) -> Result<()> {
 
 /// What stands in the first place where two models differ, on either side.
 fn first_difference(ours: &[UnitSpec], theirs: &[UnitSpec]) -> Option<(String, String)> {
-    let (ours, theirs) = (lines(ours), lines(theirs));
+    first_different(&lines(ours), &lines(theirs))
+}
+
+fn first_different(ours: &[String], theirs: &[String]) -> Option<(String, String)> {
     let length = ours.len().max(theirs.len());
     let line =
         |side: &[String], at: usize| side.get(at).cloned().unwrap_or_else(|| "nothing more".to_owned());
-    (0..length).map(|at| (line(&ours, at), line(&theirs, at))).find(|(ours, theirs)| ours != theirs)
+    (0..length).map(|at| (line(ours, at), line(theirs, at))).find(|(ours, theirs)| ours != theirs)
 }
 
 fn lines(units: &[UnitSpec]) -> Vec<String> {

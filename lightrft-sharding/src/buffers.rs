@@ -3,6 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use half::{bf16, f16};
+
+use crate::precision::{Precision, UnitValues};
+
 /// Bytes of whole units and whole gradients, which live only while they are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TransientBytes {
@@ -64,7 +68,7 @@ impl Drop for Lease {
     }
 }
 
-/// A whole unit: its values, and the lease that counts their bytes.
+/// A whole unit in f32: its values, and the lease that counts their bytes.
 ///
 /// The values are an owned `Vec`, so that a tensor library can take them without a copy
 /// ([`into_parts`](Self::into_parts)); the lease then lives as long as the tensor does.
@@ -75,18 +79,13 @@ pub struct FullUnit {
 }
 
 impl FullUnit {
-    pub(crate) fn new(values: Vec<f32>, meter: &Arc<Meter>) -> Self {
-        let lease = meter.lease(size_of_val(values.as_slice()));
-        Self { values, lease }
+    pub(crate) fn new(whole: Whole) -> Self {
+        Self { values: whole.values.into_f32(), lease: whole.lease }
     }
 
     /// The unit's values, padding at the end; parameters lie where [`FlatParam::range`](crate::FlatParam::range) says.
     pub fn values(&self) -> &[f32] {
         &self.values
-    }
-
-    pub(crate) fn values_mut(&mut self) -> &mut [f32] {
-        &mut self.values
     }
 
     /// The values and their lease, to be held apart.
@@ -95,66 +94,130 @@ impl FullUnit {
     }
 }
 
+/// A full-size buffer of any precision, with the lease that counts it.
+#[derive(Debug)]
+pub(crate) struct Whole {
+    pub(crate) values: UnitValues,
+    pub(crate) lease: Lease,
+}
+
 /// Buffers that were given back and wait for their next use.
 #[derive(Debug)]
 pub(crate) struct Pool {
-    idle: Vec<(Vec<f32>, Lease)>,
     meter: Arc<Meter>,
+    f32: Idle<f32>,
+    bf16: Idle<bf16>,
+    f16: Idle<f16>,
 }
 
-/// A gathered unit and a gradient: what one stage holds at a time.
-const MAX_IDLE: usize = 2;
+/// The idle buffers of one type.
+#[derive(Debug)]
+struct Idle<T>(Vec<(Vec<T>, Lease)>);
 
-impl Pool {
-    pub(crate) fn new(meter: Arc<Meter>) -> Self {
-        Self { idle: Vec::new(), meter }
+impl<T> Default for Idle<T> {
+    fn default() -> Self {
+        Self(Vec::new())
     }
+}
 
-    /// A buffer of `elems` elements with unspecified (initialised) contents.
-    pub(crate) fn take(&mut self, elems: usize) -> Vec<f32> {
+/// A gathered unit, one on its way, and a gradient: what one stage holds at a time.
+const MAX_IDLE: usize = 3;
+
+impl<T: Copy + Default> Idle<T> {
+    /// `elems` elements of any value.
+    fn take(&mut self, elems: usize) -> Vec<T> {
         match self.pop(elems) {
             Some(mut values) => {
-                values.resize(elems, 0.0);
+                values.resize(elems, T::default());
                 values
             }
-            None => vec![0.0; elems],
+            None => vec![T::default(); elems],
         }
     }
 
-    /// A buffer of `elems` zeros. A fresh one comes zeroed from the allocator, which costs nothing until touched.
-    pub(crate) fn take_zeroed(&mut self, elems: usize) -> Vec<f32> {
+    /// `elems` zeros. A fresh buffer comes zeroed from the allocator, which costs nothing until touched.
+    fn take_zeroed(&mut self, elems: usize) -> Vec<T> {
         match self.pop(elems) {
             Some(mut values) => {
                 values.clear();
-                values.resize(elems, 0.0);
+                values.resize(elems, T::default());
                 values
             }
-            None => vec![0.0; elems],
+            None => vec![T::default(); elems],
         }
     }
 
     /// The smallest idle buffer that holds `elems` elements; idle buffers that are all too small are dropped, since
     /// the run has moved on to larger units.
-    fn pop(&mut self, elems: usize) -> Option<Vec<f32>> {
-        let fits = self.idle.iter().enumerate().filter(|(_, (values, _))| values.capacity() >= elems);
+    fn pop(&mut self, elems: usize) -> Option<Vec<T>> {
+        let fits = self.0.iter().enumerate().filter(|(_, (values, _))| values.capacity() >= elems);
         let best = fits.min_by_key(|(_, (values, _))| values.capacity()).map(|(index, _)| index);
         match best {
-            Some(index) => Some(self.idle.swap_remove(index).0),
+            Some(index) => Some(self.0.swap_remove(index).0),
             None => {
-                self.idle.clear();
+                self.0 = Vec::new();
                 None
             }
         }
     }
 
-    pub(crate) fn put(&mut self, values: Vec<f32>) {
-        if self.idle.len() < MAX_IDLE && values.capacity() > 0 {
-            let lease = self.meter.lease(values.capacity() * size_of::<f32>());
-            self.idle.push((values, lease));
+    fn put(&mut self, values: Vec<T>, meter: &Arc<Meter>) {
+        if self.0.len() < MAX_IDLE && values.capacity() > 0 {
+            let lease = meter.lease(values.capacity() * size_of::<T>());
+            self.0.push((values, lease));
+        }
+    }
+}
+
+impl Pool {
+    pub(crate) fn new() -> Self {
+        Self { meter: Arc::default(), f32: Idle::default(), bf16: Idle::default(), f16: Idle::default() }
+    }
+
+    pub(crate) fn meter(&self) -> &Arc<Meter> {
+        &self.meter
+    }
+
+    /// A buffer of `elems` elements with unspecified (initialised) contents.
+    pub(crate) fn take(&mut self, precision: Precision, elems: usize) -> Whole {
+        let values = match precision {
+            Precision::F32 => UnitValues::F32(self.f32.take(elems)),
+            Precision::Bf16 => UnitValues::Bf16(self.bf16.take(elems)),
+            Precision::F16 => UnitValues::F16(self.f16.take(elems)),
+        };
+        self.whole(values)
+    }
+
+    /// A buffer of `elems` f32 zeros.
+    pub(crate) fn take_zeroed(&mut self, elems: usize) -> Whole {
+        let values = UnitValues::F32(self.f32.take_zeroed(elems));
+        self.whole(values)
+    }
+
+    /// Counts a buffer that came from elsewhere.
+    pub(crate) fn whole(&self, values: UnitValues) -> Whole {
+        let lease = self.meter.lease(values.capacity_bytes());
+        Whole { values, lease }
+    }
+
+    pub(crate) fn put(&mut self, values: UnitValues) {
+        match values {
+            UnitValues::F32(values) => self.f32.put(values, &self.meter),
+            UnitValues::Bf16(values) => self.bf16.put(values, &self.meter),
+            UnitValues::F16(values) => self.f16.put(values, &self.meter),
         }
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.idle = Vec::new();
+    pub(crate) fn put_whole(&mut self, whole: Whole) {
+        let Whole { values, lease } = whole;
+        drop(lease);
+        self.put(values);
+    }
+
+    /// Frees all, and says how many bytes.
+    pub(crate) fn clear(&mut self) -> usize {
+        let before = self.meter.read().now;
+        (self.f32, self.bf16, self.f16) = Default::default();
+        before - self.meter.read().now
     }
 }

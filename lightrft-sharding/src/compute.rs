@@ -1,11 +1,11 @@
 //! The seam between sharding and a model library: what a model must be able to do so that its parameters can be
 //! cut over ranks.
 
-use std::ops::Range;
-
+use crate::buffers::Lease;
 use crate::error::{BoxError, Error, Result};
 use crate::flat::FlatUnit;
 use crate::plan::UnitSpec;
+use crate::precision::UnitValues;
 
 /// One stage of a model: a name, and the units whose parameters it uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,11 +41,16 @@ impl StageSpec {
 /// - **Backward recomputes.** Between the two passes nothing lives but the inputs of the stages. `backward` runs
 ///   the stage again on that input, and returns the vector-Jacobian product: the gradient with respect to the
 ///   input, with the gradients of parameters added through [`StageGrads`].
+/// - **Or keeps.** Under [`Activations::Keep`](crate::Activations::Keep), [`forward_saving`](Self::forward_saving) may
+///   return what spares backward that work: activations, or a library's whole graph. Parameters come whole again in
+///   backward; what is saved should not hold on to them, or the unit's memory stays (which costs nothing where units
+///   stay whole anyway: stages 0 to 2, `ReshardAfterForward::Never`).
 /// - **Stages may share units.** A tied output head names the embedding's unit beside its own. The parts of the
 ///   gradient add up before they are sent.
 /// - **The plan decides, not the data.** Which collectives run, and in what order, follows from `stages` alone.
-///   A stage that has nothing to do for this batch (no image in it) is still called on every rank; it returns its
-///   input and adds no gradient, and that gradient counts as zero.
+///   A stage that has nothing to do for this rank's batch (no image in it) says so by [`skips`](Self::skips): it is not
+///   called, what comes in goes on as it is, and its gradients are zeros; its units are gathered and reduced all the
+///   same, since other ranks may need them.
 ///
 /// Stages must be deterministic: `backward` must see what `forward` saw, dropout masks included.
 pub trait StagedModel {
@@ -55,6 +60,8 @@ pub trait StagedModel {
     type Activation;
     /// A whole unit in the model library's own terms.
     type Params;
+    /// What a stage keeps from forward for backward where it is not recomputed; `()` for a model that always is.
+    type Saved;
     /// The model's errors.
     type Error: Into<BoxError>;
 
@@ -64,21 +71,28 @@ pub trait StagedModel {
     /// The stages in forward order, at least one. The same on every rank; asked once.
     fn stages(&self) -> Vec<StageSpec>;
 
-    /// Takes a unit's values. A parameter's values lie at its [`range`](crate::FlatParam::range), row-major; there
-    /// may be padding at the end.
+    /// Whether `stage` has nothing to do for this batch, which may differ from rank to rank: it then hands its input on.
+    /// Asked in the forward pass; the answer holds for its backward.
+    fn skips(&self, stage: usize, batch: &Self::Batch) -> bool {
+        let _ = (stage, batch);
+        false
+    }
+
+    /// Takes a unit's values, in the policy's `param_dtype`. A parameter's values lie at its
+    /// [`range`](crate::FlatParam::range), row-major; there may be padding after them.
     ///
     /// # Errors
     /// The model's own.
-    fn bind(&self, unit: &FlatUnit, values: Vec<f32>) -> Result<Self::Params, Self::Error>;
+    fn bind(&self, unit: &FlatUnit, values: UnitValues) -> Result<Self::Params, Self::Error>;
 
     /// Takes back what `bind` made. Where the buffer can be had again, return it, and the next gather will use it.
-    fn unbind(&self, params: Self::Params) -> Option<Vec<f32>> {
+    fn unbind(&self, params: Self::Params) -> Option<UnitValues> {
         drop(params);
         None
     }
 
     /// Runs `stage` (an index into [`stages`](Self::stages)). `input` is the output of the stage before; `None` for
-    /// the first stage, which starts from the batch.
+    /// the first stage that runs, which starts from the batch.
     ///
     /// # Errors
     /// The model's own.
@@ -89,6 +103,22 @@ pub trait StagedModel {
         batch: &Self::Batch,
         input: Option<&Self::Activation>,
     ) -> Result<Self::Activation, Self::Error>;
+
+    /// As [`forward`](Self::forward), with what [`backward_saved`](Self::backward_saved) is to have. `None`, as by
+    /// default, means that backward recomputes this stage.
+    ///
+    /// # Errors
+    /// The model's own.
+    #[allow(clippy::type_complexity)]
+    fn forward_saving(
+        &self,
+        stage: usize,
+        params: &[&Self::Params],
+        batch: &Self::Batch,
+        input: Option<&Self::Activation>,
+    ) -> Result<(Self::Activation, Option<Self::Saved>), Self::Error> {
+        Ok((self.forward(stage, params, batch, input)?, None))
+    }
 
     /// The vector-Jacobian product of `stage` at `input`: adds the gradients of its parameters to `grads`, and
     /// returns the gradient with respect to `input`. The first stage's return value is not used.
@@ -104,12 +134,33 @@ pub trait StagedModel {
         grad_output: Self::Activation,
         grads: &mut StageGrads<'_>,
     ) -> Result<Option<Self::Activation>, Self::Error>;
+
+    /// As [`backward`](Self::backward), from what [`forward_saving`](Self::forward_saving) returned.
+    ///
+    /// # Errors
+    /// The model's own.
+    #[allow(clippy::too_many_arguments)]
+    fn backward_saved(
+        &self,
+        stage: usize,
+        params: &[&Self::Params],
+        batch: &Self::Batch,
+        input: Option<&Self::Activation>,
+        saved: Self::Saved,
+        grad_output: Self::Activation,
+        grads: &mut StageGrads<'_>,
+    ) -> Result<Option<Self::Activation>, Self::Error> {
+        drop(saved);
+        self.backward(stage, params, batch, input, grad_output, grads)
+    }
 }
 
 /// The whole gradient of one unit while a backward pass fills it.
 #[derive(Debug)]
 pub(crate) struct UnitGrads {
+    /// f32, as long as the trainable segment.
     pub(crate) values: Vec<f32>,
+    pub(crate) lease: Lease,
     /// Whether each parameter has been given a gradient in this pass.
     pub(crate) given: Vec<bool>,
 }
@@ -138,25 +189,38 @@ impl<'a> StageGrads<'a> {
         self.units.iter().filter_map(|&unit| self.layouts.get(unit))
     }
 
-    /// Adds `gradient` (row-major, the parameter's shape) to what the parameter has been given in this pass.
+    /// Whether the parameter learns: there is no need to compute the gradient of one that does not.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUnit`], and [`Error::InvalidStage`] for a parameter that the unit does not have.
+    pub fn wants(&self, unit: usize, param: usize) -> Result<bool> {
+        let (index, param) = self.locate(unit, param)?;
+        Ok(self.layouts[index].params()[param].is_trainable())
+    }
+
+    /// Adds `gradient` (row-major, the parameter's shape) to what the parameter has been given in this pass. That of a
+    /// frozen parameter is dropped.
     ///
     /// # Errors
     /// [`Error::NoSuchUnit`]; [`Error::InvalidStage`] for a parameter that the unit does not have;
     /// [`Error::Length`] for a gradient of another length.
     pub fn add(&mut self, unit: usize, param: usize, gradient: &[f32]) -> Result<()> {
-        let (index, range) = self.locate(unit, param)?;
+        let (index, place) = self.locate(unit, param)?;
+        let param = &self.layouts[index].params()[place];
+        let range = param.range();
         if gradient.len() != range.len() {
-            let name = self.layouts[index].params()[param].name().to_owned();
             return Err(Error::Length {
                 what: "the gradient",
-                name,
+                name: param.name().to_owned(),
                 got: gradient.len(),
                 expected: range.len(),
             });
         }
-        if let Some(UnitGrads { values, given }) = &mut self.grads[index] {
+        if let Some(UnitGrads { values, given, .. }) = &mut self.grads[index]
+            && param.is_trainable()
+        {
             let sum = &mut values[range];
-            if std::mem::replace(&mut given[param], true) {
+            if std::mem::replace(&mut given[place], true) {
                 for (sum, part) in sum.iter_mut().zip(gradient) {
                     *sum += part;
                 }
@@ -170,20 +234,24 @@ impl<'a> StageGrads<'a> {
     /// The parameter's gradient in place (zeros at first), to be added to.
     ///
     /// # Errors
-    /// As [`add`](Self::add).
+    /// As [`wants`](Self::wants), and [`Error::FrozenParameter`] for one that does not learn.
     pub fn slice_mut(&mut self, unit: usize, param: usize) -> Result<&mut [f32]> {
-        let (index, range) = self.locate(unit, param)?;
+        let (index, place) = self.locate(unit, param)?;
+        let param = &self.layouts[index].params()[place];
+        if !param.is_trainable() {
+            return Err(Error::FrozenParameter { name: param.name().to_owned() });
+        }
         match &mut self.grads[index] {
-            Some(UnitGrads { values, given }) => {
-                given[param] = true;
-                Ok(&mut values[range])
+            Some(UnitGrads { values, given, .. }) => {
+                given[place] = true;
+                Ok(&mut values[param.range()])
             }
             None => Err(Error::NoSuchUnit { unit, units: self.units.len() }),
         }
     }
 
-    /// The unit's index in the plan, and the parameter's elements in its buffer.
-    fn locate(&self, unit: usize, param: usize) -> Result<(usize, Range<usize>)> {
+    /// The unit's index in the plan, and the parameter's in the unit.
+    fn locate(&self, unit: usize, param: usize) -> Result<(usize, usize)> {
         let missing = Error::NoSuchUnit { unit, units: self.units.len() };
         let Some(&index) = self.units.get(unit) else {
             return Err(missing);
@@ -193,10 +261,12 @@ impl<'a> StageGrads<'a> {
         else {
             return Err(missing);
         };
-        let place = layout.params().get(param).ok_or_else(|| Error::InvalidStage {
-            stage: layout.name().to_owned(),
-            what: format!("parameter #{param} does not exist: the unit has {}", layout.params().len()),
-        })?;
-        Ok((index, place.range()))
+        if param >= layout.params().len() {
+            return Err(Error::InvalidStage {
+                stage: layout.name().to_owned(),
+                what: format!("parameter #{param} does not exist: the unit has {}", layout.params().len()),
+            });
+        }
+        Ok((index, param))
     }
 }

@@ -166,6 +166,50 @@ pub enum Error {
         #[source]
         source: Box<CollectiveError>,
     },
+    /// Two choices of a policy do not go together.
+    #[error("{first} and {second}: {why}")]
+    Contradiction {
+        /// One field with its value.
+        first: String,
+        /// The other.
+        second: String,
+        /// Why they do not.
+        why: &'static str,
+    },
+    /// A mesh has other ranks than the group, or not one or two axes.
+    #[error(
+        "the mesh has axes {axes:?} of sizes {sizes:?}; one or two that make up the {world} ranks of `{group}` were expected"
+    )]
+    MeshMismatch {
+        /// The mesh's axes.
+        axes: Vec<String>,
+        /// Their sizes.
+        sizes: Vec<usize>,
+        /// The group's name.
+        group: String,
+        /// Its ranks.
+        world: usize,
+    },
+    /// A unit was used after its memory had been given up.
+    #[error("unit `{unit}` is offloaded: reload it before it is used")]
+    Offloaded {
+        /// The unit.
+        unit: String,
+    },
+    /// The gradient of a parameter that does not learn was asked for.
+    #[error("parameter `{name}` is frozen: it has no gradient")]
+    FrozenParameter {
+        /// The parameter.
+        name: String,
+    },
+    /// A gradient was added to one that the ranks have summed for the step already.
+    #[error(
+        "the gradient of unit `{unit}` is summed over ranks already: step or zero it before the next pass"
+    )]
+    AlreadySummed {
+        /// The unit.
+        unit: String,
+    },
 }
 
 impl Error {

@@ -45,35 +45,52 @@
 //! [`ShardedModel`] gather, compute, free and reduce; [`AdamW`] then steps the shards. For checkpoints,
 //! [`state_parts`] and [`load_state`] speak of named parts of tensors, so what was saved on eight ranks loads on four.
 //!
-//! | | each rank keeps, in bytes for P parameters over N ranks | collectives of a pass |
-//! |---|---|---|
-//! | parameters, f32 | 4 P/N | 2 all-gathers of each unit ([`ReshardAfterForward::Always`]) or 1 (`Never`) |
-//! | gradients, f32 | 4 P/N | 1 reduce-scatter of each unit |
-//! | AdamW's two means | 8 P/N | none; 1 all-reduce of 8 bytes a step |
+//! What is cut, over which ranks, and how it travels, is a [`Policy`]. For P parameters over N ranks, all f32:
 //!
-//! This is ZeRO stage 3, or FSDP. Not here: tensors, automatic differentiation and learning-rate schedules; files
-//! (`lightrft-ckpt`); the groups themselves (`lightrft-collectives`).
+//! | [`Stage`] | whole on each rank | bytes kept by each rank | collectives |
+//! |---|---|---|---|
+//! | `Zero0` | everything | 16 P | a step: all-reduces of buckets of gradients |
+//! | `Zero1` | parameters, gradients | 8 P + 12 P/N | a step: reduce-scatters of buckets, an all-gather of each unit |
+//! | `Zero2` | parameters | 4 P + 16 P/N | a pass: reduce-scatters of buckets; a step: an all-gather of each unit |
+//! | `Zero3` | what is used | 16 P/N | a pass: 2 all-gathers of each unit ([`ReshardAfterForward::Always`]) or 1, and a reduce-scatter |
+//!
+//! With `param_dtype` bf16 the whole parameters of stages 1 and 2 take 2 P. To each step belongs an all-reduce of eight
+//! bytes for the norm, but in stage 0; with replicas (HSDP) also all-reduces of the shards of gradients. In a group of one
+//! rank nothing is sent.
+//!
+//! Not here: tensors, automatic differentiation and learning-rate schedules; files (`lightrft-ckpt`); the groups
+//! themselves (`lightrft-collectives`).
 
 mod agree;
 mod buffers;
 mod compute;
 mod error;
+mod exchange;
 mod flat;
+mod gather;
+mod gradient;
+mod groups;
 mod model;
+mod offload;
 mod optim;
 mod plan;
+mod policy;
+mod precision;
 mod schedule;
 mod state;
+mod sync;
 mod unit;
 
 pub use buffers::{FullUnit, Lease, TransientBytes};
 pub use compute::{StageGrads, StageSpec, StagedModel};
 pub use error::{BoxError, Error, Result};
 pub use flat::{FlatParam, FlatUnit, Owned};
-pub use model::{ShardOptions, ShardedModel, Tape};
+pub use model::{ShardedModel, Tape};
+pub use offload::OffloadReport;
 pub use optim::{AdamW, AdamWConfig, AdamWCounters, Decay, StepReport, Update, decay_by_name};
 pub use plan::{ParamSpec, Plan, UnitSpec};
-pub use schedule::ReshardAfterForward;
+pub use policy::{Activations, Overlap, Policy, ReshardAfterForward, ShardSize, Stage, Trainable};
+pub use precision::{Precision, UnitValues};
 pub use state::{StateKind, StatePart, load_state, state_parts};
 pub use unit::{Mode, ShardedUnits};
 

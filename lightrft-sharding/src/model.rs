@@ -1,32 +1,20 @@
 //! Runs a staged model over its sharded units: gather, compute, free; and in backward also reduce.
 
+use std::fmt;
 use std::sync::Arc;
 
-use lightrft_collectives::Communicator;
+use lightrft_collectives::{Communicator, DeviceMesh};
 
-use crate::buffers::Lease;
+use crate::buffers::{Lease, Whole};
 use crate::compute::{StageGrads, StageSpec, StagedModel, UnitGrads};
 use crate::error::{Error, Result};
-use crate::plan::Plan;
-use crate::schedule::{Op, ReshardAfterForward, Schedule};
+use crate::flat::FlatUnit;
+use crate::gather::Gathering;
+use crate::groups::effective_reshard;
+use crate::plan::UnitSpec;
+use crate::policy::{Activations, Policy, ReshardAfterForward, Stage};
+use crate::schedule::{Hold, Op, Schedule, UnitPlan};
 use crate::unit::{Mode, ShardedUnits};
-
-/// How a model is cut and run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShardOptions {
-    /// What is kept of its units.
-    pub mode: Mode,
-    /// When gathered units are freed.
-    pub reshard_after_forward: ReshardAfterForward,
-    /// Every shard is a multiple of so many elements; see [`Plan::with_alignment`].
-    pub alignment: usize,
-}
-
-impl Default for ShardOptions {
-    fn default() -> Self {
-        Self { mode: Mode::Train, reshard_after_forward: ReshardAfterForward::Always, alignment: 1 }
-    }
-}
 
 /// A model whose parameters and gradients are cut over the ranks of a group.
 ///
@@ -42,37 +30,69 @@ pub struct ShardedModel<M: StagedModel> {
     schedule: Arc<Schedule>,
     units: ShardedUnits,
     live: Vec<Option<(M::Params, Lease)>>,
+    /// Gathers that were begun ahead of their use.
+    ahead: Vec<Option<Gathering>>,
     /// The parameters' version that `live` was gathered from.
     live_version: u64,
     without_gradient: Vec<(usize, usize)>,
 }
 
-/// What a forward pass remembers for its backward: the batch and the inputs of the stages.
-#[derive(Debug)]
+/// What a forward pass remembers for its backward: the batch and, of each stage, its input and what it saved.
 pub struct Tape<'b, M: StagedModel> {
     batch: &'b M::Batch,
-    /// Inputs of the second stage and those after it; the first has none.
-    inputs: Vec<M::Activation>,
+    /// One entry for each stage; `None` for one that was skipped.
+    stages: Vec<Option<Record<M>>>,
     version: u64,
 }
 
+/// Of a stage that ran: its input, `None` for the first that did, and what it saved.
+struct Record<M: StagedModel> {
+    input: Option<M::Activation>,
+    saved: Option<M::Saved>,
+}
+
+impl<M: StagedModel> fmt::Debug for Tape<'_, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ran = self.stages.iter().filter(|record| record.is_some()).count();
+        f.debug_struct("Tape").field("stages_run", &ran).finish_non_exhaustive()
+    }
+}
+
 impl<M: StagedModel> ShardedModel<M> {
-    /// Cuts `model` over the ranks of `comm`. *Collective.*
+    /// Cuts `model` over the ranks of `world` as `policy` says. *Collective.*
     ///
     /// # Errors
-    /// [`Error::InvalidStage`] for stages that cannot be run, and all of [`Plan::with_alignment`] and
-    /// [`ShardedUnits::new`].
-    pub fn new(model: M, comm: Arc<dyn Communicator>, options: ShardOptions) -> Result<Self> {
+    /// [`Error::InvalidStage`] for stages that cannot be run, and all of [`ShardedUnits::with_policy`].
+    pub fn new(model: M, world: Arc<dyn Communicator>, policy: Policy) -> Result<Self> {
+        Self::cut(model, |units| ShardedUnits::with_policy(units, world, &policy))
+    }
+
+    /// As [`new`](Self::new), on a mesh of the caller's: see [`ShardedUnits::on_mesh`]. *Collective.*
+    ///
+    /// # Errors
+    /// As there.
+    pub fn on_mesh(
+        model: M,
+        world: Arc<dyn Communicator>,
+        mesh: &DeviceMesh,
+        policy: Policy,
+    ) -> Result<Self> {
+        Self::cut(model, |units| ShardedUnits::on_mesh(units, world, mesh, &policy))
+    }
+
+    fn cut(model: M, units: impl FnOnce(Vec<UnitSpec>) -> Result<ShardedUnits>) -> Result<Self> {
         let specs = model.units();
-        let stages = model.stages();
-        let names: Vec<String> = specs.iter().map(|unit| unit.name.clone()).collect();
-        let schedule = Schedule::new(&stages, &names, options.reshard_after_forward)?;
-        let plan = Arc::new(Plan::with_alignment(specs, comm.world_size(), options.alignment)?);
-        let units = ShardedUnits::new(plan, comm, options.mode)?;
-        let live = names.iter().map(|_| None).collect();
+        let stages: Arc<[StageSpec]> = model.stages().into();
+        // Before anything is asked of other ranks.
+        let names = specs.iter().map(|unit| UnitPlan { name: unit.name.clone(), hold: Hold::Use, ahead: 0 });
+        Schedule::new(&stages, &names.collect::<Vec<_>>())?;
+        let units = units(specs)?;
+        let plans: Vec<UnitPlan> = units.plan().units().iter().map(|unit| unit_plan(unit, &units)).collect();
+        let schedule = Arc::new(Schedule::new(&stages, &plans)?);
+        let live = plans.iter().map(|_| None).collect();
+        let ahead = plans.iter().map(|_| None).collect();
         let live_version = units.version();
-        let (stages, schedule) = (stages.into(), Arc::new(schedule));
-        Ok(Self { model, stages, schedule, units, live, live_version, without_gradient: Vec::new() })
+        Ok(Self { model, stages, schedule, units, live, ahead, live_version, without_gradient: Vec::new() })
     }
 
     /// The model itself.
@@ -101,13 +121,13 @@ impl<M: StagedModel> ShardedModel<M> {
         if let (Mode::Frozen, Some(unit)) = (self.units.mode(), self.units.plan().units().first()) {
             return Err(Error::Frozen { unit: unit.name().to_owned() });
         }
-        let mut inputs = Vec::with_capacity(self.stages.len());
+        let mut stages: Vec<Option<Record<M>>> = self.stages.iter().map(|_| None).collect();
         let output = self.guarded(|this| {
             this.forget_old_units();
             let schedule = Arc::clone(&this.schedule);
-            this.run_forward(&schedule.forward, batch, |input| inputs.push(input))
+            this.run_forward(&schedule.forward, batch, Some(&mut stages))
         })?;
-        Ok((output, Tape { batch, inputs, version: self.units.version() }))
+        Ok((output, Tape { batch, stages, version: self.units.version() }))
     }
 
     /// The output of the last stage, without anything kept. *Collective.*
@@ -118,7 +138,7 @@ impl<M: StagedModel> ShardedModel<M> {
         self.guarded(|this| {
             this.forget_old_units();
             let schedule = Arc::clone(&this.schedule);
-            this.run_forward(&schedule.evaluate, batch, drop)
+            this.run_forward(&schedule.evaluate, batch, None)
         })
     }
 
@@ -129,14 +149,16 @@ impl<M: StagedModel> ShardedModel<M> {
     /// # Errors
     /// [`Error::StaleTape`] when the parameters have changed since, or the tape is another model's;
     /// [`Error::IncompleteBackward`] when an earlier pass failed half-way and its gradients have not been zeroed;
+    /// [`Error::AlreadySummed`] between [`sync_gradients`](ShardedUnits::sync_gradients) and the step;
     /// [`Error::Compute`] with the model's error, [`Error::Collective`], [`Error::Length`].
     pub fn backward(&mut self, tape: Tape<'_, M>, grad_output: M::Activation) -> Result<()> {
-        if tape.version != self.units.version() || tape.inputs.len() + 1 != self.stages.len() {
+        if tape.version != self.units.version() || tape.stages.len() != self.stages.len() {
             return Err(Error::StaleTape);
         }
         if self.units.backward_incomplete() {
             return Err(Error::IncompleteBackward);
         }
+        self.units.check_open()?;
         // Another pass may have ended, and freed what is never resharded; then this one gathers again.
         self.without_gradient.clear();
         self.guarded(|this| {
@@ -157,10 +179,11 @@ impl<M: StagedModel> ShardedModel<M> {
             .filter_map(move |&(unit, param)| Some(units.get(unit)?.params().get(param)?.name()))
     }
 
-    /// Frees every unit that is gathered. Needed only where units are never resharded and a forward pass has not been
-    /// followed by its backward.
+    /// Frees every unit that is gathered: those of a forward pass that has not been followed by its backward, and what
+    /// stages 1 and 2 keep whole. All ranks do it alike.
     pub fn reshard(&mut self) {
         (0..self.live.len()).for_each(|unit| self.free(unit));
+        self.ahead.iter_mut().for_each(|gathering| *gathering = None);
     }
 
     /// Runs a pass; one that fails leaves no unit gathered.
@@ -168,6 +191,7 @@ impl<M: StagedModel> ShardedModel<M> {
         let result = pass(self);
         if result.is_err() {
             self.reshard();
+            self.units.abandon_exchange();
         }
         result
     }
@@ -180,25 +204,32 @@ impl<M: StagedModel> ShardedModel<M> {
         }
     }
 
+    /// Runs the stages forward; `tape` is what backward will have, in a pass that has one.
     fn run_forward(
         &mut self,
         ops: &[Op],
         batch: &M::Batch,
-        mut done_with: impl FnMut(M::Activation),
+        mut tape: Option<&mut Vec<Option<Record<M>>>>,
     ) -> Result<M::Activation> {
         let mut input: Option<M::Activation> = None;
         for &op in ops {
             match op {
+                Op::Start(unit) => self.start(unit)?,
                 Op::Gather(unit) => self.gather(unit)?,
                 Op::Free(unit) => self.free(unit),
+                Op::Run(stage) if self.model.skips(stage, batch) => {}
                 Op::Run(stage) => {
                     let params = self.params(stage)?;
-                    let output = self
-                        .model
-                        .forward(stage, &params, batch, input.as_ref())
-                        .map_err(|source| self.failed("forward", stage, source))?;
-                    if let Some(input) = input.replace(output) {
-                        done_with(input);
+                    let keeps = tape.is_some() && self.units.policy().activations == Activations::Keep;
+                    let ran = if keeps {
+                        self.model.forward_saving(stage, &params, batch, input.as_ref())
+                    } else {
+                        self.model.forward(stage, &params, batch, input.as_ref()).map(|output| (output, None))
+                    };
+                    let (output, saved) = ran.map_err(|source| self.failed("forward", stage, source))?;
+                    let input = input.replace(output);
+                    if let Some(record) = tape.as_mut().and_then(|tape| tape.get_mut(stage)) {
+                        *record = Some(Record { input, saved });
                     }
                 }
                 Op::Reduce(_) => {}
@@ -208,26 +239,28 @@ impl<M: StagedModel> ShardedModel<M> {
     }
 
     fn run_backward(&mut self, tape: Tape<'_, M>, grad_output: M::Activation) -> Result<()> {
-        let Tape { batch, mut inputs, .. } = tape;
+        let Tape { batch, stages: mut records, .. } = tape;
         let plan = Arc::clone(self.units.plan());
         let mut grads: Vec<Option<UnitGrads>> = plan.units().iter().map(|_| None).collect();
-        let mut leases: Vec<Option<Lease>> = plan.units().iter().map(|_| None).collect();
         let mut grad = Some(grad_output);
         let (stages, schedule) = (Arc::clone(&self.stages), Arc::clone(&self.schedule));
+        let bucket = self.units.stage_bucket();
         for &op in &schedule.backward {
             match op {
+                Op::Start(unit) => self.start(unit)?,
                 Op::Gather(unit) => self.gather(unit)?,
                 Op::Free(unit) => self.free(unit),
                 Op::Run(stage) => {
-                    let input = inputs.pop();
                     for &unit in &stages[stage].units {
                         // A pass that was open beside this one may have freed it.
                         self.gather(unit)?;
+                    }
+                    let Some(Record { input, saved }) = records[stage].take() else {
+                        continue;
+                    };
+                    for &unit in &stages[stage].units {
                         if grads[unit].is_none() {
-                            let (values, lease) = self.units.gradient_buffer(unit)?.into_parts();
-                            let given = vec![false; plan.units()[unit].params().len()];
-                            grads[unit] = Some(UnitGrads { values, given });
-                            leases[unit] = Some(lease);
+                            grads[unit] = Some(self.unit_grads(unit)?);
                         }
                     }
                     let params = self.params(stage)?;
@@ -238,20 +271,44 @@ impl<M: StagedModel> ShardedModel<M> {
                         return Err(Error::InvalidStage { stage, what });
                     };
                     let mut sink = StageGrads::new(&stages[stage].units, plan.units(), &mut grads);
-                    grad = self
-                        .model
-                        .backward(stage, &params, batch, input.as_ref(), grad_output, &mut sink)
-                        .map_err(|source| self.failed("backward", stage, source))?;
+                    let (sink, input) = (&mut sink, input.as_ref());
+                    let ran = match saved {
+                        Some(saved) => {
+                            self.model.backward_saved(stage, &params, batch, input, saved, grad_output, sink)
+                        }
+                        None => self.model.backward(stage, &params, batch, input, grad_output, sink),
+                    };
+                    grad = ran.map_err(|source| self.failed("backward", stage, source))?;
                 }
                 Op::Reduce(unit) => {
-                    if let Some(UnitGrads { values, given }) = grads[unit].take() {
-                        leases[unit] = None;
-                        let missing = given.iter().enumerate().filter(|(_, given)| !**given);
-                        self.without_gradient.extend(missing.map(|(param, _)| (unit, param)));
-                        self.units.reduce_gradient(unit, values)?;
-                    }
+                    // Where every stage that uses it was skipped, other ranks still wait for this one's part.
+                    let unit_grads = match grads[unit].take() {
+                        Some(grads) => grads,
+                        None => self.unit_grads(unit)?,
+                    };
+                    let UnitGrads { values, lease, given } = unit_grads;
+                    let params = plan.units()[unit].params().iter().zip(&given).enumerate();
+                    let missing = params.filter(|(_, (param, given))| param.is_trainable() && !**given);
+                    self.without_gradient.extend(missing.map(|(param, _)| (unit, param)));
+                    let whole = Whole { values: values.into(), lease };
+                    self.units.push_gradient(unit, whole, bucket)?;
                 }
             }
+        }
+        self.units.finish_exchange()
+    }
+
+    /// Zeros for the whole gradient of a unit.
+    fn unit_grads(&mut self, unit: usize) -> Result<UnitGrads> {
+        let Whole { values, lease } = self.units.gradient_whole(unit)?;
+        let given = vec![false; self.units.plan().unit(unit)?.params().len()];
+        Ok(UnitGrads { values: values.into_f32(), lease, given })
+    }
+
+    /// Begins to make a unit whole, unless it is.
+    fn start(&mut self, unit: usize) -> Result<()> {
+        if self.live[unit].is_none() && self.ahead[unit].is_none() {
+            self.ahead[unit] = Some(self.units.begin_gather(unit)?);
         }
         Ok(())
     }
@@ -261,7 +318,13 @@ impl<M: StagedModel> ShardedModel<M> {
         if self.live[unit].is_some() {
             return Ok(());
         }
-        let (values, lease) = self.units.gather(unit)?.into_parts();
+        let gathering = match self.ahead[unit].take() {
+            Some(gathering) => gathering,
+            None => self.units.begin_gather(unit)?,
+        };
+        let whole = self.units.finish_gather(unit, gathering)?;
+        self.units.keep_near(unit, &whole)?;
+        let Whole { values, lease } = whole;
         let layout = &self.units.plan().units()[unit];
         let params = self.model.bind(layout, values).map_err(|source| Error::Compute {
             phase: "bind",
@@ -299,5 +362,20 @@ impl<M: StagedModel> ShardedModel<M> {
 }
 
 fn no_stages() -> Error {
-    Error::InvalidStage { stage: String::new(), what: "a model needs at least one stage".to_owned() }
+    Error::InvalidStage { stage: String::new(), what: "every stage skips this batch".to_owned() }
+}
+
+/// How long a gathered unit stays, and how far ahead of its use it is gathered.
+fn unit_plan(unit: &FlatUnit, units: &ShardedUnits) -> UnitPlan {
+    let policy = units.policy();
+    let remote = units.is_remote(unit);
+    let size = units.communicator().world_size();
+    let hold = match (policy.stage, effective_reshard(policy, size)) {
+        // What asks nothing of other ranks is copied from the masters when it is used.
+        (Stage::Zero0 | Stage::Zero1 | Stage::Zero2, _) if remote => Hold::Step,
+        (Stage::Zero3, ReshardAfterForward::Never) => Hold::Pass,
+        _ => Hold::Use,
+    };
+    let ahead = if remote { policy.prefetch } else { 0 };
+    UnitPlan { name: unit.name().to_owned(), hold, ahead }
 }

@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{Error, Result};
-use crate::flat::FlatUnit;
+use crate::flat::{FlatParam, FlatUnit, Rules};
+use crate::policy::{Policy, Trainable};
+use crate::unit::Mode;
 
 /// A parameter: what it is called and how it is shaped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +63,7 @@ impl UnitSpec {
 pub struct Plan {
     units: Vec<FlatUnit>,
     world: usize,
-    alignment: usize,
+    rules: Rules,
     places: HashMap<String, (usize, usize)>,
 }
 
@@ -83,6 +85,28 @@ impl Plan {
     ///   one unit, and the stages that use it name that unit;
     /// - [`Error::TooLarge`] when a unit's bytes cannot be addressed.
     pub fn with_alignment(units: Vec<UnitSpec>, world: usize, alignment: usize) -> Result<Self> {
+        Self::lay_out(units, world, Rules { alignment, persistence_threshold: 0 }, |_| true)
+    }
+
+    /// The plan for `units` over shard groups of `ranks` ranks: small units whole, frozen parameters apart, shards aligned
+    /// as `policy` says. Of a model that does not train, nothing is told apart.
+    ///
+    /// # Errors
+    /// As [`with_alignment`](Self::with_alignment).
+    pub fn with_policy(units: Vec<UnitSpec>, ranks: usize, policy: &Policy) -> Result<Self> {
+        let Policy { mode, alignment, persistence_threshold, trainable, .. } = policy;
+        let rules = Rules { alignment: *alignment, persistence_threshold: *persistence_threshold };
+        let trainable = if *mode == Mode::Frozen { &Trainable::All } else { trainable };
+        Self::lay_out(units, ranks, rules, |name| trainable.includes(name))
+    }
+
+    fn lay_out(
+        units: Vec<UnitSpec>,
+        world: usize,
+        rules: Rules,
+        learns: impl Fn(&str) -> bool,
+    ) -> Result<Self> {
+        let alignment = rules.alignment;
         if world == 0 || alignment == 0 {
             return Err(Error::InvalidPlan { world, alignment });
         }
@@ -111,9 +135,9 @@ impl Plan {
         }
         let units = units
             .into_iter()
-            .map(|unit| FlatUnit::new(unit, world, alignment))
+            .map(|unit| FlatUnit::new(unit, world, &rules, &learns))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { units, world, alignment, places })
+        Ok(Self { units, world, rules, places })
     }
 
     /// The units, in the order given.
@@ -136,7 +160,7 @@ impl Plan {
 
     /// Every shard is a multiple of so many elements.
     pub fn alignment(&self) -> usize {
-        self.alignment
+        self.rules.alignment
     }
 
     /// The unit and the place in it (both indices) of the parameter called `name`.
@@ -152,6 +176,12 @@ impl Plan {
     /// Elements that each rank holds, padding included.
     pub fn shard_elems(&self) -> usize {
         self.units.iter().map(FlatUnit::shard_elems).sum()
+    }
+
+    /// Elements of the trainable parameters that each rank holds, padding included: of its gradient, and of each tensor
+    /// of optimizer state.
+    pub fn trainable_shard_elems(&self) -> usize {
+        self.units.iter().map(FlatUnit::trainable_shard_elems).sum()
     }
 
     /// Elements of padding over all units and ranks.
@@ -172,13 +202,15 @@ impl Plan {
         }
         let mut hash = Xxh3::new();
         word(&mut hash, self.world);
-        word(&mut hash, self.alignment);
+        word(&mut hash, self.rules.alignment);
+        word(&mut hash, self.rules.persistence_threshold);
         word(&mut hash, self.units.len());
         for unit in &self.units {
             text(&mut hash, unit.name());
             word(&mut hash, unit.params().len());
             for param in unit.params() {
                 text(&mut hash, param.name());
+                word(&mut hash, usize::from(param.is_trainable()));
                 word(&mut hash, param.shape().len());
                 param.shape().iter().for_each(|&dim| word(&mut hash, dim));
             }
@@ -194,11 +226,15 @@ impl Plan {
         self.units.iter().map(|unit| UnitSpec::new(unit.name(), params(unit))).collect()
     }
 
-    /// The same units over another number of ranks.
+    /// The same units, by the same rules, over another number of ranks.
     ///
     /// # Errors
     /// As [`with_alignment`](Self::with_alignment).
     pub fn resized(&self, world: usize) -> Result<Self> {
-        Self::with_alignment(self.specs(), world, self.alignment)
+        let learns = |name: &str| {
+            let param = self.find(name).and_then(|(unit, param)| self.units.get(unit)?.params().get(param));
+            param.is_none_or(FlatParam::is_trainable)
+        };
+        Self::lay_out(self.specs(), world, self.rules.clone(), learns)
     }
 }

@@ -60,6 +60,10 @@ pub struct StatePart<'a> {
 pub fn state_parts<'a>(units: &'a ShardedUnits, optimizer: Option<&'a AdamW>) -> Vec<StatePart<'a>> {
     let mut parts = Vec::new();
     for (index, unit) in units.plan().units().iter().enumerate() {
+        // Of ranks that hold the same, one saves.
+        if !units.speaks_for(index).unwrap_or(false) {
+            continue;
+        }
         let mut add = |kind, shard: Option<&'a [f32]>| {
             let owned = unit.owned_parts(units.rank());
             parts.extend(owned.filter_map(|(param, owned)| {

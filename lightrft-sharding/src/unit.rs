@@ -4,17 +4,25 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use lightrft_collectives::{Communicator, CommunicatorExt as _, ReduceOp};
+use lightrft_collectives::{Communicator, DeviceMesh};
+use serde::{Deserialize, Serialize};
 
 use crate::agree;
-use crate::buffers::{FullUnit, Meter, Pool, TransientBytes};
+use crate::buffers::{Pool, TransientBytes};
 use crate::error::{BoxError, Error, Result};
+use crate::exchange::Backlog;
 use crate::flat::{FlatParam, FlatUnit};
-use crate::plan::Plan;
+use crate::gather::NearShard;
+use crate::gradient::Gradient;
+use crate::groups::{self, Groups};
+use crate::plan::{Plan, UnitSpec};
+use crate::policy::Policy;
+use crate::precision::UnitValues;
 use crate::state::StateKind;
 
 /// What is kept of the units.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Mode {
     /// Parameters and gradients, each as an f32 shard: 8 P/N bytes, and 8 P/N more for AdamW.
     #[default]
@@ -25,34 +33,30 @@ pub enum Mode {
 
 /// One unit as this rank holds it.
 #[derive(Debug)]
-struct Shard {
-    param: Vec<f32>,
-    /// Empty when frozen.
-    grad: Vec<f32>,
-    grad_state: GradState,
+pub(crate) struct Store {
+    /// The shard of the master parameters: trainable ones, then frozen ones.
+    pub(crate) param: Vec<f32>,
+    /// `None` in a model that does not train.
+    pub(crate) grad: Option<Gradient>,
+    /// What hpZ keeps.
+    pub(crate) near: Option<NearShard>,
 }
 
-/// Whether the gradient shard's contents mean anything. Zeroing is a change of this word; the first gradient that
-/// arrives then overwrites what lies there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum GradState {
-    Zero,
-    Accumulated,
-}
-
-/// The parameters and gradients of a model, cut over the ranks of a group.
+/// The parameters and gradients of a model, cut over the ranks of a group as a [`Policy`] says.
 ///
-/// Methods named *collective* must be called by every rank of the group, in the same order.
+/// Methods named *collective* must be called by every rank of the world, in the same order.
 #[derive(Debug)]
 pub struct ShardedUnits {
-    plan: Arc<Plan>,
-    comm: Arc<dyn Communicator>,
-    rank: usize,
-    mode: Mode,
-    shards: Vec<Shard>,
-    meter: Arc<Meter>,
-    pool: Pool,
-    version: u64,
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) policy: Policy,
+    pub(crate) groups: Groups,
+    /// In the shard group.
+    pub(crate) rank: usize,
+    pub(crate) stores: Vec<Store>,
+    pub(crate) pool: Pool,
+    pub(crate) backlog: Backlog,
+    pub(crate) version: u64,
+    pub(crate) offloaded: bool,
     backward_incomplete: bool,
 }
 
@@ -64,7 +68,8 @@ fn next_version() -> u64 {
 }
 
 impl ShardedUnits {
-    /// All-zero shards for `plan` over the ranks of `comm`. *Collective*: compares the ranks' plans.
+    /// All-zero shards for `plan` over the ranks of `comm`: stage 3, all f32, nothing overlapped. *Collective*: compares
+    /// the ranks' plans.
     ///
     /// # Errors
     /// - [`Error::WorldMismatch`] when the plan is for another number of ranks;
@@ -75,24 +80,80 @@ impl ShardedUnits {
             let group = comm.name().to_owned();
             return Err(Error::WorldMismatch { plan: plan.world_size(), group, world });
         }
-        agree::on_plan(&plan, &*comm)?;
-        let rank = comm.rank();
-        let shards = plan
-            .units()
-            .iter()
-            .map(|unit| Shard {
-                param: vec![0.0; unit.shard_elems()],
-                grad: match mode {
-                    Mode::Train => vec![0.0; unit.shard_elems()],
-                    Mode::Frozen => Vec::new(),
-                },
-                grad_state: GradState::Zero,
-            })
-            .collect();
-        let meter = Arc::new(Meter::default());
-        let pool = Pool::new(Arc::clone(&meter));
-        let version = next_version();
-        Ok(Self { plan, comm, rank, mode, shards, meter, pool, version, backward_incomplete: false })
+        let policy = Policy { mode, alignment: plan.alignment(), prefetch: 0, ..Policy::default() };
+        agree::on_plan(&plan, &policy, &*comm)?;
+        Ok(Self::of_groups(plan, policy, Groups::flat(comm)?))
+    }
+
+    /// All-zero shards of `units`, cut over the ranks of `world` as `policy` says: neighbours in a shard group, replicas
+    /// across. *Collective*: compares the ranks' plans and policies, and makes the groups.
+    ///
+    /// # Errors
+    /// [`Error::Contradiction`] and [`Error::InvalidSetting`] for the policy; those of [`Plan::with_policy`];
+    /// [`Error::PlanMismatch`] on every rank when any two differ; [`Error::Collective`].
+    pub fn with_policy(units: Vec<UnitSpec>, world: Arc<dyn Communicator>, policy: &Policy) -> Result<Self> {
+        // One that cannot be counted is refused when it is laid out.
+        let size = |shape: &Vec<usize>| shape.iter().fold(1usize, |n, &dim| n.saturating_mul(dim));
+        let sizes = units.iter().flat_map(|unit| &unit.params).map(|param| size(&param.shape));
+        let elems = sizes.fold(0usize, usize::saturating_add);
+        let ranks = policy.shard_ranks(world.world_size(), elems)?;
+        let mesh = groups::mesh(world.world_size(), ranks)?;
+        Self::on_two_axes(units, world, &mesh, policy)
+    }
+
+    /// As [`with_policy`](Self::with_policy), on a mesh of the caller's over all ranks of `world`: its one axis, or the
+    /// second of two, is that of the shard groups, the first of two that of replicas. The policy's
+    /// [`shard_size`](Policy::shard_size) gives way to it.
+    ///
+    /// # Errors
+    /// As there; [`Error::MeshMismatch`] for a mesh of other ranks or more axes, [`Error::Contradiction`] for one that
+    /// cuts what the policy does not.
+    pub fn on_mesh(
+        units: Vec<UnitSpec>,
+        world: Arc<dyn Communicator>,
+        mesh: &DeviceMesh,
+        policy: &Policy,
+    ) -> Result<Self> {
+        let mesh = groups::two_axes(mesh, &*world)?;
+        let ranks = mesh.sizes()[1];
+        let policy = Policy { shard_size: crate::policy::ShardSize::Ranks(ranks), ..policy.clone() };
+        policy.validate(world.world_size())?;
+        Self::on_two_axes(units, world, &mesh, &policy)
+    }
+
+    fn on_two_axes(
+        units: Vec<UnitSpec>,
+        world: Arc<dyn Communicator>,
+        mesh: &DeviceMesh,
+        policy: &Policy,
+    ) -> Result<Self> {
+        let plan = Arc::new(Plan::with_policy(units, mesh.sizes()[1], policy)?);
+        agree::on_plan(&plan, policy, &*world)?;
+        let groups = Groups::new(world, mesh, policy)?;
+        Ok(Self::of_groups(plan, policy.clone(), groups))
+    }
+
+    fn of_groups(plan: Arc<Plan>, policy: Policy, groups: Groups) -> Self {
+        let (rank, ranks) = (groups.shard.rank(), groups.shard.world_size());
+        let replicas = groups.replicate.world_size();
+        let store = |unit: &FlatUnit| Store {
+            param: vec![0.0; unit.shard_elems()],
+            grad: (policy.mode == Mode::Train).then(|| Gradient::new(unit, &policy, rank, ranks, replicas)),
+            near: None,
+        };
+        let stores = plan.units().iter().map(store).collect();
+        Self {
+            plan,
+            groups,
+            rank,
+            stores,
+            pool: Pool::new(),
+            backlog: Backlog::default(),
+            version: next_version(),
+            offloaded: false,
+            backward_incomplete: false,
+            policy,
+        }
     }
 
     /// Where everything lies.
@@ -100,19 +161,43 @@ impl ShardedUnits {
         &self.plan
     }
 
-    /// The group the units are cut over.
-    pub fn communicator(&self) -> &Arc<dyn Communicator> {
-        &self.comm
+    /// How they are cut and exchanged.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
     }
 
-    /// This rank's place in the group.
+    /// The group the units are cut over: a group of one rank in stage 0.
+    pub fn communicator(&self) -> &Arc<dyn Communicator> {
+        &self.groups.shard
+    }
+
+    /// This rank's place in that group.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
+    /// The group of those that hold the same shards: this rank alone, but with stage 0 and HSDP.
+    pub fn replicas(&self) -> &Arc<dyn Communicator> {
+        &self.groups.replicate
+    }
+
+    /// Whether this rank is the one, of those that hold the same of a unit, that saves it and counts it.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUnit`].
+    pub fn speaks_for(&self, unit: usize) -> Result<bool> {
+        let layout = self.plan.unit(unit)?;
+        Ok(self.groups.replicate.rank() == 0 && self.counts(layout))
+    }
+
+    /// Whether this rank's part of a unit is no other's in its shard group.
+    fn counts(&self, layout: &FlatUnit) -> bool {
+        !layout.is_whole() || self.rank == 0
+    }
+
     /// What is kept of the units.
     pub fn mode(&self) -> Mode {
-        self.mode
+        self.policy.mode
     }
 
     /// This rank's shard of a unit's parameters, padding at the end of the last rank's.
@@ -121,25 +206,25 @@ impl ShardedUnits {
     /// [`Error::NoSuchUnit`].
     pub fn param(&self, unit: usize) -> Result<&[f32]> {
         self.plan.unit(unit)?;
-        Ok(self.shards.get(unit).map_or(&[], |shard| &shard.param))
+        Ok(self.stores.get(unit).map_or(&[], |store| &store.param))
     }
 
-    /// This rank's shard of a unit's accumulated gradient, or `None` when none has arrived since it was last zeroed.
+    /// This rank's shard of a unit's accumulated gradient, as long as the trainable parameters' shard: the sum over all
+    /// ranks. `None` when none has arrived since it was last zeroed, and where the ranks have yet to sum it (stages 0
+    /// and 1, replicas, an accumulator that is not f32): see [`sync_gradients`](Self::sync_gradients).
     ///
     /// # Errors
     /// [`Error::NoSuchUnit`], [`Error::Frozen`].
     pub fn grad(&self, unit: usize) -> Result<Option<&[f32]>> {
         let layout = self.plan.unit(unit)?;
-        if self.mode == Mode::Frozen {
-            return Err(Error::Frozen { unit: layout.name().to_owned() });
-        }
-        let shard = self.shards.get(unit).filter(|shard| shard.grad_state == GradState::Accumulated);
-        Ok(shard.map(|shard| shard.grad.as_slice()))
+        let frozen = || Error::Frozen { unit: layout.name().to_owned() };
+        let grad = self.stores.get(unit).and_then(|store| store.grad.as_ref()).ok_or_else(frozen)?;
+        Ok(grad.sum())
     }
 
     /// Fills this rank's part of every parameter from `read`, which is given a parameter, a range of its flattened
     /// elements, and the slice to write them to. Each element that this rank owns is asked for exactly once, and
-    /// nothing else is. Not collective.
+    /// nothing else is. Sends nothing, but all ranks do it between the same passes.
     ///
     /// # Errors
     /// [`Error::Read`] with the reader's error. Parameters read before it keep their new values.
@@ -148,54 +233,39 @@ impl ShardedUnits {
         mut read: impl FnMut(&FlatParam, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<()> {
         self.params_changed();
-        for (unit, shard) in self.plan.units().iter().zip(&mut self.shards) {
-            read_parts(unit, self.rank, StateKind::Param, &mut shard.param, &mut read)?;
+        for (unit, store) in self.plan.units().iter().zip(&mut self.stores) {
+            read_parts(unit, self.rank, StateKind::Param, &mut store.param, &mut read)?;
         }
         Ok(())
     }
 
-    /// Takes this rank's part of a unit from its whole values (with or without padding). Not collective.
+    /// Takes this rank's part of a unit from its whole values, padding included; it may be left out where the unit has one
+    /// segment. Sends nothing, but all ranks do it between the same passes.
     ///
     /// # Errors
     /// [`Error::NoSuchUnit`], [`Error::Length`].
     pub fn load_unit(&mut self, unit: usize, full: &[f32]) -> Result<()> {
         let layout = Arc::clone(&self.plan);
         let layout = layout.unit(unit)?;
-        if full.len() != layout.elems() && full.len() != layout.padded_elems() {
-            return Err(wrong_length("the full buffer", layout, full.len()));
+        let unpadded = layout.parts().count() < 2 && full.len() == layout.elems();
+        if !unpadded && full.len() != layout.padded_elems() {
+            return Err(wrong_length("the full buffer", layout, full.len(), layout.padded_elems()));
         }
         self.params_changed();
-        if let Some(shard) = self.shards.get_mut(unit) {
+        if let Some(store) = self.stores.get_mut(unit) {
             for (index, owned) in layout.owned_parts(self.rank) {
                 let start = layout.params()[index].range().start;
                 let from = start + owned.param.start..start + owned.param.end;
-                shard.param[owned.shard].copy_from_slice(&full[from]);
+                store.param[owned.shard].copy_from_slice(&full[from]);
             }
         }
         Ok(())
     }
 
-    /// The whole unit, all-gathered. *Collective*; one all-gather, or none in a group of one rank.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchUnit`], [`Error::Collective`].
-    pub fn gather(&mut self, unit: usize) -> Result<FullUnit> {
-        let layout = self.plan.unit(unit)?;
-        let mut full = self.pool.take(layout.padded_elems());
-        full[layout.shard(self.rank)].copy_from_slice(self.param(unit)?);
-        let mut full = FullUnit::new(full, &self.meter);
-        if self.plan.world_size() > 1 {
-            self.comm
-                .all_gather_in_place(full.values_mut())
-                .map_err(Error::collective("gather", layout.name()))?;
-        }
-        Ok(full)
-    }
-
-    /// Gives a full-size buffer back for reuse by a later gather or gradient. At most two are kept, and counted as
+    /// Gives a full-size buffer back for reuse by a later gather or gradient. A few are kept, and counted as
     /// transient bytes; see [`release_buffers`](Self::release_buffers).
-    pub fn recycle(&mut self, values: Vec<f32>) {
-        self.pool.put(values);
+    pub fn recycle(&mut self, values: impl Into<UnitValues>) {
+        self.pool.put(values.into());
     }
 
     /// Frees the buffers kept for reuse, as before another program part needs the memory.
@@ -203,81 +273,12 @@ impl ShardedUnits {
         self.pool.clear();
     }
 
-    /// A zeroed buffer for the whole gradient of a unit, to be filled and handed to
-    /// [`reduce_gradient`](Self::reduce_gradient).
-    ///
-    /// # Errors
-    /// [`Error::NoSuchUnit`], [`Error::Frozen`].
-    pub fn gradient_buffer(&mut self, unit: usize) -> Result<FullUnit> {
-        let layout = self.plan.unit(unit)?;
-        if self.mode == Mode::Frozen {
-            return Err(Error::Frozen { unit: layout.name().to_owned() });
-        }
-        let values = self.pool.take_zeroed(layout.padded_elems());
-        Ok(FullUnit::new(values, &self.meter))
-    }
-
-    /// Sums the ranks' whole gradients of a unit, and adds this rank's part to its gradient shard. *Collective*; one
-    /// reduce-scatter, or none in a group of one rank.
-    ///
-    /// The sum is a sum, not a mean: scale the loss by what the batch as a whole calls for (tokens, samples,
-    /// accumulation steps times ranks). Ranks are added in rank order, and the result to what has accumulated.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchUnit`], [`Error::Frozen`], [`Error::Collective`], and [`Error::Length`] when `full` has
-    /// neither [`elems`](FlatUnit::elems) nor [`padded_elems`](FlatUnit::padded_elems) elements. A wrong length is
-    /// found before anything is sent.
-    pub fn reduce_gradient(&mut self, unit: usize, mut full: Vec<f32>) -> Result<()> {
-        let plan = Arc::clone(&self.plan);
-        let layout = plan.unit(unit)?;
-        if self.mode == Mode::Frozen {
-            return Err(Error::Frozen { unit: layout.name().to_owned() });
-        }
-        if full.len() != layout.elems() && full.len() != layout.padded_elems() {
-            return Err(wrong_length("the full gradient", layout, full.len()));
-        }
-        full.resize(layout.padded_elems(), 0.0);
-        // Whatever a caller left in the padding must not reach the norm.
-        full[layout.elems()..].fill(0.0);
-        let lease = self.meter.lease(size_of_val(full.as_slice()));
-        let Some(shard) = self.shards.get_mut(unit) else {
-            return Ok(());
-        };
-        let sum = |output: &mut [f32]| {
-            if plan.world_size() == 1 {
-                output.copy_from_slice(&full);
-                return Ok(());
-            }
-            self.comm
-                .reduce_scatter(&full, output, ReduceOp::Sum)
-                .map_err(Error::collective("gradient reduce-scatter", layout.name()))
-        };
-        match shard.grad_state {
-            GradState::Zero => sum(&mut shard.grad)?,
-            GradState::Accumulated if plan.world_size() == 1 => add(&mut shard.grad, &full),
-            GradState::Accumulated => {
-                let mut part = self.pool.take(layout.shard_elems());
-                let lease = self.meter.lease(part.capacity() * size_of::<f32>());
-                sum(&mut part)?;
-                add(&mut shard.grad, &part);
-                drop(lease);
-                // The pool keeps whole units' buffers; this may well have been one.
-                if part.capacity() >= layout.padded_elems() {
-                    self.pool.put(part);
-                }
-            }
-        }
-        shard.grad_state = GradState::Accumulated;
-        drop(lease);
-        self.pool.put(full);
-        Ok(())
-    }
-
     /// Forgets all gradients. Not collective, and touches no memory.
     pub fn zero_gradients(&mut self) {
         self.backward_incomplete = false;
-        for shard in &mut self.shards {
-            shard.grad_state = GradState::Zero;
+        self.abandon_exchange();
+        for gradient in self.stores.iter_mut().filter_map(|store| store.grad.as_mut()) {
+            gradient.clear();
         }
     }
 
@@ -307,20 +308,26 @@ impl ShardedUnits {
         failed.map_or(Ok(()), Err)
     }
 
-    /// Bytes held from one step to the next: 8 for each element of the shard when training, 4 when frozen.
+    /// Bytes held from one step to the next: of stage 3 in f32, 8 for each element of the shard when training and 4 when
+    /// frozen. What hpZ keeps is among them; what stages 1 and 2 keep whole is counted as
+    /// [transient](Self::transient_bytes).
     pub fn persistent_bytes(&self) -> usize {
-        let elems = |shard: &Shard| shard.param.capacity() + shard.grad.capacity();
-        self.shards.iter().map(elems).sum::<usize>() * size_of::<f32>()
+        let bytes = |store: &Store| {
+            let grad = store.grad.as_ref().map_or(0, Gradient::bytes);
+            let near = store.near.as_ref().map_or(0, NearShard::bytes);
+            store.param.capacity() * size_of::<f32>() + grad + near
+        };
+        self.stores.iter().map(bytes).sum()
     }
 
     /// Bytes of whole units and whole gradients, now and at most.
     pub fn transient_bytes(&self) -> TransientBytes {
-        self.meter.read()
+        self.pool.meter().read()
     }
 
     /// Begins the count of the peak anew.
     pub fn reset_peak(&mut self) {
-        self.meter.reset_peak();
+        self.pool.meter().reset_peak();
     }
 
     /// Names this state of the parameters; changed by every load and every optimizer step.
@@ -344,27 +351,31 @@ impl ShardedUnits {
         self.backward_incomplete
     }
 
-    /// The parameter and gradient shards of every unit, for an optimizer. Gradients that never arrived are zeros.
+    /// The parameter and gradient shards of every unit's trainable parameters, for an optimizer. Gradients that never
+    /// arrived are zeros.
     pub(crate) fn shards_mut(&mut self) -> impl Iterator<Item = (&mut [f32], &[f32])> + '_ {
-        self.shards.iter_mut().map(|Shard { param, grad, grad_state }| {
-            if *grad_state == GradState::Zero {
-                grad.fill(0.0);
-                *grad_state = GradState::Accumulated;
-            }
-            (param.as_mut_slice(), grad.as_slice())
+        self.stores.iter_mut().map(|Store { param, grad, .. }| {
+            let grad = grad.as_mut().map_or(&[][..], Gradient::sum_or_zeros);
+            let learns = grad.len().min(param.len());
+            (&mut param[..learns], grad)
         })
     }
 
     /// This rank's shard of a unit's parameters, to be overwritten.
     pub(crate) fn param_shards_mut(&mut self) -> impl Iterator<Item = &mut [f32]> + '_ {
         self.params_changed();
-        self.shards.iter_mut().map(|shard| shard.param.as_mut_slice())
+        self.stores.iter_mut().map(|store| store.param.as_mut_slice())
     }
 
-    /// The gradient shards that are not zero.
+    /// The gradient shards that are not zero, and that no other rank of the shard group counts.
     pub(crate) fn grads(&self) -> impl Iterator<Item = &[f32]> + '_ {
-        let some = self.shards.iter().filter(|shard| shard.grad_state == GradState::Accumulated);
-        some.map(|shard| shard.grad.as_slice())
+        let counted = self.plan.units().iter().zip(&self.stores).filter(|(unit, _)| self.counts(unit));
+        counted.filter_map(|(_, store)| store.grad.as_ref()?.sum())
+    }
+
+    /// Refuses to use what [`offload`](Self::offload) has freed.
+    pub(crate) fn check_loaded(&self, layout: &FlatUnit) -> Result<()> {
+        if self.offloaded { Err(Error::Offloaded { unit: layout.name().to_owned() }) } else { Ok(()) }
     }
 }
 
@@ -379,7 +390,11 @@ pub(crate) fn read_parts<E: Into<BoxError>>(
     for (index, owned) in unit.owned_parts(rank) {
         let param = &unit.params()[index];
         let Range { start, end } = owned.param;
-        read(param, start..end, &mut shard[owned.shard]).map_err(|source| Error::Read {
+        // Of a frozen parameter there is no optimizer state.
+        let Some(into) = shard.get_mut(owned.shard) else {
+            continue;
+        };
+        read(param, start..end, into).map_err(|source| Error::Read {
             kind,
             name: param.name().to_owned(),
             start,
@@ -390,12 +405,6 @@ pub(crate) fn read_parts<E: Into<BoxError>>(
     Ok(())
 }
 
-fn add(sum: &mut [f32], part: &[f32]) {
-    for (sum, part) in sum.iter_mut().zip(part) {
-        *sum += part;
-    }
-}
-
-fn wrong_length(what: &'static str, layout: &FlatUnit, got: usize) -> Error {
-    Error::Length { what, name: layout.name().to_owned(), got, expected: layout.padded_elems() }
+pub(crate) fn wrong_length(what: &'static str, layout: &FlatUnit, got: usize, expected: usize) -> Error {
+    Error::Length { what, name: layout.name().to_owned(), got, expected }
 }

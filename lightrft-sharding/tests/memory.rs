@@ -1,6 +1,7 @@
 //! Bytes as a rank's own allocator counts them: 16 P/N kept from step to step, and a few units while computing.
 #![allow(missing_docs, unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod probe;
 #[path = "../examples/tiny/mod.rs"]
 mod tiny;
 
@@ -11,9 +12,10 @@ use std::time::Duration;
 
 use lightrft_collectives::{Communicator, GroupOptions, Operation, Result as GroupResult, local::World};
 use lightrft_sharding::{
-    AdamW, AdamWConfig, Error, FlatUnit, Plan, ReshardAfterForward, ShardOptions, ShardedModel,
-    StagedModel as _,
+    AdamW, AdamWConfig, Error, FlatUnit, Overlap, Plan, Policy, Precision, ReshardAfterForward, ShardSize,
+    ShardedModel, Stage, StagedModel as _, Trainable,
 };
+use probe::Probe;
 use tiny::{Batch, Tiny};
 
 /// The system's allocator, counting what each thread holds. A rank of `local::World` is a thread.
@@ -99,7 +101,7 @@ const BOOKKEEPING: usize = 32 << 10;
 
 /// (live after preparing, live after three steps, most during them, transient peak as the crate counts it, its count of
 /// persistent bytes)
-fn measure(comm: Arc<dyn Communicator>, options: ShardOptions) -> Result<[usize; 5], Error> {
+fn measure(comm: Arc<dyn Communicator>, options: Policy) -> Result<[usize; 5], Error> {
     let batch = Batch { tokens: vec![3], targets: vec![4] };
     let before = LIVE.get();
     let since = |now: isize| usize::try_from(now - before).expect("more than before");
@@ -131,7 +133,7 @@ fn a_rank_keeps_sixteen_bytes_a_parameter_over_the_ranks_and_padding() {
             let rank = comm.rank();
             let plan = Plan::new(MODEL.units(), world)?;
             let (elems, padding) = (plan.elems(), plan.padding_elems());
-            let [prepared, kept, _, _, own_count] = measure(comm, ShardOptions::default())?;
+            let [prepared, kept, _, _, own_count] = measure(comm, Policy::default())?;
             assert_eq!(own_count * world, 16 * (elems + padding), "rank {rank} of {world}");
             assert!(prepared >= own_count && prepared - own_count < BOOKKEEPING, "{prepared} {own_count}");
             assert!(kept >= own_count && kept - own_count < BOOKKEEPING, "{kept} {own_count}");
@@ -141,19 +143,90 @@ fn a_rank_keeps_sixteen_bytes_a_parameter_over_the_ranks_and_padding() {
     }
 }
 
+/// The peak of transient bytes over three passes, in units of one of six equal units' f32 bytes.
+fn peak_in_units(policy: &Policy) -> f64 {
+    let shapes = vec![vec![vec![64, 8]]; 6];
+    let peaks = World::new(2).launch(|comm| {
+        let rank = comm.rank();
+        let stages = (0..6).map(|unit| vec![unit]).collect();
+        let mut model = ShardedModel::new(Probe::with_stages(&shapes, stages), comm, policy.clone())?;
+        model.units_mut().load(probe::start)?;
+        for pass in 0..3 {
+            let batch = probe::Batch { round: 0, rank, pass };
+            let (output, tape) = model.forward(&batch)?;
+            model.backward(tape, output)?;
+        }
+        Ok::<_, Error>(model.units().transient_bytes().peak)
+    });
+    peaks.unwrap().into_iter().max().unwrap() as f64 / (4 * 64 * 8) as f64
+}
+
+#[test]
+fn at_most_two_units_and_the_gradient_of_one_are_whole_at_a_time() {
+    let default = Policy::default;
+    // The unit that is used, the one that is gathered ahead, and a gradient.
+    assert_eq!(peak_in_units(&default()), 3.0);
+    assert_eq!(peak_in_units(&Policy { prefetch: 0, ..default() }), 2.0);
+    assert_eq!(peak_in_units(&Policy { prefetch: 2, ..default() }), 4.0);
+    // Reduced beside the next backward, a gradient more.
+    assert_eq!(peak_in_units(&Policy { overlap: Overlap::On, ..default() }), 4.0);
+    // Parameters of half the size.
+    assert_eq!(peak_in_units(&Policy { param_dtype: Precision::Bf16, ..default() }), 2.0);
+    // All units, and a gradient.
+    let never = Policy { reshard_after_forward: ReshardAfterForward::Never, ..default() };
+    assert_eq!(peak_in_units(&never), 7.0);
+    assert_eq!(peak_in_units(&Policy { stage: Stage::Zero1, ..default() }), 7.0);
+    // Every unit's gradient until the bucket is full.
+    assert_eq!(peak_in_units(&Policy { stage: Stage::Zero2, reduce_bucket_elems: 1, ..default() }), 7.0);
+    // Nothing is gathered where nothing is cut: what is used is a copy of the masters.
+    assert_eq!(peak_in_units(&Policy { stage: Stage::Zero0, ..default() }), 2.0);
+}
+
+#[test]
+fn what_each_policy_keeps_from_step_to_step_is_what_the_table_says() {
+    // Six units of 512 elements; masters and gradients alone, in bytes for each parameter.
+    let kept = |policy: Policy| {
+        let ranks = World::new(4).launch(|comm| {
+            let shapes = vec![vec![vec![64, 8]]; 6];
+            let mut model = ShardedModel::new(Probe::new(&shapes), comm, policy.clone())?;
+            model.units_mut().load(probe::start)?;
+            model.forward(&probe::Batch { round: 0, rank: 0, pass: 0 })?;
+            Ok::<_, Error>(model.units().persistent_bytes() as f64 / (6 * 512) as f64)
+        });
+        ranks.unwrap()[0]
+    };
+    let default = Policy::default;
+    let bf16 = Precision::Bf16;
+    assert_eq!(kept(Policy { stage: Stage::Zero0, ..default() }), 8.0);
+    assert_eq!(kept(Policy { stage: Stage::Zero1, ..default() }), 4.0 / 4.0 + 4.0);
+    assert_eq!(kept(Policy { stage: Stage::Zero1, grad_accum_dtype: bf16, ..default() }), 4.0 / 4.0 + 2.0);
+    assert_eq!(kept(Policy { stage: Stage::Zero2, ..default() }), 8.0 / 4.0);
+    assert_eq!(kept(default()), 8.0 / 4.0);
+    assert_eq!(kept(Policy { shard_size: ShardSize::Ranks(2), ..default() }), 8.0 / 2.0);
+    // hpZ keeps what was gathered, over two.
+    let near = ReshardAfterForward::ToGroup(2);
+    assert_eq!(
+        kept(Policy { reshard_after_forward: near, param_dtype: bf16, ..default() }),
+        8.0 / 4.0 + 2.0 / 2.0
+    );
+    // Of what is frozen there is no gradient.
+    let half = Trainable::ExceptPrefixes(["u0.", "u1.", "u2."].map(str::to_owned).to_vec());
+    assert_eq!(kept(Policy { trainable: half, ..default() }), 6.0 / 4.0);
+}
+
 #[test]
 fn computing_takes_no_more_than_the_units_of_one_stage_and_their_gradients() {
     let layouts = Plan::new(MODEL.units(), 2).unwrap();
     let bytes = |unit: &FlatUnit| 4 * unit.padded_elems();
     let all: usize = layouts.units().iter().map(bytes).sum();
     let largest = layouts.units().iter().map(bytes).max().unwrap();
-    // The tied head uses two units at once; their gradients are two more; a reduced part of one, and a buffer waiting
-    // for reuse.
+    // The tied head uses two units at once, and a layer is gathered beside them; the gradient of the embedding stays
+    // until its last use, beside that of each unit in turn; small ones may take its buffer's place in reuse.
     let head = bytes(&layouts.units()[0]) + bytes(&layouts.units()[MODEL.layers + 1]);
-    let bound = 2 * head + largest / 2 + largest;
+    let bound = head + bytes(&layouts.units()[1]) + 2 * largest;
     let peaks = |reshard_after_forward| {
-        let ranks = World::new(2)
-            .launch(|comm| measure(comm, ShardOptions { reshard_after_forward, ..ShardOptions::default() }));
+        let ranks =
+            World::new(2).launch(|comm| measure(comm, Policy { reshard_after_forward, ..Policy::default() }));
         let [prepared, _, peak, transient, _] = ranks.unwrap()[0];
         // The crate's count is the allocator's, but for activations and bookkeeping.
         assert!((peak - prepared).abs_diff(transient) < BOOKKEEPING, "{} {transient}", peak - prepared);

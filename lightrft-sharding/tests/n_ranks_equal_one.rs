@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lightrft_collectives::{Communicator, local::World};
-use lightrft_sharding::{AdamW, AdamWConfig, Error, ReshardAfterForward, ShardOptions, ShardedModel, Update};
+use lightrft_sharding::{
+    Activations, AdamW, AdamWConfig, Error, Overlap, Policy, Precision, ReshardAfterForward, ShardSize,
+    ShardedModel, Stage, Update,
+};
 use tiny::{Batch, Tiny};
 
 const MODEL: Tiny = Tiny { vocab: 11, width: 7, layers: 2 };
@@ -25,7 +28,7 @@ fn micro_batch(step: usize, index: usize) -> Batch {
 fn train(
     comm: Arc<dyn Communicator>,
     count: usize,
-    options: ShardOptions,
+    options: Policy,
 ) -> Result<BTreeMap<String, Vec<f32>>, Error> {
     let (rank, world) = (comm.rank(), comm.world_size());
     let mut model = ShardedModel::new(MODEL, comm, options)?;
@@ -55,8 +58,8 @@ fn train(
     Ok(params)
 }
 
-fn on(world: usize, count: usize, options: ShardOptions) -> BTreeMap<String, Vec<f32>> {
-    let mut ranks = World::new(world).launch(|comm| train(comm, count, options)).unwrap();
+fn on(world: usize, count: usize, options: Policy) -> BTreeMap<String, Vec<f32>> {
+    let mut ranks = World::new(world).launch(|comm| train(comm, count, options.clone())).unwrap();
     let first = ranks.swap_remove(0);
     assert!(ranks.iter().all(|params| *params == first), "ranks disagree");
     first
@@ -76,8 +79,8 @@ fn smallest_change(params: &BTreeMap<String, Vec<f32>>) -> f32 {
 fn ranks_with_one_micro_batch_each_equal_one_rank_with_all_bit_for_bit() {
     for world in [1, 2, 3, 4] {
         // Rank order is the order of accumulation: ((g0 + g1) + g2) + g3 on either side.
-        let one = on(1, world, ShardOptions::default());
-        let many = on(world, world, ShardOptions::default());
+        let one = on(1, world, Policy::default());
+        let many = on(world, world, Policy::default());
         assert_eq!(one, many, "{world} ranks");
         assert!(smallest_change(&one) > 1e-3, "every parameter learns");
     }
@@ -85,9 +88,9 @@ fn ranks_with_one_micro_batch_each_equal_one_rank_with_all_bit_for_bit() {
 
 #[test]
 fn ranks_that_accumulate_equal_one_rank_to_rounding() {
-    let one = on(1, 12, ShardOptions::default());
+    let one = on(1, 12, Policy::default());
     for world in [2, 3, 4] {
-        let many = on(world, 12, ShardOptions::default());
+        let many = on(world, 12, Policy::default());
         for (name, values) in &one {
             for (a, b) in values.iter().zip(&many[name]) {
                 assert!((a - b).abs() <= 1e-6 + 1e-6 * a.abs(), "{world} ranks, {name}: {a} {b}");
@@ -97,18 +100,65 @@ fn ranks_that_accumulate_equal_one_rank_to_rounding() {
 }
 
 #[test]
-fn neither_resharding_nor_alignment_changes_a_bit() {
-    let always = on(3, 3, ShardOptions::default());
-    let never = ShardOptions { reshard_after_forward: ReshardAfterForward::Never, ..ShardOptions::default() };
-    assert_eq!(always, on(3, 3, never));
-    assert_eq!(always, on(3, 3, ShardOptions { alignment: 16, ..ShardOptions::default() }));
+fn how_a_model_is_cut_and_when_it_travels_changes_no_bit() {
+    let always = on(4, 4, Policy::default());
+    let default = Policy::default;
+    for policy in [
+        Policy { reshard_after_forward: ReshardAfterForward::Never, ..default() },
+        Policy { reshard_after_forward: ReshardAfterForward::ToGroup(2), ..default() },
+        Policy { alignment: 16, ..default() },
+        Policy { prefetch: 0, ..default() },
+        Policy { prefetch: 3, overlap: Overlap::On, ..default() },
+        Policy { activations: Activations::Keep, ..default() },
+        Policy { stage: Stage::Zero2, ..default() },
+        Policy { stage: Stage::Zero2, reduce_bucket_elems: 1, overlap: Overlap::On, ..default() },
+        Policy { stage: Stage::Zero1, ..default() },
+        Policy { stage: Stage::Zero1, reduce_bucket_elems: 70, ..default() },
+    ] {
+        assert!(on(4, 4, policy.clone()) == always, "{policy:?}");
+    }
+}
+
+#[test]
+fn summing_in_another_order_changes_rounding_alone() {
+    let one = on(1, 12, Policy::default());
+    let default = Policy::default;
+    for policy in [
+        Policy { stage: Stage::Zero0, ..default() },
+        Policy { stage: Stage::Zero0, reduce_bucket_elems: 1, ..default() },
+        Policy { stage: Stage::Zero1, ..default() },
+        Policy { shard_size: ShardSize::Ranks(2), ..default() },
+        Policy { stage: Stage::Zero2, shard_size: ShardSize::Ranks(1), ..default() },
+        Policy { persistence_threshold: 60, ..default() },
+    ] {
+        near(&one, &on(4, 12, policy.clone()), 1e-6, &policy);
+    }
+    // Computing in bf16 is another model, by some 2^-8 of each parameter; what travels in bf16 is rounded as much.
+    let bf16 = Precision::Bf16;
+    for policy in [
+        Policy { param_dtype: bf16, ..default() },
+        Policy { reduce_dtype: bf16, ..default() },
+        Policy { grad_accum_dtype: bf16, stage: Stage::Zero1, ..default() },
+    ] {
+        let many = on(4, 12, policy.clone());
+        assert!(many != one, "{policy:?} has no effect");
+        near(&one, &many, 0.1, &policy);
+    }
+}
+
+fn near(a: &BTreeMap<String, Vec<f32>>, b: &BTreeMap<String, Vec<f32>>, tolerance: f32, policy: &Policy) {
+    for (name, values) in a {
+        for (a, b) in values.iter().zip(&b[name]) {
+            assert!((a - b).abs() <= tolerance * (1.0 + a.abs()), "{policy:?}, {name}: {a} {b}");
+        }
+    }
 }
 
 #[test]
 fn gradients_written_by_hand_equal_differences() {
     // Without this, all ranks could agree on nonsense.
     let world = World::new(1).launch(|comm| {
-        let mut model = ShardedModel::new(MODEL, comm, ShardOptions::default())?;
+        let mut model = ShardedModel::new(MODEL, comm, Policy::default())?;
         model.units_mut().load(tiny::start)?;
         let batch = micro_batch(0, 0);
         let (logits, tape) = model.forward(&batch)?;

@@ -127,7 +127,7 @@ proptest! {
                 let (values, lease) = full.into_parts();
                 drop(lease);
                 // Reused buffers must not show what they held.
-                units.recycle(values.iter().map(|_| f32::NAN).collect());
+                units.recycle(values.iter().map(|_| f32::NAN).collect::<Vec<f32>>());
             }
             Ok::<_, Error>(())
         }).unwrap();

@@ -8,7 +8,7 @@ use lightrft_ckpt::{Region, SafetensorsFile};
 use lightrft_collectives::Communicator;
 use lightrft_engine::Engine;
 use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, ModelError, Settings, weight_files};
-use lightrft_sharding::{AdamW, AdamWConfig, Mode, ShardOptions, ShardedModel};
+use lightrft_sharding::{AdamW, AdamWConfig, Mode, Policy, ShardedModel, Stage};
 use safetensors::Dtype;
 
 use crate::config::{EngineType, StrategyConfig};
@@ -34,13 +34,24 @@ pub struct Reference {
 }
 
 pub(crate) fn actor(config: &StrategyConfig, world: &Arc<dyn Communicator>, folder: &Path) -> Result<Actor> {
-    let model = load(world, folder, Mode::Train)?;
+    let stage = Stage::try_from(config.zero_stage)?;
+    let model = load(world, folder, Policy { stage, ..Policy::default() })?;
     let optimizer = optimizer(config, &model)?;
     Ok(Actor { model, optimizer, accumulated: 0 })
 }
 
-pub(crate) fn reference(world: &Arc<dyn Communicator>, folder: &Path) -> Result<Reference> {
-    Ok(Reference { model: load(world, folder, Mode::Frozen)? })
+/// Cut where the policy's parameters are, whole on every rank where they are not, as LightRFT has it.
+pub(crate) fn reference(
+    config: &StrategyConfig,
+    world: &Arc<dyn Communicator>,
+    folder: &Path,
+) -> Result<Reference> {
+    let stage = match Stage::try_from(config.zero_stage)? {
+        Stage::Zero3 => Stage::Zero3,
+        _ => Stage::Zero0,
+    };
+    let policy = Policy { mode: Mode::Frozen, stage, ..Policy::default() };
+    Ok(Reference { model: load(world, folder, policy)? })
 }
 
 pub(crate) fn engine(
@@ -75,11 +86,10 @@ fn optimizer(config: &StrategyConfig, model: &ShardedModel<CausalLm>) -> Result<
     Ok(AdamW::new(settings, model.units())?)
 }
 
-fn load(world: &Arc<dyn Communicator>, folder: &Path, mode: Mode) -> Result<ShardedModel<CausalLm>> {
+fn load(world: &Arc<dyn Communicator>, folder: &Path, policy: Policy) -> Result<ShardedModel<CausalLm>> {
     let config = DecoderConfig::from_folder(folder)?;
     let decoder = Decoder::new(config, DType::F32, &Device::Cpu)?;
-    let options = ShardOptions { mode, ..ShardOptions::default() };
-    let mut model = ShardedModel::new(CausalLm::new(decoder), Arc::clone(world), options)?;
+    let mut model = ShardedModel::new(CausalLm::new(decoder), Arc::clone(world), policy)?;
     let files = ModelFiles::open(folder, model.model().decoder().config())?;
     model.units_mut().load(|param, range, into| files.read(param.name(), Region::Flat(range), into))?;
     Ok(model)

@@ -105,7 +105,7 @@ impl Strategy {
     /// # Errors
     /// As [`prepare_actor`](Self::prepare_actor).
     pub fn prepare_reference(&self, folder: &Path) -> Result<Reference> {
-        prepare::reference(&self.world, folder)
+        prepare::reference(&self.config, &self.world, folder)
     }
 
     /// The embedded engine for this policy, without weights yet, on the ranks that hold one.

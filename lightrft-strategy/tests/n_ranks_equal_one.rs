@@ -63,6 +63,19 @@ fn n_ranks_equal_one_to_1e_6_with_clipping_and_other_micro_batches() {
 }
 
 #[test]
+fn every_zero_stage_equals_one_rank_to_1e_6() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &config(serde_json::json!({ "model_type": "llama" })), 3);
+    let settings = StrategyConfig { max_norm: 0.1, ..settings(ROWS, 2) };
+    let one = train(folder.path(), 1, &settings);
+    for zero_stage in 0..=3 {
+        let many = train(folder.path(), 3, &StrategyConfig { zero_stage, ..settings.clone() });
+        let gap = one.iter().zip(&many).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(gap <= 1e-6, "stage {zero_stage} on 3 ranks differs by {gap}");
+    }
+}
+
+#[test]
 fn a_rank_keeps_16_bytes_a_parameter_over_the_number_of_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let config = config(serde_json::json!({}));

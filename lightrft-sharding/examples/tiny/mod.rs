@@ -5,7 +5,7 @@
 
 use std::convert::Infallible;
 
-use lightrft_sharding::{FlatUnit, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec};
+use lightrft_sharding::{FlatUnit, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec, UnitValues};
 
 /// Sizes of the model.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +70,8 @@ impl StagedModel for Tiny {
     type Batch = Batch;
     type Activation = Vec<f32>;
     type Params = Bound;
+    /// A layer's tanh, which its backward would compute again.
+    type Saved = Vec<f32>;
     type Error = lightrft_sharding::Error;
 
     fn units(&self) -> Vec<UnitSpec> {
@@ -96,13 +98,14 @@ impl StagedModel for Tiny {
         stages
     }
 
-    fn bind(&self, unit: &FlatUnit, values: Vec<f32>) -> Result<Bound, Self::Error> {
+    fn bind(&self, unit: &FlatUnit, values: UnitValues) -> Result<Bound, Self::Error> {
+        let values = values.into_f32();
         let offsets = unit.params().iter().map(|param| (param.range().start, param.range().end)).collect();
         Ok(Bound { values, offsets })
     }
 
-    fn unbind(&self, params: Bound) -> Option<Vec<f32>> {
-        Some(params.values)
+    fn unbind(&self, params: Bound) -> Option<UnitValues> {
+        Some(params.values.into())
     }
 
     fn forward(
@@ -154,22 +157,15 @@ impl StagedModel for Tiny {
                 None
             }
             _ if stage <= self.layers => {
-                // y = x + tanh(x W^T + b), so d tanh = 1 - tanh^2.
-                let mut grad_inner = hidden(x, params[0]);
-                grad_inner.iter_mut().zip(&grad_output).for_each(|(h, g)| *h = (1.0 - *h * *h) * g);
-                let mut grad_x = grad_output;
-                let mut grad_bias = vec![0.0; d];
-                let weight = params[0].param(0);
-                let grad_weight = grads.slice_mut(0, 0)?;
-                for ((x, inner), grad_x) in x.chunks(d).zip(grad_inner.chunks(d)).zip(grad_x.chunks_mut(d)) {
-                    for (row, &g) in inner.iter().enumerate() {
-                        add_scaled(&mut grad_weight[row * d..][..d], x, g);
-                        add_scaled(grad_x, &weight[row * d..][..d], g);
-                    }
-                    add_scaled(&mut grad_bias, inner, 1.0);
-                }
-                grads.add(0, 1, &grad_bias)?;
-                Some(grad_x)
+                return self.backward_saved(
+                    stage,
+                    params,
+                    batch,
+                    input,
+                    hidden(x, params[0]),
+                    grad_output,
+                    grads,
+                );
             }
             _ => {
                 let (embed, scale) = (params[0].param(0), params[1].param(0));
@@ -196,6 +192,50 @@ impl StagedModel for Tiny {
                 Some(grad_x)
             }
         })
+    }
+
+    fn forward_saving(
+        &self,
+        stage: usize,
+        params: &[&Bound],
+        batch: &Batch,
+        input: Option<&Vec<f32>>,
+    ) -> Result<(Vec<f32>, Option<Vec<f32>>), Self::Error> {
+        let Some(x) = input.filter(|_| stage <= self.layers) else {
+            return Ok((self.forward(stage, params, batch, input)?, None));
+        };
+        let tanh = hidden(x, params[0]);
+        Ok((tanh.iter().zip(x).map(|(y, x)| y + x).collect(), Some(tanh)))
+    }
+
+    fn backward_saved(
+        &self,
+        _stage: usize,
+        params: &[&Bound],
+        _batch: &Batch,
+        input: Option<&Vec<f32>>,
+        tanh: Vec<f32>,
+        grad_output: Vec<f32>,
+        grads: &mut StageGrads<'_>,
+    ) -> Result<Option<Vec<f32>>, Self::Error> {
+        let d = self.width;
+        let x = input.map_or(&[][..], Vec::as_slice);
+        // y = x + tanh(x W^T + b), so d tanh = 1 - tanh^2.
+        let mut grad_inner = tanh;
+        grad_inner.iter_mut().zip(&grad_output).for_each(|(h, g)| *h = (1.0 - *h * *h) * g);
+        let mut grad_x = grad_output;
+        let mut grad_bias = vec![0.0; d];
+        let weight = params[0].param(0);
+        let grad_weight = grads.slice_mut(0, 0)?;
+        for ((x, inner), grad_x) in x.chunks(d).zip(grad_inner.chunks(d)).zip(grad_x.chunks_mut(d)) {
+            for (row, &g) in inner.iter().enumerate() {
+                add_scaled(&mut grad_weight[row * d..][..d], x, g);
+                add_scaled(grad_x, &weight[row * d..][..d], g);
+            }
+            add_scaled(&mut grad_bias, inner, 1.0);
+        }
+        grads.add(0, 1, &grad_bias)?;
+        Ok(Some(grad_x))
     }
 }
 

@@ -107,8 +107,8 @@ impl AdamW {
             return Err(Error::Frozen { unit: unit.name().to_owned() });
         }
         let state = |unit: &FlatUnit| UnitState {
-            exp_avg: vec![0.0; unit.shard_elems()],
-            exp_avg_sq: vec![0.0; unit.shard_elems()],
+            exp_avg: vec![0.0; unit.trainable_shard_elems()],
+            exp_avg_sq: vec![0.0; unit.trainable_shard_elems()],
             runs: runs(unit, units.rank(), &rule),
         };
         let states = plan.units().iter().map(state).collect();
@@ -136,6 +136,7 @@ impl AdamW {
         if units.backward_incomplete() {
             return Err(Error::IncompleteBackward);
         }
+        units.sync_gradients()?;
         let grad_norm = norm::global(units)?;
         if !grad_norm.is_finite() {
             self.counters.skipped += 1;
@@ -244,7 +245,7 @@ impl AdamW {
 /// The rank's parts of a unit, neighbours of one rule joined.
 fn runs(unit: &FlatUnit, rank: usize, rule: impl Fn(&str) -> Decay) -> Vec<(Range<usize>, Decay)> {
     let mut runs: Vec<(Range<usize>, Decay)> = Vec::new();
-    for (param, owned) in unit.owned_parts(rank) {
+    for (param, owned) in unit.trainable_parts(rank) {
         let decay = rule(unit.params()[param].name());
         match runs.last_mut() {
             Some((last, same)) if *same == decay && last.end == owned.shard.start => {

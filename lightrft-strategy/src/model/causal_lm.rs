@@ -6,7 +6,7 @@
 
 use candle_core::{Device, Tensor, Var};
 use lightrft_engine::embedded::{Decoder, ModelResult, Weights};
-use lightrft_sharding::{FlatUnit, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec};
+use lightrft_sharding::{FlatUnit, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec, UnitValues};
 
 use super::TokenBatch;
 use crate::error::{Error, Result};
@@ -56,6 +56,7 @@ impl StagedModel for CausalLm {
     type Batch = TokenBatch;
     type Activation = Tensor;
     type Params = BoundUnit;
+    type Saved = ();
     type Error = Error;
 
     fn units(&self) -> Vec<UnitSpec> {
@@ -78,7 +79,8 @@ impl StagedModel for CausalLm {
         stages
     }
 
-    fn bind(&self, unit: &FlatUnit, values: Vec<f32>) -> Result<BoundUnit> {
+    fn bind(&self, unit: &FlatUnit, values: UnitValues) -> Result<BoundUnit> {
+        let values = values.into_f32();
         let elems = values.len();
         let flat = Tensor::from_vec(values, elems, &Device::Cpu)?.to_device(self.decoder.device())?;
         let view = |p: &lightrft_sharding::FlatParam| -> Result<(String, Tensor)> {
@@ -109,18 +111,25 @@ impl StagedModel for CausalLm {
         grads: &mut StageGrads<'_>,
     ) -> Result<Option<Tensor>> {
         let mut vars = Vec::new();
+        let mut weights = Vec::new();
         for (unit, bound) in params.iter().enumerate() {
             for (param, (name, value)) in bound.params.iter().enumerate() {
-                vars.push((unit, param, name, Var::from_tensor(value)?));
+                // What is frozen needs no variable of its own.
+                if !grads.wants(unit, param)? {
+                    weights.push((name.clone(), value.clone()));
+                    continue;
+                }
+                let var = Var::from_tensor(value)?;
+                weights.push((name.clone(), var.as_tensor().clone()));
+                vars.push((unit, param, var));
             }
         }
-        let weights: Weights =
-            vars.iter().map(|(_, _, name, var)| ((*name).clone(), var.as_tensor().clone())).collect();
+        let weights: Weights = weights.into_iter().collect();
         let input = input.map(Var::from_tensor).transpose()?;
         let output = self.run(stage, &weights, batch, input.as_ref().map(Var::as_tensor))?;
         // candle starts from ones, so the gradient of the output goes in as a factor.
         let mut found = (output * grad_output)?.sum_all()?.backward()?;
-        for (unit, param, _, var) in &vars {
+        for (unit, param, var) in &vars {
             // A parameter this batch did not touch has no gradient, which counts as zero.
             if let Some(gradient) = found.remove(var.as_tensor()) {
                 grads.add(*unit, *param, &gradient.flatten_all()?.to_vec1::<f32>()?)?;

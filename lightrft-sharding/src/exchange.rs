@@ -1,0 +1,305 @@
+//! Gradients on their way in a backward pass: gathered into buckets, reduce-scattered, beside computing where asked.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use lightrft_collectives::{CommunicatorExt as _, Pending, ReduceOp};
+
+use crate::buffers::{FullUnit, Lease, Whole};
+use crate::error::{Error, Result};
+use crate::flat::FlatUnit;
+use crate::gradient::{Exchange, GradState};
+use crate::plan::Plan;
+use crate::policy::Stage;
+use crate::precision::{Precision, UnitValues};
+use crate::unit::{Mode, ShardedUnits, wrong_length};
+
+/// Whole gradients that have not yet come back as shards.
+#[derive(Debug, Default)]
+pub(crate) struct Backlog {
+    /// Those that wait for their bucket to fill.
+    bucket: Vec<(usize, Whole)>,
+    /// The exchange that runs beside backward.
+    in_flight: Option<InFlight>,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    pending: Pending<UnitValues>,
+    lease: Lease,
+    parts: Parts,
+}
+
+/// Where in a reduced buffer this rank's parts of which units lie.
+type Parts = Vec<(usize, Range<usize>)>;
+
+impl ShardedUnits {
+    /// A zeroed buffer for the whole gradient of a unit, to be filled and handed to
+    /// [`reduce_gradient`](Self::reduce_gradient).
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUnit`], [`Error::Frozen`], [`Error::Offloaded`].
+    pub fn gradient_buffer(&mut self, unit: usize) -> Result<FullUnit> {
+        Ok(FullUnit::new(self.gradient_whole(unit)?))
+    }
+
+    pub(crate) fn gradient_whole(&mut self, unit: usize) -> Result<Whole> {
+        let layout = self.plan.unit(unit)?;
+        self.check_learns(layout)?;
+        Ok(self.pool.take_zeroed(layout.trainable_padded_elems()))
+    }
+
+    /// Adds this rank's whole gradient of a unit's trainable parameters to what has accumulated. *Collective*. In stages 2
+    /// and 3 the ranks' gradients are summed at once, by one reduce-scatter, or none in a group of one rank; in stages 0
+    /// and 1 nothing is sent before [`sync_gradients`](Self::sync_gradients).
+    ///
+    /// The sum is a sum, not a mean: scale the loss by what the batch as a whole calls for (tokens, samples,
+    /// accumulation steps times ranks). Ranks are added in rank order, and the result to what has accumulated.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUnit`], [`Error::Frozen`], [`Error::Offloaded`], [`Error::AlreadySummed`], [`Error::Collective`],
+    /// and [`Error::Length`] when `full` has neither [`trainable_elems`](FlatUnit::trainable_elems) nor
+    /// [`trainable_padded_elems`](FlatUnit::trainable_padded_elems) elements. All but failures of the collective are
+    /// found before anything is sent.
+    pub fn reduce_gradient(&mut self, unit: usize, full: Vec<f32>) -> Result<()> {
+        let layout = self.plan.unit(unit)?;
+        let (elems, padded) = (layout.trainable_elems(), layout.trainable_padded_elems());
+        self.check_learns(layout)?;
+        if full.len() != elems && full.len() != padded {
+            return Err(wrong_length("the full gradient", layout, full.len(), padded));
+        }
+        let mut full = full;
+        full.resize(padded, 0.0);
+        let whole = self.pool.whole(UnitValues::F32(full));
+        self.push_gradient(unit, whole, Bucket::Alone)?;
+        self.settle()
+    }
+
+    /// The bucket that the stage asks for.
+    pub(crate) fn stage_bucket(&self) -> Bucket {
+        match self.policy.stage {
+            Stage::Zero2 => Bucket::Elems(self.policy.reduce_bucket_elems),
+            _ => Bucket::Alone,
+        }
+    }
+
+    /// Begins to sum a whole gradient (f32, padded), or adds it to what waits.
+    pub(crate) fn push_gradient(&mut self, unit: usize, mut whole: Whole, bucket: Bucket) -> Result<()> {
+        let plan = Arc::clone(&self.plan);
+        let layout = plan.unit(unit)?;
+        let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) else {
+            return Ok(());
+        };
+        gradient.check_open(layout)?;
+        if let UnitValues::F32(values) = &mut whole.values {
+            // Whatever a caller left in the padding must not reach the norm.
+            values[layout.trainable_elems()..].fill(0.0);
+        }
+        let alone = self.groups.shard.world_size() == 1 || whole.values.is_empty();
+        if gradient.exchange != Exchange::EachPass || alone {
+            let all = 0..gradient.accum.len();
+            gradient.accumulate(&whole.values, all);
+            self.pool.put_whole(whole);
+            return Ok(());
+        }
+        let most = match bucket {
+            Bucket::Alone => 0,
+            Bucket::Elems(elems) => elems,
+        };
+        if self.backlog.elems() + whole.values.len() > most {
+            self.flush()?;
+        }
+        self.backlog.bucket.push((unit, whole));
+        if self.backlog.elems() >= most { self.flush() } else { Ok(()) }
+    }
+
+    /// Ends all exchanges of a backward pass.
+    pub(crate) fn finish_exchange(&mut self) -> Result<()> {
+        self.flush()?;
+        self.settle()
+    }
+
+    /// Sends what waits in the bucket.
+    fn flush(&mut self) -> Result<()> {
+        let bucket = std::mem::take(&mut self.backlog.bucket);
+        let (values, parts) = match <[_; 1]>::try_from(bucket) {
+            Ok([(unit, whole)]) => {
+                let own = self.plan.unit(unit)?.shard(self.rank);
+                if self.reduce_directly(unit, &whole)? {
+                    self.pool.put_whole(whole);
+                    return Ok(());
+                }
+                (self.in_reduce_dtype(whole), vec![(unit, own)])
+            }
+            Err(bucket) if bucket.is_empty() => return Ok(()),
+            Err(bucket) => self.pack(bucket)?,
+        };
+        self.start(values, parts)
+    }
+
+    /// One call without a buffer between, where the sum can lie at once where it belongs.
+    fn reduce_directly(&mut self, unit: usize, whole: &Whole) -> Result<bool> {
+        let layout = self.plan.unit(unit)?;
+        let gradient = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut());
+        let (Some(gradient), UnitValues::F32(full)) = (gradient, &whole.values) else {
+            return Ok(false);
+        };
+        let UnitValues::F32(sum) = &mut gradient.accum else {
+            return Ok(false);
+        };
+        if self.groups.reduces.is_some()
+            || self.policy.reduce_dtype != Precision::F32
+            || gradient.state != GradState::Zero
+        {
+            return Ok(false);
+        }
+        let reduced = self.groups.shard.reduce_scatter(full, sum, ReduceOp::Sum);
+        reduced.map_err(Error::collective("gradient reduce-scatter", layout.name()))?;
+        gradient.state = GradState::Local;
+        Ok(true)
+    }
+
+    /// Sums `values` over the shard group, beside computing where that is asked for.
+    fn start(&mut self, mut whole: Whole, parts: Parts) -> Result<()> {
+        // One is in flight at a time: memory is bounded by it.
+        self.settle()?;
+        if let Some(queue) = &self.groups.reduces {
+            let Whole { mut values, lease } = whole;
+            let pending = queue.enqueue(move |comm| values.reduce_scatter(comm).map(|()| values));
+            self.backlog.in_flight = Some(InFlight { pending, lease, parts });
+            return Ok(());
+        }
+        let name = self.names(&parts);
+        whole
+            .values
+            .reduce_scatter(&*self.groups.shard)
+            .map_err(Error::collective("gradient reduce-scatter", &name))?;
+        self.scatter(&whole.values, parts);
+        self.pool.put_whole(whole);
+        Ok(())
+    }
+
+    /// Waits for the exchange that is in flight.
+    fn settle(&mut self) -> Result<()> {
+        let Some(InFlight { pending, lease, parts }) = self.backlog.in_flight.take() else {
+            return Ok(());
+        };
+        let name = self.names(&parts);
+        let values = pending.wait().map_err(Error::collective("gradient reduce-scatter", &name))?;
+        self.scatter(&values, parts);
+        self.pool.put_whole(Whole { values, lease });
+        Ok(())
+    }
+
+    /// Adds this rank's parts of a reduced buffer to what has accumulated.
+    fn scatter(&mut self, values: &UnitValues, parts: Parts) {
+        for (unit, part) in parts {
+            if let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) {
+                gradient.accumulate(values, part);
+            }
+        }
+    }
+
+    /// The gradient in what it is sent in.
+    fn in_reduce_dtype(&mut self, whole: Whole) -> Whole {
+        let UnitValues::F32(values) = &whole.values else {
+            return whole;
+        };
+        if self.policy.reduce_dtype == Precision::F32 {
+            return whole;
+        }
+        let mut sent = self.pool.take(self.policy.reduce_dtype, values.len());
+        sent.values.write(0..values.len(), values);
+        self.pool.put_whole(whole);
+        sent
+    }
+
+    /// Several units in one buffer, ordered by rank so that one reduce-scatter serves all.
+    fn pack(&mut self, bucket: Vec<(usize, Whole)>) -> Result<(Whole, Parts)> {
+        let elems = bucket.iter().map(|(_, whole)| whole.values.len()).sum();
+        let mut packed = self.pool.take(self.policy.reduce_dtype, elems);
+        let units: Vec<usize> = bucket.iter().map(|(unit, _)| *unit).collect();
+        let order = rank_order(&self.plan, &units, self.groups.shard.world_size())?;
+        for (at, unit, from) in &order {
+            let whole = bucket.iter().find(|(other, _)| other == unit);
+            if let Some((_, Whole { values: UnitValues::F32(values), .. })) = whole {
+                packed.values.write(*at..*at + from.len(), &values[from.clone()]);
+            }
+        }
+        for (_, whole) in bucket {
+            self.pool.put_whole(whole);
+        }
+        Ok((packed, own_parts(&order, &self.plan, self.rank)?))
+    }
+
+    fn names(&self, parts: &Parts) -> String {
+        let name = |(unit, _): &(usize, Range<usize>)| self.plan.unit(*unit).map_or("", FlatUnit::name);
+        parts.iter().map(name).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Refuses a pass between the ranks' sum and the step.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        for (unit, store) in self.plan.units().iter().zip(&self.stores) {
+            store.grad.as_ref().map_or(Ok(()), |gradient| gradient.check_open(unit))?;
+        }
+        Ok(())
+    }
+
+    /// Forgets what was on its way.
+    pub(crate) fn abandon_exchange(&mut self) {
+        self.backlog = Backlog::default();
+    }
+
+    pub(crate) fn check_learns(&self, layout: &FlatUnit) -> Result<()> {
+        self.check_loaded(layout)?;
+        match self.policy.mode {
+            Mode::Train => Ok(()),
+            Mode::Frozen => Err(Error::Frozen { unit: layout.name().to_owned() }),
+        }
+    }
+}
+
+/// How much is sent at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bucket {
+    /// Each unit on its own.
+    Alone,
+    /// Units until there are so many elements.
+    Elems(usize),
+}
+
+impl Backlog {
+    fn elems(&self) -> usize {
+        self.bucket.iter().map(|(_, whole)| whole.values.len()).sum()
+    }
+}
+
+/// For a buffer of several units whose even parts are what each rank gets: (where in it, unit, which elements of it).
+pub(crate) fn rank_order(
+    plan: &Plan,
+    units: &[usize],
+    ranks: usize,
+) -> Result<Vec<(usize, usize, Range<usize>)>> {
+    let mut order = Vec::with_capacity(units.len() * ranks);
+    let mut at = 0;
+    for rank in 0..ranks {
+        for &unit in units {
+            let from = plan.unit(unit)?.shard(rank);
+            let elems = from.len();
+            order.push((at, unit, from));
+            at += elems;
+        }
+    }
+    Ok(order)
+}
+
+/// Where in such a buffer the parts of `rank` lie.
+pub(crate) fn own_parts(order: &[(usize, usize, Range<usize>)], plan: &Plan, rank: usize) -> Result<Parts> {
+    let mut parts = Vec::new();
+    for (at, unit, from) in order {
+        if plan.unit(*unit)?.shard(rank) == *from {
+            parts.push((*unit, *at..*at + from.len()));
+        }
+    }
+    Ok(parts)
+}

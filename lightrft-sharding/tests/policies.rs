@@ -1,0 +1,237 @@
+//! Every policy trains what one rank trains: same parameters in every pass, same gradients, same step, bit for bit where
+//! sums are exact, whatever each rank's batch makes it skip.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod probe;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use lightrft_collectives::local::World;
+use lightrft_sharding::{
+    Activations, AdamW, AdamWConfig, Error, Overlap, ParamSpec, Policy, Precision, ReshardAfterForward,
+    ShardSize, ShardedModel, ShardedUnits, Stage, Trainable, UnitSpec,
+};
+use probe::{Batch, Probe, Seen};
+use proptest::prelude::*;
+
+/// The `choice`th divisor of `n`, counted round and round.
+fn divisor(n: usize, choice: usize) -> usize {
+    let all: Vec<usize> = (1..=n).filter(|d| n.is_multiple_of(*d)).collect();
+    all[choice % all.len()]
+}
+
+/// A policy that a world of so many ranks allows, from any numbers.
+fn policy(world: usize, choices: &[usize; 12]) -> Policy {
+    let precision = |choice: usize| [Precision::F32, Precision::Bf16, Precision::F16][choice % 3];
+    let stage = [Stage::Zero0, Stage::Zero1, Stage::Zero2, Stage::Zero3, Stage::Zero3][choices[0] % 5];
+    let ranks = if stage == Stage::Zero0 { 1 } else { divisor(world, choices[1]) };
+    let reshard_after_forward = match choices[2] % 3 {
+        1 => ReshardAfterForward::Never,
+        2 if stage == Stage::Zero3 => ReshardAfterForward::ToGroup(divisor(ranks, choices[3])),
+        _ => ReshardAfterForward::Always,
+    };
+    Policy {
+        stage,
+        shard_size: ShardSize::Ranks(ranks),
+        reshard_after_forward,
+        prefetch: choices[4] % 3,
+        overlap: if stage >= Stage::Zero2 && choices[5].is_multiple_of(2) { Overlap::On } else { Overlap::Off },
+        reduce_bucket_elems: 1 + choices[6] % 60,
+        param_dtype: precision(choices[7]),
+        reduce_dtype: precision(choices[8]),
+        grad_accum_dtype: precision(choices[9]),
+        persistence_threshold: if stage == Stage::Zero0 { 0 } else { choices[10] % 3 * 6 },
+        trainable: match choices[11] % 3 {
+            0 => Trainable::All,
+            1 => Trainable::ExceptPrefixes(vec!["u0.".to_owned()]),
+            _ => Trainable::OnlyContaining(vec!["p1".to_owned()]),
+        },
+        activations: if choices[4].is_multiple_of(2) { Activations::Recompute } else { Activations::Keep },
+        alignment: 1 + choices[6] % 3,
+        ..Policy::default()
+    }
+}
+
+const ROUNDS: usize = 2;
+const PASSES: usize = 2;
+
+/// What the model saw, and what it was left with, when each rank of `world` runs its batches under `policy`. One rank
+/// alone runs those of all `ranks`.
+fn run(shapes: &[Vec<Vec<usize>>], world: usize, ranks: usize, policy: &Policy) -> Vec<(Seen, Seen)> {
+    let all = World::new(world).timeout(Duration::from_secs(60)).launch(|comm| {
+        let rank = comm.rank();
+        let mut model = ShardedModel::new(Probe::new(shapes), comm, policy.clone())?;
+        model.units_mut().load(probe::start)?;
+        let config = AdamWConfig { max_norm: 1.0, weight_decay: 0.1, ..AdamWConfig::default() };
+        let mut adamw = AdamW::new(config, model.units())?;
+        for round in 0..ROUNDS {
+            let mine = rank * ranks / world..(rank + 1) * ranks / world;
+            for (rank, pass) in mine.flat_map(|rank| (0..PASSES).map(move |pass| (rank, pass))) {
+                let batch = Batch { round, rank, pass };
+                let (output, tape) = model.forward(&batch)?;
+                // An evaluation between the two passes disturbs neither.
+                if pass == 0 {
+                    assert_eq!(model.evaluate(&batch)?, output);
+                }
+                model.backward(tape, output)?;
+            }
+            adamw.step(model.units_mut(), 0.1)?;
+        }
+        let mut last = Seen::new();
+        model.units_mut().for_each_full_unit(|unit, values| {
+            for param in unit.params() {
+                last.insert((0, param.name().to_owned()), probe::bits(&values[param.range()]));
+            }
+            Ok::<_, Error>(())
+        })?;
+        Ok::<_, Error>((model.model().take_seen(), last))
+    });
+    all.unwrap()
+}
+
+/// Units of parameters of any shape, scalars and empty ones included.
+fn shapes() -> impl Strategy<Value = Vec<Vec<Vec<usize>>>> {
+    let shape = prop::collection::vec(0usize..4, 0..3);
+    prop::collection::vec(prop::collection::vec(shape, 0..4), 1..4)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn any_policy_on_any_number_of_ranks_equals_one_rank_bit_for_bit_where_sums_are_exact(
+        shapes in shapes(), world in 1usize..9, choices in prop::array::uniform12(0usize..1000),
+    ) {
+        let policy = policy(world, &choices);
+        // What is computed in and what learns is part of the model, not of how it is cut.
+        let alone = Policy {
+            param_dtype: policy.param_dtype,
+            trainable: policy.trainable.clone(),
+            ..Policy::default()
+        };
+        let (seen, last) = run(&shapes, 1, world, &alone).swap_remove(0);
+        for (rank, (seen_here, last_here)) in run(&shapes, world, world, &policy).into_iter().enumerate() {
+            prop_assert_eq!(&last_here, &last, "rank {} of {}: {:?}", rank, world, &policy);
+            for (at, bits) in &seen_here {
+                prop_assert_eq!(bits, &seen[at], "rank {} of {}, {:?}: {:?}", rank, world, at, &policy);
+            }
+        }
+    }
+}
+
+#[test]
+fn each_stage_and_each_way_to_cut_equals_one_rank() {
+    let shapes = [vec![vec![5, 3], vec![7], vec![]], vec![vec![4, 4], vec![3]], vec![vec![2, 9], vec![1]]];
+    let two = ShardSize::Ranks(2);
+    let prefixes = Trainable::ExceptPrefixes(vec!["u1.p0".to_owned(), "u2.".to_owned()]);
+    let near = |ranks| ReshardAfterForward::ToGroup(ranks);
+    let default = Policy::default;
+    let policies = [
+        Policy { stage: Stage::Zero0, ..default() },
+        Policy { stage: Stage::Zero1, ..default() },
+        Policy { stage: Stage::Zero1, reduce_bucket_elems: 20, shard_size: two, ..default() },
+        Policy { stage: Stage::Zero2, ..default() },
+        Policy { stage: Stage::Zero2, reduce_bucket_elems: 30, overlap: Overlap::On, ..default() },
+        Policy { shard_size: two, ..default() },
+        Policy { shard_size: two, persistence_threshold: 20, overlap: Overlap::On, ..default() },
+        Policy { reshard_after_forward: near(2), ..default() },
+        Policy { reshard_after_forward: near(4), prefetch: 0, trainable: prefixes.clone(), ..default() },
+        Policy { reshard_after_forward: near(1), ..default() },
+        Policy { trainable: prefixes, ..default() },
+    ];
+    for policy in policies {
+        let alone = Policy { trainable: policy.trainable.clone(), ..Policy::default() };
+        let (seen, last) = run(&shapes, 1, 8, &alone).swap_remove(0);
+        for (seen_here, last_here) in run(&shapes, 8, 8, &policy) {
+            assert_eq!(last_here, last, "{policy:?}");
+            assert!(seen_here.iter().all(|(at, bits)| *bits == seen[at]), "{policy:?}");
+        }
+        let mut start = vec![0.0; 15];
+        Probe::start_of("u0.p0", &mut start);
+        assert_ne!(last[&(0, "u0.p0".to_owned())], probe::bits(&start), "it learns");
+        let mut frozen = vec![0.0; 16];
+        Probe::start_of("u1.p0", &mut frozen);
+        let stays = last[&(0, "u1.p0".to_owned())] == probe::bits(&frozen);
+        assert_eq!(stays, !policy.trainable.includes("u1.p0"), "what is frozen stays");
+    }
+}
+
+#[test]
+fn backward_begins_from_what_was_saved_where_that_is_asked_for() {
+    for (activations, kept) in [(Activations::Recompute, 0), (Activations::Keep, 2)] {
+        let mut model = ShardedModel::new(
+            Probe::new(&[vec![vec![3]]]),
+            lightrft_collectives::Single::world(),
+            Policy { activations, ..Policy::default() },
+        )
+        .unwrap();
+        // Rank 1 skips no stage of two.
+        let batch = Batch { round: 0, rank: 1, pass: 0 };
+        let (output, tape) = model.forward(&batch).unwrap();
+        model.backward(tape, output).unwrap();
+        assert_eq!(model.model().kept.load(std::sync::atomic::Ordering::Relaxed), kept);
+    }
+}
+
+#[test]
+fn units_are_computed_in_the_policys_precision_and_learn_in_f32() {
+    // One part in 512 more than one: too fine for bf16.
+    let fine = 1.0 + 1.0 / 512.0;
+    for (param_dtype, seen) in [(Precision::F32, fine), (Precision::F16, fine), (Precision::Bf16, 1.0)] {
+        let ranks = World::new(2).launch(|comm| {
+            let policy = Policy { param_dtype, ..Policy::default() };
+            let mut model = ShardedModel::new(Probe::new(&[vec![vec![4]]]), comm, policy)?;
+            model.units_mut().load_unit(0, &[fine; 4])?;
+            model.evaluate(&Batch { round: 0, rank: 1, pass: 0 })?;
+            let whole = model.units_mut().gather(0)?.values().to_vec();
+            Ok::<_, Error>((model.model().take_seen()[&(0, "u0.p0".to_owned())].clone(), whole))
+        });
+        assert_eq!(ranks.unwrap(), vec![(probe::bits(&[seen; 4]), vec![fine; 4]); 2]);
+    }
+}
+
+#[test]
+fn gradients_are_rounded_to_what_they_are_sent_and_added_up_in() {
+    let bf16 = Precision::Bf16;
+    // Each of four ranks gives 257, then 1. bf16 tells 256 from 258, and 1,024 from 1,032.
+    for (stage, reduce_dtype, grad_accum_dtype, sum) in [
+        (Stage::Zero3, Precision::F32, Precision::F32, 4.0 * 258.0),
+        // Sent as 256, then as 1.
+        (Stage::Zero3, bf16, Precision::F32, 4.0 * 257.0),
+        // 1,028 is a tie, kept as 1,024; so is that with 4 more.
+        (Stage::Zero3, Precision::F32, bf16, 1024.0),
+        // 257 is kept as 256, and so is that with 1 more.
+        (Stage::Zero1, Precision::F32, bf16, 1024.0),
+        // The sum of both passes is sent, as 258.
+        (Stage::Zero1, bf16, Precision::F32, 4.0 * 258.0),
+    ] {
+        let policy = Policy { reduce_dtype, grad_accum_dtype, stage, ..Policy::default() };
+        let sums = World::new(4).launch(|comm| {
+            let unit = UnitSpec::new("u", [ParamSpec::new("w", [4])]);
+            let mut units = ShardedUnits::with_policy(vec![unit], comm, &policy)?;
+            units.reduce_gradient(0, vec![257.0; 4])?;
+            units.reduce_gradient(0, vec![1.0; 4])?;
+            units.sync_gradients()?;
+            Ok::<_, Error>(units.grad(0)?.unwrap()[0])
+        });
+        assert_eq!(sums.unwrap(), [sum; 4], "{policy:?}");
+    }
+}
+
+#[test]
+fn a_mesh_of_the_callers_gives_the_shards_its_second_axis() {
+    let sizes = World::new(4)
+        .launch(|comm| {
+            // Shard groups of every second rank.
+            let mesh = lightrft_collectives::DeviceMesh::of_ranks(vec![0, 2, 1, 3], &[("r", 2), ("s", 2)])
+                .expect("a mesh");
+            let model = ShardedModel::on_mesh(Probe::new(&[vec![vec![8]]]), comm, &mesh, Policy::default())?;
+            let units = model.units();
+            let ranks = |comm: &Arc<dyn lightrft_collectives::Communicator>| comm.ranks().to_vec();
+            Ok::<_, Error>((ranks(units.communicator()), ranks(units.replicas()), units.param(0)?.len()))
+        })
+        .unwrap();
+    assert_eq!(sizes[1], (vec![1, 3], vec![0, 1], 4));
+    assert_eq!(sizes[2], (vec![0, 2], vec![2, 3], 4));
+}
