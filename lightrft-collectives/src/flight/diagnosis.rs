@@ -63,7 +63,7 @@ pub fn diagnose(flights: &[Flight]) -> Vec<String> {
     let mut groups: BTreeMap<u64, (&str, u64)> = BTreeMap::new();
     for group in flights.iter().flat_map(|flight| &flight.groups).filter(|group| group.busy) {
         let furthest = groups.entry(group.id).or_insert((&group.name, 0));
-        furthest.1 = furthest.1.max(group.step);
+        furthest.1 = furthest.1.max(group.at);
     }
     for (id, (name, step)) in groups {
         for flight in flights {
@@ -113,6 +113,7 @@ mod tests {
             name: format!("world/{id}"),
             size: 3,
             step: if id == group { step } else { 5 },
+            at: if id == group { step } else { 5 },
             busy: id == group,
             waiting_for: if id == group { waiting_for.to_vec() } else { Vec::new() },
         };
@@ -123,6 +124,7 @@ mod tests {
             group_id: group,
             step: 5,
             call,
+            site: None,
             begun: Duration::from_secs(12),
             state: state_now,
         };

@@ -6,7 +6,7 @@
 //!
 //! ```no_run
 //! use lightrft_collectives::nccl::{DeviceMemory, Nccl, Options, Stream};
-//! use lightrft_collectives::{Communicator, Operation, ReduceOp, Rendezvous};
+//! use lightrft_collectives::{CommunicatorExt, Operation, ReduceOp, Rendezvous};
 //! use std::time::Duration;
 //!
 //! let rendezvous = Rendezvous::from_env()?;
@@ -36,6 +36,7 @@ mod cuda;
 mod device;
 mod enqueue;
 mod library;
+mod life;
 mod raw;
 mod record;
 mod watchdog;

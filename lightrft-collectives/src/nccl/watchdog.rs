@@ -157,6 +157,8 @@ fn watch_from_afar() {
         for comm in await_calls().iter().filter(|comm| comm.failure().is_none()) {
             if let Err(error) = comm.look_from_afar(GRACE) {
                 fail(comm, error);
+            } else {
+                comm.complain();
             }
         }
         std::thread::sleep(GRACE / 10);
@@ -218,7 +220,7 @@ pub(super) fn abort(comms: Vec<Arc<Comm>>) {
 }
 
 fn abort_all(comms: &[Arc<Comm>]) {
-    let Some(nccl) = comms.first().map(|comm| comm.library()) else { return };
+    let Some(nccl) = comms.first().map(|comm| comm.nccl) else { return };
     if let Err(fault) = nccl.group_start() {
         tracing::error!(message = fault.message, "NCCL: cannot begin to abort");
         return;
