@@ -519,7 +519,7 @@ fn rank_runs_ahead() {
         }
     };
     println!("{error}, after {calls} calls and {:?}", begin.elapsed());
-    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [1]), "{error}");
     assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
     // A thousand kernels are told to end; each has to notice.
     assert!(rank.stream.wait(LIMIT).unwrap());

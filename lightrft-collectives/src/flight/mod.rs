@@ -2,7 +2,9 @@
 //!
 //! Every rank writes its last 1024 calls to memory that others can read: the other ranks of its machine, which keep it
 //! when it dies, and any program of the same user, as long as it lives. Recording a call takes tens of nanoseconds and is
-//! always on.
+//! always on. A call is recorded with the place in the program where it was made, if it was made through
+//! [`CommunicatorExt`](crate::CommunicatorExt) or a [`Queue`](crate::Queue). Calls on GPUs are recorded too, in a group of their
+//! own.
 //!
 //! A job that hangs is asked with the command `lightrft-flight PID...`, or so:
 //!
@@ -199,17 +201,12 @@ impl Flight {
                 Some((ago, Outcome::Failed)) => State::Failed(duration(ago)),
             },
         };
-        let at = |group: &recorder::RawGroup| {
-            let running = |record: &&RawRecord| record.group == group.id && record.ended.is_none();
-            let first = group.running.and_then(|_| raw.records.iter().find(running));
-            first.map_or(group.step, |record| record.step)
-        };
         let group = |group: &recorder::RawGroup| GroupState {
             id: group.id,
             name: group.name.clone(),
             size: group.size,
             step: group.step,
-            at: at(group),
+            at: group.at,
             busy: group.running.is_some(),
             waiting_for: group.waits_for.clone(),
         };
@@ -226,7 +223,9 @@ impl Flight {
     /// What the rank does now.
     pub fn status(&self) -> Status {
         let doing = self.groups.iter().filter(|group| group.busy).map(|group| {
-            let running = |record: &&Record| record.group_id == group.id && record.state == State::Running;
+            let running = |record: &&Record| {
+                record.group_id == group.id && record.step == group.at && record.state == State::Running
+            };
             // Of enqueued calls the first is under way, the others wait behind it.
             let record = self.records.iter().find(running);
             Doing {

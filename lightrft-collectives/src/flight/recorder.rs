@@ -78,6 +78,8 @@ mod group {
     pub(super) const WAITED_FOR: usize = 7;
     pub(super) const RANKS: usize = 8;
     pub(super) const NAME: usize = 16;
+    /// The step of the last call that ended.
+    pub(super) const DONE: usize = 28;
 }
 
 /// How a call ended.
@@ -255,7 +257,9 @@ impl Recorder {
             record[7].store((self.clock.now() << 2) | outcome as u64, Release);
         }
         if let Some(line) = ticket.slot.line {
-            self.words[HEAD + line * GROUP + group::ENDED].store(ticket.number + 1, Release);
+            let line = &self.words[HEAD + line * GROUP..][..GROUP];
+            line[group::DONE].store(ticket.step, Relaxed);
+            line[group::ENDED].store(ticket.number + 1, Release);
         }
     }
 
@@ -334,6 +338,8 @@ pub(crate) struct RawGroup {
     pub(crate) name: String,
     pub(crate) size: usize,
     pub(crate) step: u64,
+    /// The step of the first call that has not ended; `step` if all have.
+    pub(crate) at: u64,
     /// The number of the call under way.
     pub(crate) running: Option<u64>,
     pub(crate) waits_for: Vec<usize>,
@@ -456,6 +462,7 @@ fn read_group(words: &impl Words, line: usize) -> Option<RawGroup> {
         name: String::from_utf8_lossy(&name[..end]).into_owned(),
         size: found[group::SIZE] as usize,
         step: found[group::STEP],
+        at: if running { (found[group::DONE] + 1).min(found[group::STEP]) } else { found[group::STEP] },
         running: running.then(|| found[group::BEGUN].saturating_sub(1)),
         waits_for,
     })
@@ -518,6 +525,50 @@ mod tests {
         assert_eq!((raw.groups.len(), raw.records[0].group), (GROUPS, GROUPS as u64 + 1));
         slots.into_iter().for_each(|slot| recorder.leave(slot));
         assert!(read(recorder.words()).unwrap().groups.is_empty());
+    }
+
+    #[test]
+    fn a_call_is_read_with_the_place_where_it_was_made() {
+        let recorder = Recorder::new(1, 0, 1).unwrap();
+        let slot = recorder.enter(11, "world", 4);
+        let here = std::panic::Location::caller();
+        for site in [None, Some(here), Some(here)] {
+            let ticket = recorder.begin(slot, Call::Broadcast, signature(1).encode(), site);
+            recorder.end(ticket, Outcome::Done);
+        }
+        let raw = read(recorder.words()).unwrap();
+        let [none, one, other] = &raw.records[..] else { panic!() };
+        assert_eq!((none.place, one.place, [none.step, one.step, other.step]), (0, other.place, [1, 2, 3]));
+        let text = format!("{}:{}", here.file(), here.line());
+        assert_eq!(raw.places[one.place - 1], text);
+        assert_eq!(raw.places.iter().filter(|place| !place.is_empty()).count(), 1);
+    }
+
+    /// `cargo test --release -p lightrft-collectives --lib -- --ignored --nocapture what_recording`
+    #[test]
+    #[ignore = "a measurement"]
+    fn what_recording_a_call_costs() {
+        #[track_caller]
+        fn call(recorder: &Recorder, slot: Slot, signature: &Signature) {
+            let _mark = crate::site::mark();
+            let site = crate::site::current();
+            let ticket = recorder.begin(slot, signature.call, signature.encode(), site);
+            recorder.end(ticket, Outcome::Done);
+        }
+        const CALLS: u32 = 100_000;
+        let recorder = Recorder::new(1, 0, 1).unwrap();
+        let (slot, signature) = (recorder.enter(11, "world", 4), signature(1));
+        let mut rounds: Vec<f64> = (0..50)
+            .map(|_| {
+                let begin = std::time::Instant::now();
+                for _ in 0..CALLS {
+                    call(&recorder, slot, std::hint::black_box(&signature));
+                }
+                begin.elapsed().as_secs_f64() * 1e9 / f64::from(CALLS)
+            })
+            .collect();
+        rounds.sort_by(f64::total_cmp);
+        println!("{:?}: {:.1} ns a call (median), {:.1} (best)", recorder.clock, rounds[25], rounds[0]);
     }
 
     #[test]

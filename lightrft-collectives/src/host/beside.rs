@@ -70,3 +70,116 @@ impl Drop for Beside {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use super::super::{Group, Join, Transport, World};
+    use crate::communicator::{Communicator, CommunicatorExt};
+    use crate::error::Error;
+    use crate::flight::recorder::Outcome;
+    use crate::flight::{self, State};
+    use crate::host::ledger::Told;
+    use crate::op::{Dtype, ReduceOp};
+    use crate::operation::{Call, Signature};
+    use crate::store::MemoryStore;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    /// Runs `rank` as each of two ranks, in worlds of their own though in one process.
+    fn two(rank: impl Fn(Group) + Sync) {
+        let store = &MemoryStore::new();
+        thread::scope(|scope| {
+            for number in [0, 1] {
+                let rank = &rank;
+                scope.spawn(move || {
+                    let join = Join {
+                        store,
+                        prefix: "test".into(),
+                        rank: number,
+                        world_size: 2,
+                        interface: Ipv4Addr::LOCALHOST.into(),
+                        timeout: LIMIT,
+                        patience: LIMIT,
+                        transport: Transport::Auto,
+                        server: None,
+                        token: None,
+                    };
+                    let world = World::join(join).unwrap();
+                    rank(Group::new(world, "world".into(), vec![0, 1], LIMIT, LIMIT).unwrap());
+                });
+            }
+        });
+    }
+
+    fn reduce(count: u64) -> Signature {
+        let (dtype, op) = (Some(Dtype::F32), Some(ReduceOp::Sum));
+        Signature { dtype, op, count, ..Signature::bare(Call::AllReduce) }
+    }
+
+    fn await_failure(group: &Group) -> Error {
+        let begin = Instant::now();
+        loop {
+            assert!(begin.elapsed() < LIMIT, "no verdict");
+            match group.failure(Call::Barrier) {
+                Some(error) => return error,
+                None => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_that_make_different_calls_beside_a_group_both_learn_of_it() {
+        two(|group| {
+            let beside = group.beside(99, "world on GPUs").unwrap();
+            let odd = if group.rank() == 1 { 9 } else { 8 };
+            beside.tell(&[Told::by_all(&reduce(8)), Told::by_all(&reduce(odd))]);
+            let error = await_failure(&group);
+            let both = matches!(&error, Error::Mismatch { rank: 0, mine, other: 1, theirs, .. }
+                if **mine == reduce(8) && **theirs == reduce(9));
+            assert!(both, "{error}");
+            // Whoever leaves first leaves the other its error.
+            let error = group.barrier().unwrap_err();
+            assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+        });
+    }
+
+    #[test]
+    fn a_line_beside_a_group_says_who_has_not_come_and_what_it_does_instead() {
+        two(|group| {
+            let beside = group.beside(99, "world on GPUs").unwrap();
+            let first = beside.begin(&reduce(1));
+            beside.end(first, Outcome::Done);
+            if group.rank() == 0 {
+                beside.begin(&reduce(2));
+                beside.begin(&reduce(3));
+            }
+            group.barrier().unwrap();
+            let line = line!() - 1;
+            assert!(beside.missing(1).0.is_empty());
+            let (missing, text) = beside.missing(2);
+            assert_eq!(missing, if group.rank() == 0 { vec![1] } else { Vec::new() });
+            assert!(group.rank() == 1 || text.contains("rank 1 has not made it: it is in "), "{text}");
+            group.barrier().unwrap();
+
+            let flights = flight::read(std::process::id()).unwrap();
+            let job = group.world.shared.nonce;
+            let mine =
+                flights.iter().find(|flight| flight.job == job && flight.rank == group.rank()).unwrap();
+            let on_gpus = mine.groups.iter().find(|group| group.id == 99).unwrap();
+            let (step, at) = if group.rank() == 0 { (3, 2) } else { (1, 1) };
+            assert_eq!((on_gpus.step, on_gpus.at, on_gpus.busy), (step, at, group.rank() == 0), "{mine}");
+            let place = format!("beside.rs:{line}");
+            let here = |record: &&flight::Record| {
+                record.site.as_ref().is_some_and(|site| site.ends_with(&place))
+                    && matches!(record.state, State::Done(_))
+            };
+            assert_eq!(mine.records.iter().filter(here).count(), 1, "{mine}");
+            // The others are read before anybody goes.
+            group.barrier().unwrap();
+        });
+    }
+}

@@ -47,7 +47,7 @@ pub(super) enum Life {
 #[derive(Debug)]
 pub(super) struct Pending {
     event: Arc<Event>,
-    call: Call,
+    first: Signature,
     /// In the record.
     sequence: u64,
     /// In the flight recorder.
@@ -297,12 +297,12 @@ impl Comm {
             watchdog::count_done(1);
             return Ok(());
         }
-        let (call, sequence) = (first.call, self.record.push(first, fused, EnqueuedState::Outstanding));
+        let sequence = self.record.push(first, fused, EnqueuedState::Outstanding);
         let spare = lock(&self.spare).pop();
         let event = spare.map_or_else(|| Event::new(&self.gpu).map(Arc::new), Ok)?;
         // SAFETY: as above; the event is ours.
         unsafe { self.gpu.record(event.raw, stream)? };
-        lock(&self.pending).push_back(Pending { event, call, sequence, ticket, since, limit });
+        lock(&self.pending).push_back(Pending { event, first, sequence, ticket, since, limit });
         Ok(())
     }
 
@@ -341,11 +341,21 @@ impl Comm {
     }
 
     pub(super) fn late(&self, call: Call, waited: Duration) -> Error {
-        let outstanding =
-            self.record.read().into_iter().find(|call| call.state == EnqueuedState::Outstanding);
+        let outstanding = {
+            let pending = lock(&self.pending);
+            pending.front().map(|front| (front.sequence, front.first, pending.len()))
+        };
         let rank = self.world_rank;
         let mut report = match outstanding {
-            Some(first) => format!("the GPU of rank {rank} has not done its call {first}"),
+            Some((sequence, first, 1)) => {
+                format!("the GPU of rank {rank} has not done call #{sequence}, {first}")
+            }
+            Some((sequence, first, all)) => {
+                let behind = all - 1;
+                format!(
+                    "the GPU of rank {rank} has not done call #{sequence}, {first}, and {behind} behind it"
+                )
+            }
             None => format!("NCCL on rank {rank} has not taken the call"),
         };
         // NCCL does not tell who is late. The recorders of the other ranks do.
@@ -380,7 +390,7 @@ impl Comm {
         let mut done = 0;
         let front = || {
             let pending = lock(&self.pending);
-            pending.front().map(|front| (front.event.clone(), front.call, front.sequence))
+            pending.front().map(|front| (front.event.clone(), front.first.call, front.sequence))
         };
         // NCCL does the calls of a communicator one after the other.
         while let Some((event, call, sequence)) = front() {
@@ -412,7 +422,7 @@ impl Comm {
         self.tell(TELL);
         self.reap()?;
         self.look_from_afar(Duration::ZERO)?;
-        let Some(call) = lock(&self.pending).front().map(|front| front.call) else { return Ok(()) };
+        let Some(call) = lock(&self.pending).front().map(|front| front.first.call) else { return Ok(()) };
         // While a call is being made, the thread that makes it sees NCCL's errors itself.
         if let (Ok(life), Some(raw)) = (self.life.try_lock(), self.raw.get())
             && *life == Life::Live
@@ -426,7 +436,7 @@ impl Comm {
     /// What has gone wrong as far as it can be seen without CUDA and NCCL: a call that is overdue by more than `grace`, a rank that
     /// the host knows to be lost.
     pub(super) fn look_from_afar(&self, grace: Duration) -> Result<()> {
-        let front = lock(&self.pending).front().map(|front| (front.call, front.since, front.limit));
+        let front = lock(&self.pending).front().map(|front| (front.first.call, front.since, front.limit));
         let making = || lock(&self.making).map(|making| (making.call, making.since, making.limit));
         let Some((call, since, limit)) = front.or_else(making) else { return Ok(()) };
         if let Some(error) = self.host_failure(call) {

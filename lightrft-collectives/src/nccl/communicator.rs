@@ -22,6 +22,7 @@ use crate::host::Beside;
 use crate::memory::GroupMemory;
 use crate::op::{Dtype, ReduceOp};
 use crate::operation::{Call, DeviceOperation, Exchange, Operation, Signature};
+use crate::site;
 
 /// Whether ranks compare their calls on device memory, and when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -129,7 +130,9 @@ impl Nccl {
     /// On the rank that has no library, driver or GPU: [`Error::Library`] or [`Error::Cuda`]; on the others [`Error::Nccl`]
     /// naming it. [`Error::Nccl`] if two ranks have the same GPU, or libraries of different versions, or NCCL
     /// cannot connect them; [`Error::Timeout`] if it has not within `init_timeout`; otherwise as calls on `host`.
+    #[track_caller]
     pub fn new(host: Arc<dyn Communicator>, ordinal: usize, options: &Options) -> Result<Arc<Nccl>> {
+        let _site = site::mark();
         // What can fail on one rank alone comes first, and all learn of it: nobody waits for a rank that will not come.
         let mine = prepare(ordinal);
         let told: Result<Card, String> = match &mine {
@@ -205,7 +208,9 @@ impl Nccl {
     ///
     /// # Errors
     /// [`Error::Place`] for buffers on other streams, GPUs or the host; otherwise as [`Communicator::run_within`].
+    #[track_caller]
     pub fn run_fused(&self, operations: Vec<Operation<'_>>, timeout: Option<Duration>) -> Result<()> {
+        let _site = site::mark();
         let mut calls = Vec::with_capacity(operations.len());
         for operation in operations {
             operation.check(self.rank(), self.world_size(), self.name())?;
@@ -220,7 +225,9 @@ impl Nccl {
     ///
     /// # Errors
     /// As a call on device memory.
+    #[track_caller]
     pub fn barrier_on(&self, stream: &Stream) -> Result<()> {
+        let _site = site::mark();
         let pointer = self.comm.zero.get().map_or(0, DeviceMemory::pointer);
         let stream = (stream.ordinal(), stream.handle());
         // SAFETY: one f32 that lives as long as the communicator and is used by its barriers only; NCCL does them one after

@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_millis(500);
 pub(super) const END: Duration = Duration::from_secs(2);
 
 /// How long an abort waits for a thread that makes a call before it goes on without: a call takes microseconds.
-const PATIENCE: Duration = Duration::from_millis(50);
+const PATIENCE: Duration = Duration::from_millis(10);
 
 /// How long the end of the process waits for communicators that are being destroyed.
 const EXIT: Duration = Duration::from_secs(3);
