@@ -11,10 +11,12 @@ use serde::de::DeserializeOwned;
 use crate::buffer::{BufferMut, Host, HostMut};
 use crate::error::{Error, Result};
 use crate::fused::{self, Values};
+use crate::host::Beside;
 use crate::memory::{GroupBuffer, GroupMemory};
 use crate::object;
 use crate::op::{Element, ReduceOp};
 use crate::operation::{Call, Operation};
+use crate::site;
 use crate::within::Within;
 
 /// What a new group has of its own.
@@ -59,7 +61,7 @@ impl GroupOptions {
 /// # Contract
 /// - Every member makes the same calls in the same order. Calls on one group from several threads of a rank are
 ///   put in some order, which is rarely the same on all ranks: use one thread per group.
-/// - [`run`](Communicator::run) blocks until this rank's part is done and its buffers may be used again. It first calls
+/// - [`run_within`](Communicator::run_within) blocks until this rank's part is done and its buffers may be used again. It first calls
 ///   [`Operation::check`], and sends nothing if that fails.
 /// - Reductions are folded in rank order as [`ReduceOp`] says: the bits do not depend on the backend.
 /// - If ranks make different calls, every rank gets [`Error::Mismatch`] before it is given any result.
@@ -89,19 +91,11 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// See the contract above.
     fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()>;
 
-    /// Makes one call with the other members.
-    ///
-    /// # Errors
-    /// See the contract above.
-    fn run(&self, operation: Operation<'_>) -> Result<()> {
-        self.run_within(operation, None)
-    }
-
     /// `len` zero bytes of memory for this rank that the group's calls find where they lie, if it has such memory;
     /// otherwise ordinary memory. Collective: all members call it with the same length.
     ///
     /// # Errors
-    /// As [`run`](Communicator::run).
+    /// As [`run_within`](Communicator::run_within).
     fn alloc_bytes(&self, len: usize) -> Result<GroupMemory> {
         Ok(GroupMemory::own(len))
     }
@@ -113,7 +107,7 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// options say otherwise, see [`Sharing`].
     ///
     /// # Errors
-    /// [`Error::Members`] or [`Error::Rank`] for a bad list; otherwise as [`run`](Communicator::run).
+    /// [`Error::Members`] or [`Error::Rank`] for a bad list; otherwise as [`run_within`](Communicator::run_within).
     fn subgroup_with(&self, ranks: &[usize], options: &GroupOptions)
     -> Result<Option<Arc<dyn Communicator>>>;
 
@@ -127,6 +121,15 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     /// without effect on a group that is dead already.
     fn poison(&self, error: &Error) {
         let _ = error;
+    }
+
+    /// A line beside this group in the flight recorder, for calls that its members make with each other on another way, and
+    /// their comparison. `line` is its number: the same on all members, and no other line's. `None` if this backend has no
+    /// recorder. For this crate's own layers.
+    #[doc(hidden)]
+    fn beside(&self, line: u64, name: &str) -> Option<Beside> {
+        let _ = (line, name);
+        None
     }
 
     /// [`subgroup_with`](Communicator::subgroup_with) the default options.
@@ -152,10 +155,20 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     }
 }
 
-/// Typed calls, written once over [`Communicator::run`]. Lengths are in elements.
+/// Typed calls, written once over [`Communicator::run_within`]. Lengths are in elements.
 ///
 /// All calls are collective over the group, block, and fail as the contract of [`Communicator`] says.
 pub trait CommunicatorExt: Communicator {
+    /// Makes one call with the other members, with the group's own deadline.
+    ///
+    /// # Errors
+    /// See [`Communicator`].
+    #[track_caller]
+    fn run(&self, operation: Operation<'_>) -> Result<()> {
+        let _site = site::mark();
+        self.run_within(operation, None)
+    }
+
     /// A buffer of `len` zeros from the group's heap. Collective: all ranks call it with the same length.
     ///
     /// Between processes of one machine such a buffer is mapped by all ranks of the group, and calls on which every rank
@@ -164,7 +177,9 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn alloc<T: Element>(&self, len: usize) -> Result<GroupBuffer<T>> {
+        let _site = site::mark();
         let bytes = len.checked_mul(size_of::<T>());
         let bytes = bytes.ok_or_else(|| {
             object::argument(
@@ -181,6 +196,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn all_reduce<T: Element>(&self, data: &mut [T], op: ReduceOp) -> Result<()> {
         self.run(Operation::AllReduce { data: HostMut::new(data).into(), op })
     }
@@ -189,6 +205,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn all_gather<T: Element>(&self, input: &[T], output: &mut [T]) -> Result<()> {
         self.run(Operation::AllGather { input: Host::new(input).into(), output: HostMut::new(output).into() })
     }
@@ -197,6 +214,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn all_gather_in_place<T: Element>(&self, data: &mut [T]) -> Result<()> {
         self.run(Operation::AllGatherInPlace { data: HostMut::new(data).into() })
     }
@@ -206,6 +224,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn all_gather_counts<T: Element>(&self, input: &[T], counts: &[usize], output: &mut [T]) -> Result<()> {
         self.run(Operation::AllGatherV {
             input: Host::new(input).into(),
@@ -219,7 +238,9 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn all_gather_v(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let _site = site::mark();
         Ok(object::all_gather_bytes(self, Ok(bytes))?.iter().map(<[u8]>::to_vec).collect())
     }
 
@@ -227,6 +248,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn reduce_scatter<T: Element>(&self, input: &[T], output: &mut [T], op: ReduceOp) -> Result<()> {
         self.run(Operation::ReduceScatter {
             input: Host::new(input).into(),
@@ -239,6 +261,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn broadcast<T: Element>(&self, data: &mut [T], root: usize) -> Result<()> {
         self.run(Operation::Broadcast { data: HostMut::new(data).into(), root })
     }
@@ -247,6 +270,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn all_reduce_into<T: Element>(&self, input: &[T], output: &mut [T], op: ReduceOp) -> Result<()> {
         let (input, output) = (Host::new(input).into(), HostMut::new(output).into());
         self.run(Operation::AllReduceInto { input, output, op })
@@ -257,6 +281,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn reduce_scatter_in_place<T: Element>(&self, data: &mut [T], op: ReduceOp) -> Result<()> {
         self.run(Operation::ReduceScatterInPlace { data: HostMut::new(data).into(), op })
     }
@@ -266,6 +291,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`]; [`Error::Mismatch`] if a rank expects another number of elements than it is sent.
+    #[track_caller]
     fn all_to_all_v<T: Element>(
         &self,
         input: &[T],
@@ -281,6 +307,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn reduce<T: Element>(&self, data: &mut [T], op: ReduceOp, root: usize) -> Result<()> {
         self.run(Operation::Reduce { data: HostMut::new(data).into(), op, root })
     }
@@ -289,6 +316,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn gather<T: Element>(&self, input: &[T], output: &mut [T], root: usize) -> Result<()> {
         self.run(Operation::Gather {
             input: Host::new(input).into(),
@@ -301,6 +329,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn scatter<T: Element>(&self, input: &[T], output: &mut [T], root: usize) -> Result<()> {
         self.run(Operation::Scatter {
             input: Host::new(input).into(),
@@ -313,6 +342,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn all_to_all<T: Element>(&self, input: &[T], output: &mut [T]) -> Result<()> {
         self.run(Operation::AllToAll { input: Host::new(input).into(), output: HostMut::new(output).into() })
     }
@@ -321,6 +351,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn send<T: Element>(&self, data: &[T], to: usize) -> Result<()> {
         self.run(Operation::Send { data: Host::new(data).into(), to })
     }
@@ -329,6 +360,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn recv<T: Element>(&self, data: &mut [T], from: usize) -> Result<()> {
         self.run(Operation::Recv { data: HostMut::new(data).into(), from })
     }
@@ -337,6 +369,7 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// See [`Communicator`].
+    #[track_caller]
     fn barrier(&self) -> Result<()> {
         self.run(Operation::Barrier)
     }
@@ -349,7 +382,9 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// [`Error::Encode`] on *all* ranks, naming the first whose object cannot be written, and [`Error::Decode`] where
     /// one cannot be read: the group stays usable. Otherwise see [`Communicator`].
+    #[track_caller]
     fn all_gather_object<S: Serialize + DeserializeOwned>(&self, object: &S) -> Result<Vec<S>> {
+        let _site = site::mark();
         object::all_gather(self, object::encode(self, Call::AllGatherV, object))
     }
 
@@ -357,11 +392,13 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// As [`all_gather_object`](CommunicatorExt::all_gather_object).
+    #[track_caller]
     fn gather_object<S: Serialize + DeserializeOwned>(
         &self,
         object: &S,
         root: usize,
     ) -> Result<Option<Vec<S>>> {
+        let _site = site::mark();
         object::gather(self, object::encode(self, Call::Gather, object), root)
     }
 
@@ -370,11 +407,13 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// [`Error::Argument`] on *all* ranks if the root gives `None`; otherwise as
     /// [`all_gather_object`](CommunicatorExt::all_gather_object).
+    #[track_caller]
     fn broadcast_object<S: Serialize + DeserializeOwned>(
         &self,
         object: Option<&S>,
         root: usize,
     ) -> Result<S> {
+        let _site = site::mark();
         // What another rank has is not sent: whether it can be encoded does not matter.
         let object = object.filter(|_| self.rank() == root);
         object::broadcast(self, object.map(|object| object::encode(self, Call::Broadcast, object)), root)
@@ -385,11 +424,13 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// [`Error::Argument`] on *all* ranks if the root's list is missing or has another length; otherwise as
     /// [`all_gather_object`](CommunicatorExt::all_gather_object).
+    #[track_caller]
     fn scatter_object<S: Serialize + DeserializeOwned>(
         &self,
         objects: Option<&[S]>,
         root: usize,
     ) -> Result<S> {
+        let _site = site::mark();
         object::scatter(self, objects, root)
     }
 
@@ -412,11 +453,13 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// [`Error::Entries`] on all ranks if their lists of tensors differ: nothing was reduced then, and the group
     /// stays usable. Otherwise see [`Communicator`].
+    #[track_caller]
     fn all_reduce_many<'a>(
         &self,
         tensors: impl IntoIterator<Item = BufferMut<'a>>,
         op: ReduceOp,
     ) -> Result<()> {
+        let _site = site::mark();
         fused::all_reduce_many(self, tensors, op)
     }
 
@@ -424,11 +467,13 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// As there.
+    #[track_caller]
     fn broadcast_many<'a>(
         &self,
         tensors: impl IntoIterator<Item = BufferMut<'a>>,
         root: usize,
     ) -> Result<()> {
+        let _site = site::mark();
         fused::broadcast_many(self, tensors, root)
     }
 
@@ -450,7 +495,9 @@ pub trait CommunicatorExt: Communicator {
     /// # Errors
     /// [`Error::Entries`] on all ranks if their keys, or the values' types or lengths, differ: it names them and the ranks,
     /// nothing was reduced, and the group stays usable. Otherwise see [`Communicator`].
+    #[track_caller]
     fn all_reduce_map<V: Values>(&self, map: &mut BTreeMap<String, V>, op: ReduceOp) -> Result<()> {
+        let _site = site::mark();
         self.all_reduce_map_by(map, |_| op)
     }
 
@@ -458,11 +505,13 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// As there; also if the operations differ.
+    #[track_caller]
     fn all_reduce_map_by<V: Values>(
         &self,
         map: &mut BTreeMap<String, V>,
         op: impl Fn(&str) -> ReduceOp,
     ) -> Result<()> {
+        let _site = site::mark();
         self.all_reduce_named(
             map.iter_mut().map(|(name, value)| (name.as_str(), op(name), value.buffer_mut())),
         )
@@ -472,10 +521,12 @@ pub trait CommunicatorExt: Communicator {
     ///
     /// # Errors
     /// As there; also if names or operations differ.
+    #[track_caller]
     fn all_reduce_named<'a>(
         &self,
         tensors: impl IntoIterator<Item = (&'a str, ReduceOp, BufferMut<'a>)>,
     ) -> Result<()> {
+        let _site = site::mark();
         fused::all_reduce_named(self, tensors)
     }
 

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::mesh::DeviceMesh;
 use crate::operation::Call;
 use crate::single::Single;
+use crate::site;
 
 /// The group of this rank's line along `axis`. Collective over `world`, whose ranks are those of `mesh`.
 ///
@@ -26,11 +27,13 @@ use crate::single::Single;
 /// # Errors
 /// [`Error::Mesh`] if there is no such axis or the mesh has other ranks than the world; otherwise as
 /// [`Communicator::subgroup`].
+#[track_caller]
 pub fn axis_group<C: Communicator + ?Sized>(
     world: &C,
     mesh: &DeviceMesh,
     axis: &str,
 ) -> Result<Arc<dyn Communicator>> {
+    let _site = site::mark();
     check_mesh(world, mesh)?;
     one_of(world, &mesh.lines(axis)?)
 }
@@ -78,7 +81,9 @@ impl MeshGroups {
     ///
     /// # Errors
     /// As [`axis_group`].
+    #[track_caller]
     pub fn new(world: Arc<dyn Communicator>, mesh: DeviceMesh) -> Result<Self> {
+        let _site = site::mark();
         check_mesh(&world, &mesh)?;
         let mut groups = MeshGroups { world, mesh, groups: Vec::new() };
         for axis in groups.mesh.axes().to_vec() {
@@ -115,7 +120,9 @@ impl MeshGroups {
     ///
     /// # Errors
     /// As [`DeviceMesh::flatten`], also if `name` was used before; otherwise as [`Communicator::subgroup`].
+    #[track_caller]
     pub fn flatten(&mut self, axes: &[&str], name: &str) -> Result<&Arc<dyn Communicator>> {
+        let _site = site::mark();
         if self.groups.iter().any(|(other, _)| other == name) {
             return Err(Error::Mesh {
                 got: format!("axis `{name}` again"),
@@ -147,7 +154,9 @@ pub struct SubGroups {
 ///
 /// # Errors
 /// [`Error::Mesh`] if the world is no multiple of `size`; otherwise as [`Communicator::subgroup`].
+#[track_caller]
 pub fn sub_groups<C: Communicator + ?Sized>(world: &C, size: usize) -> Result<SubGroups> {
+    let _site = site::mark();
     let ranks = world.world_size();
     if size == 0 || !ranks.is_multiple_of(size) {
         let got = format!("groups of {size} ranks");

@@ -58,6 +58,7 @@ mod queue;
 mod reduce;
 mod rendezvous;
 mod single;
+mod site;
 pub mod store;
 #[cfg(feature = "testing")]
 #[allow(clippy::panic)] // A broken promise fails the caller's test.

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
 use std::ops::DerefMut;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
@@ -14,11 +14,13 @@ use serde::de::DeserializeOwned;
 
 use crate::communicator::{Communicator, CommunicatorExt, GroupOptions};
 use crate::error::{Error, Result};
+use crate::host::Beside;
 use crate::memory::GroupMemory;
 use crate::object;
 use crate::op::{Element, ReduceOp};
 use crate::operation::{Call, Operation};
 use crate::pending::Pending;
+use crate::site;
 
 /// A communicator whose calls return at once and run, one after the other, on a thread of their own.
 ///
@@ -154,6 +156,7 @@ impl Queue {
     /// `calls` makes the same calls on every rank, in this queue's order. It must not wait for what was given to this
     /// queue after it, nor for long for anything else: all that follows waits for it. If it panics the result is
     /// [`Error::Panicked`].
+    #[track_caller]
     pub fn enqueue<R: Send + 'static>(
         &self,
         calls: impl FnOnce(&dyn Communicator) -> Result<R> + Send + 'static,
@@ -161,7 +164,9 @@ impl Queue {
         let comm = self.comm.clone();
         let rank = comm.ranks()[comm.rank()];
         let (pending, completer) = Pending::new(rank);
+        let site = site::current().unwrap_or_else(Location::caller);
         self.line.push(Box::new(move || {
+            let _site = site::mark_as(Some(site));
             let result = catch_unwind(AssertUnwindSafe(|| calls(&*comm)))
                 .unwrap_or_else(|panic| Err(Error::Panicked { rank, message: message(&*panic) }));
             // Let go before anyone learns of the end: who has waited for all and drops the queue has then dropped
@@ -183,6 +188,7 @@ impl Queue {
     }
 
     /// The reduction of all ranks' `data`: a `Vec`, a boxed slice, or a [`GroupBuffer`](crate::GroupBuffer).
+    #[track_caller]
     pub fn all_reduce<T: Element, B>(&self, mut data: B, op: ReduceOp) -> Pending<B>
     where
         B: DerefMut<Target = [T]> + Send + 'static,
@@ -191,6 +197,7 @@ impl Queue {
     }
 
     /// All ranks' `input`, one after the other in rank order.
+    #[track_caller]
     pub fn all_gather<T: Element>(&self, input: Vec<T>) -> Pending<Vec<T>> {
         self.enqueue(move |comm| {
             let mut output = vec![T::zeroed(); input.len() * comm.world_size()];
@@ -199,6 +206,7 @@ impl Queue {
     }
 
     /// All ranks' inputs of different lengths, `counts[r]` elements from rank `r`. Every rank gives the same `counts`.
+    #[track_caller]
     pub fn all_gather_counts<T: Element>(&self, input: Vec<T>, counts: Vec<usize>) -> Pending<Vec<T>> {
         self.enqueue(move |comm| {
             let mut output = vec![T::zeroed(); counts.iter().sum()];
@@ -207,6 +215,7 @@ impl Queue {
     }
 
     /// This rank's part of the reduction of all ranks' `input`, whose length is a multiple of the world size.
+    #[track_caller]
     pub fn reduce_scatter<T: Element>(&self, mut input: Vec<T>, op: ReduceOp) -> Pending<Vec<T>> {
         self.enqueue(move |comm| {
             comm.reduce_scatter_in_place(&mut input, op)?;
@@ -218,6 +227,7 @@ impl Queue {
     }
 
     /// The root's `data`; the others give as many elements.
+    #[track_caller]
     pub fn broadcast<T: Element, B>(&self, mut data: B, root: usize) -> Pending<B>
     where
         B: DerefMut<Target = [T]> + Send + 'static,
@@ -226,6 +236,7 @@ impl Queue {
     }
 
     /// On the root the reduction of all ranks' `data`; elsewhere `data` as it was.
+    #[track_caller]
     pub fn reduce<T: Element, B>(&self, mut data: B, op: ReduceOp, root: usize) -> Pending<B>
     where
         B: DerefMut<Target = [T]> + Send + 'static,
@@ -234,6 +245,7 @@ impl Queue {
     }
 
     /// On the root all ranks' `input` in rank order; nothing elsewhere.
+    #[track_caller]
     pub fn gather<T: Element>(&self, input: Vec<T>, root: usize) -> Pending<Vec<T>> {
         self.enqueue(move |comm| {
             let ranks = if comm.rank() == root { comm.world_size() } else { 0 };
@@ -243,6 +255,7 @@ impl Queue {
     }
 
     /// This rank's part, of `count` elements, of the root's `input` (`world_size * count`; empty elsewhere).
+    #[track_caller]
     pub fn scatter<T: Element>(&self, input: Vec<T>, count: usize, root: usize) -> Pending<Vec<T>> {
         self.enqueue(move |comm| {
             let mut output = vec![T::zeroed(); count];
@@ -251,6 +264,7 @@ impl Queue {
     }
 
     /// Part `rank` of every rank's `input`, in rank order.
+    #[track_caller]
     pub fn all_to_all<T: Element>(&self, input: Vec<T>) -> Pending<Vec<T>> {
         self.enqueue(move |comm| {
             let mut output = vec![T::zeroed(); input.len()];
@@ -259,6 +273,7 @@ impl Queue {
     }
 
     /// What every rank sends this one: `recv_counts[q]` elements from rank `q`, for `send_counts[q]` of `input` to it.
+    #[track_caller]
     pub fn all_to_all_v<T: Element>(
         &self,
         input: Vec<T>,
@@ -272,11 +287,13 @@ impl Queue {
     }
 
     /// Ends when every rank has come to it.
+    #[track_caller]
     pub fn barrier(&self) -> Pending<()> {
         self.enqueue(|comm| comm.barrier())
     }
 
     /// One object from every rank, in rank order; see [`CommunicatorExt::all_gather_object`].
+    #[track_caller]
     pub fn all_gather_object<S>(&self, object: &S) -> Pending<Vec<S>>
     where
         S: Serialize + DeserializeOwned + Send + 'static,
@@ -287,6 +304,7 @@ impl Queue {
     }
 
     /// One object from every rank at `root`; see [`CommunicatorExt::gather_object`].
+    #[track_caller]
     pub fn gather_object<S>(&self, object: &S, root: usize) -> Pending<Option<Vec<S>>>
     where
         S: Serialize + DeserializeOwned + Send + 'static,
@@ -296,6 +314,7 @@ impl Queue {
     }
 
     /// The root's object; see [`CommunicatorExt::broadcast_object`].
+    #[track_caller]
     pub fn broadcast_object<S>(&self, object: Option<&S>, root: usize) -> Pending<S>
     where
         S: Serialize + DeserializeOwned + Send + 'static,
@@ -334,6 +353,10 @@ impl Communicator for Queue {
 
     fn poison(&self, error: &Error) {
         self.comm.poison(error);
+    }
+
+    fn beside(&self, line: u64, name: &str) -> Option<Beside> {
+        self.comm.beside(line, name)
     }
 
     fn subgroup_with(

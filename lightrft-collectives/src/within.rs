@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::communicator::{Communicator, GroupOptions};
 use crate::error::{Error, Result};
+use crate::host::Beside;
 use crate::memory::GroupMemory;
 use crate::operation::{Call, Operation};
 
@@ -65,6 +66,10 @@ macro_rules! forward {
 
         fn poison(&$this, error: &Error) {
             $inner.poison(error);
+        }
+
+        fn beside(&$this, line: u64, name: &str) -> Option<Beside> {
+            $inner.beside(line, name)
         }
     };
 }

@@ -10,11 +10,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use lightrft_collectives::flight::{self, Flight};
 use lightrft_collectives::launch::{Launcher, Outcome};
 use lightrft_collectives::nccl::{self, Check, DeviceMemory, Nccl, Options, Stream};
 use lightrft_collectives::testing::{Mismatch, OnDevice, Samples, conformance, conformance_with, mismatch};
 use lightrft_collectives::{
-    Communicator, CommunicatorExt, Error, Loss, Operation, ReduceOp, Rendezvous, Single,
+    Call, Communicator, CommunicatorExt, Error, GroupOptions, Loss, Operation, ReduceOp, Rendezvous, Single,
 };
 
 /// How long a healthy test may wait for a stream.
@@ -127,7 +128,9 @@ fn gpus_enqueue_without_waiting_and_in_the_order_of_streams() {
 #[ignore = "a rank of gpus_enqueue_without_waiting_and_in_the_order_of_streams"]
 fn rank_enqueues() {
     let rank = Rank::join();
+    let begin = Instant::now();
     let comm = rank.default();
+    println!("connected after {:?}", begin.elapsed());
     let world = comm.world_size() as f32;
     // Long work: the calls return before it is done.
     let input = DeviceMemory::zeroed::<f32>(&rank.stream, 1 << 28).unwrap();
@@ -171,17 +174,37 @@ fn rank_enqueues() {
         assert_eq!(data.download::<f32>(LIMIT).unwrap(), [i as f32 * world; 3]);
     }
 
-    // What a call costs the thread that makes it.
+    // What a call costs the thread that makes it, and how long it takes with waiting for it.
     let mut data = DeviceMemory::zeroed::<f32>(&rank.stream, 2).unwrap();
-    let mut calls = Vec::new();
-    for _ in 0..500 {
-        let begin = Instant::now();
-        comm.run(Operation::AllReduce { data: data.as_buffer_mut(), op: ReduceOp::Sum }).unwrap();
-        calls.push(begin.elapsed());
+    let everyone: Vec<usize> = (0..comm.world_size()).collect();
+    let begin = Instant::now();
+    let split = comm.subgroup_with(&everyone, &GroupOptions::default().exclusive()).unwrap().unwrap();
+    println!("split off after {:?}", begin.elapsed());
+    let off = rank.nccl(&Options::default().timeout(LIMIT).check(Check::Off));
+    let groups: [(&str, &dyn Communicator); 3] =
+        [("compared", &*comm), ("split off", &*split), ("not compared", &*off)];
+    for (name, comm) in groups {
+        for waits in [false, true] {
+            let mut calls = Vec::new();
+            for _ in 0..500 {
+                let begin = Instant::now();
+                comm.run(Operation::AllReduce { data: data.as_buffer_mut(), op: ReduceOp::Sum }).unwrap();
+                if waits {
+                    let event = rank.stream.record().unwrap();
+                    while !event.has_passed().unwrap() {}
+                }
+                calls.push(begin.elapsed());
+            }
+            assert!(rank.stream.wait(LIMIT).unwrap());
+            calls.sort();
+            let what = if waits { "done" } else { "enqueued" };
+            println!(
+                "all_reduce of 8 B, {name}: {what} in {:?} (median), {:?} (90 %)",
+                calls[250], calls[450]
+            );
+        }
     }
-    assert!(rank.stream.wait(LIMIT).unwrap());
-    calls.sort();
-    println!("all_reduce of 8 B: enqueued in {:?} (median), {:?} (90 %)", calls[250], calls[450]);
+    drop((split, off));
     comm.health().unwrap();
     drop(comm);
     leave(rank);
@@ -238,6 +261,183 @@ fn rank_disagrees() {
         println!("{case:?}: known after {:?}", begin.elapsed());
     }
     rank.host.barrier().unwrap();
+    leave(rank);
+}
+
+/// A communicator whose calls wait a little for an error that comes late.
+#[derive(Debug)]
+struct Patient(OnDevice);
+
+impl Communicator for Patient {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+
+    fn ranks(&self) -> &[usize] {
+        self.0.ranks()
+    }
+
+    fn run_within(
+        &self,
+        operation: Operation<'_>,
+        timeout: Option<Duration>,
+    ) -> lightrft_collectives::Result<()> {
+        let (begin, call) = (Instant::now(), operation.call());
+        self.0.run_within(operation, timeout)?;
+        loop {
+            match self.0.failure(call) {
+                Some(error) => return Err(error),
+                None if begin.elapsed() > Duration::from_secs(5) => return Ok(()),
+                None => std::thread::sleep(Duration::from_micros(200)),
+            }
+        }
+    }
+
+    fn subgroup_with(
+        &self,
+        ranks: &[usize],
+        options: &GroupOptions,
+    ) -> lightrft_collectives::Result<Option<Arc<dyn Communicator>>> {
+        self.0.subgroup_with(ranks, options)
+    }
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu test"]
+fn two_gpus_that_disagree_learn_of_it_though_no_call_waits_for_the_others() {
+    run_all("rank_disagrees_unawares", several());
+}
+
+#[test]
+#[ignore = "a rank of two_gpus_that_disagree_learn_of_it_though_no_call_waits_for_the_others"]
+fn rank_disagrees_unawares() {
+    let rank = Rank::join();
+    let everyone: Vec<usize> = (0..rank.host.world_size()).collect();
+    // A barrier is the host's, and waits there for those that make a call on their GPUs.
+    for case in Mismatch::ALL.into_iter().filter(|case| *case != Mismatch::Call) {
+        for warm in [false, true] {
+            let host = rank.host.subgroup(&everyone).unwrap().unwrap();
+            let options = Options::default().timeout(LIMIT);
+            let comm =
+                Patient(on_device(Nccl::new(host, rank.stream.ordinal(), &options).unwrap(), &rank.stream));
+            if warm {
+                // The GPUs are connected: what differs meets in kernels, and not before.
+                comm.0.all_reduce(&mut [1f32; 3], ReduceOp::Sum).unwrap();
+                comm.0.broadcast(&mut [1f32; 3], 0).unwrap();
+            }
+            let begin = Instant::now();
+            mismatch(&comm, case);
+            println!("{case:?}, connected {warm}: known after {:?}", begin.elapsed());
+            assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+            assert!(rank.stream.wait(LIMIT).unwrap(), "a kernel has not ended");
+        }
+    }
+    // Other calls on the GPUs, and messages of different lengths.
+    for case in 0..2 {
+        let host = rank.host.subgroup(&everyone).unwrap().unwrap();
+        let comm = Nccl::new(host, rank.stream.ordinal(), &Options::default().timeout(LIMIT)).unwrap();
+        let mut data = DeviceMemory::zeroed::<f32>(&rank.stream, 1 << 20).unwrap();
+        let begin = Instant::now();
+        let made = match (case, comm.rank()) {
+            (0, 0) => comm.run(Operation::AllReduce { data: data.as_buffer_mut(), op: ReduceOp::Sum }),
+            (0, _) => comm.run(Operation::Broadcast { data: data.as_buffer_mut(), root: 0 }),
+            (_, 0) => comm.run(Operation::Send { data: data.as_buffer(), to: 1 }),
+            (_, 1) => {
+                let mut short = DeviceMemory::zeroed::<f32>(&rank.stream, 1000).unwrap();
+                comm.run(Operation::Recv { data: short.as_buffer_mut(), from: 0 })
+            }
+            _ => Ok(()),
+        };
+        drop(made);
+        while comm.failure(Call::Barrier).is_none() && begin.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        let error = comm.failure(Call::Barrier);
+        println!("{error:?}, after {:?}", begin.elapsed());
+        let named = |one: Call, other: Call| {
+            matches!(&error, Some(Error::Mismatch { rank: 0, mine, other: 1, theirs, .. })
+                if mine.call == one && theirs.call == other)
+        };
+        assert!(if case == 0 {
+            named(Call::AllReduce, Call::Broadcast)
+        } else {
+            named(Call::Send, Call::Recv)
+        });
+        assert!(rank.stream.wait(LIMIT).unwrap(), "a kernel has not ended");
+    }
+    rank.host.barrier().unwrap();
+    leave(rank);
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu test"]
+fn gpus_write_their_calls_to_the_flight_recorder() {
+    run_all("rank_is_recorded", gpus());
+}
+
+#[test]
+#[ignore = "a rank of gpus_write_their_calls_to_the_flight_recorder"]
+fn rank_is_recorded() {
+    let rank = Rank::join();
+    if rank.host.world_size() == 1 {
+        // A group of one rank has no other that could read what it records.
+        return leave(rank);
+    }
+    let comm = rank.default();
+    let mut data = DeviceMemory::zeroed::<f32>(&rank.stream, 1 << 20).unwrap();
+    comm.run(Operation::AllReduce { data: data.as_buffer_mut(), op: ReduceOp::Sum }).unwrap();
+    let line = line!() - 1;
+    assert!(rank.stream.wait(LIMIT).unwrap());
+    // All but rank 0 make a second call, and wait for it.
+    if comm.rank() > 0 {
+        let call = Operation::AllReduce { data: data.as_buffer_mut(), op: ReduceOp::Max };
+        comm.run_within(call, Some(Duration::from_secs(4))).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let pids = rank.host.all_gather_object(&std::process::id()).unwrap();
+    let flights: Vec<Flight> = pids.iter().flat_map(|pid| flight::read(*pid).unwrap()).collect();
+    for (of, flight) in flights.iter().enumerate() {
+        assert_eq!(flight.rank, of);
+        let group = flight.groups.iter().find(|group| group.name == "world on GPUs").unwrap();
+        let busy = of > 0;
+        assert_eq!(
+            (group.step, group.at, group.busy),
+            (1 + u64::from(busy), 1 + u64::from(busy), busy),
+            "{flight}"
+        );
+        let records: Vec<_> = flight.records.iter().filter(|record| record.group_id == group.id).collect();
+        assert!(matches!(records[0].state, flight::State::Done(_)), "{flight}");
+        assert_eq!(
+            records[0].site.as_deref(),
+            Some(&*format!("lightrft-collectives/tests/gpu_nccl.rs:{line}"))
+        );
+        assert!(!busy || records[1].state == flight::State::Running, "{flight}");
+    }
+    let lines = flight::diagnose(&flights);
+    println!("{lines:?}");
+    assert!(
+        lines.iter().any(|line| line.starts_with("rank 0 is missing at step 2 of `world on GPUs`")),
+        "{lines:?}"
+    );
+    if comm.rank() == 0 {
+        println!("{}", flights[1]);
+    }
+    let begin = Instant::now();
+    let error = loop {
+        assert!(begin.elapsed() < Duration::from_secs(20));
+        match comm.failure(Call::Barrier) {
+            Some(error) => break error,
+            None => std::thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    println!("{error}");
+    assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [0]), "{error}");
+    assert!(rank.stream.wait(LIMIT).unwrap());
+    drop(comm);
     leave(rank);
 }
 
@@ -319,7 +519,7 @@ fn rank_runs_ahead() {
         }
     };
     println!("{error}, after {calls} calls and {:?}", begin.elapsed());
-    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    assert!(matches!(&error, Error::Timeout { missing, .. } if *missing == [1]), "{error}");
     assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
     // A thousand kernels are told to end; each has to notice.
     assert!(rank.stream.wait(LIMIT).unwrap());
@@ -336,13 +536,27 @@ const VICTIM: usize = 1;
 fn two_gpus_survive_the_death_of_a_rank_and_name_it() {
     let ranks = several();
     let folder = tempfile::tempdir().unwrap();
-    let outcome = run("rank_is_killed", ranks, &[("NOTES", folder.path().to_str().unwrap())]);
+    let notes = folder.path().to_str().unwrap();
+    let outcome = run("rank_is_killed", ranks, &[("NOTES", notes), (flight::DIRECTORY, notes)]);
     let failure = outcome.failure.unwrap();
     assert_eq!((failure.rank, failure.status.signal()), (VICTIM, Some(9)), "{outcome}");
     for rank in (0..ranks).filter(|rank| *rank != VICTIM) {
         // Each survivor has checked what it was told, and has ended by itself.
         assert!(outcome.statuses[rank].success(), "rank {rank}: {}", outcome.statuses[rank]);
         assert!(folder.path().join(format!("survivor-{rank}")).exists());
+    }
+    // What the dead has done on its GPU is read from its recorder by those who survive it.
+    let written = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+    let accounts: Vec<PathBuf> = written.filter(|path| path.to_string_lossy().ends_with(".txt")).collect();
+    assert_eq!(accounts.len(), ranks - 1, "{accounts:?}");
+    for account in accounts {
+        let text = std::fs::read_to_string(account).unwrap();
+        let dead = text.split(&format!("rank {VICTIM} of {ranks}")).nth(1).unwrap();
+        assert!(
+            dead.contains("world on GPUs") && dead.contains("all_reduce(max, F32, 67108864 elements)"),
+            "{text}"
+        );
+        assert!(dead.contains("gpu_nccl.rs:"), "{text}");
     }
 }
 

@@ -63,7 +63,7 @@ pub fn diagnose(flights: &[Flight]) -> Vec<String> {
     let mut groups: BTreeMap<u64, (&str, u64)> = BTreeMap::new();
     for group in flights.iter().flat_map(|flight| &flight.groups).filter(|group| group.busy) {
         let furthest = groups.entry(group.id).or_insert((&group.name, 0));
-        furthest.1 = furthest.1.max(group.step);
+        furthest.1 = furthest.1.max(group.at);
     }
     for (id, (name, step)) in groups {
         for flight in flights {
@@ -113,16 +113,21 @@ mod tests {
             name: format!("world/{id}"),
             size: 3,
             step: if id == group { step } else { 5 },
+            at: if id == group { step } else { 5 },
             busy: id == group,
             waiting_for: if id == group { waiting_for.to_vec() } else { Vec::new() },
         };
-        let (group, state_now) =
-            if group == 0 { (1, State::Done(Duration::from_secs(12))) } else { (group, State::Running) };
+        let (group, step, state_now) = if group == 0 {
+            (1, 5, State::Done(Duration::from_secs(12)))
+        } else {
+            (group, step, State::Running)
+        };
         let record = Record {
             group: format!("world/{group}"),
             group_id: group,
-            step: 5,
+            step,
             call,
+            site: None,
             begun: Duration::from_secs(12),
             state: state_now,
         };
@@ -140,6 +145,19 @@ mod tests {
         let expected =
             "rank 2 is missing at step 6 of `world/1`: it is in barrier() at step 9 of `world/2` for 12.0 s";
         assert_eq!(lines[0], expected);
+    }
+
+    #[test]
+    fn who_has_enqueued_less_than_another_is_missing_only_where_that_one_waits() {
+        let gpu = |number: usize, begun: u64, at: u64| {
+            let mut flight = rank(number, 1, begun, &[]);
+            flight.groups[0].at = at;
+            flight.records[0].step = at;
+            flight
+        };
+        assert_eq!(diagnose(&[gpu(0, 900, 50), gpu(1, 60, 50), gpu(2, 50, 50)]), [""; 0]);
+        let expected = "rank 2 is missing at step 51 of `world/1`: it is in barrier() at step 50 of `world/1` for 12.0 s";
+        assert_eq!(diagnose(&[gpu(0, 900, 50), gpu(1, 60, 51), gpu(2, 50, 50)]), [expected]);
     }
 
     #[test]

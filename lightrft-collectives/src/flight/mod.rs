@@ -2,7 +2,9 @@
 //!
 //! Every rank writes its last 1024 calls to memory that others can read: the other ranks of its machine, which keep it
 //! when it dies, and any program of the same user, as long as it lives. Recording a call takes tens of nanoseconds and is
-//! always on.
+//! always on. A call is recorded with the place in the program where it was made, if it was made through
+//! [`CommunicatorExt`](crate::CommunicatorExt) or a [`Queue`](crate::Queue). Calls on GPUs are recorded too, in a group of their
+//! own.
 //!
 //! A job that hangs is asked with the command `lightrft-flight PID...`, or so:
 //!
@@ -21,6 +23,7 @@
 
 mod diagnosis;
 pub(crate) mod memory;
+mod places;
 pub(crate) mod recorder;
 
 use std::fmt;
@@ -69,6 +72,9 @@ pub struct GroupState {
     pub size: usize,
     /// Collective calls that the rank has begun.
     pub step: u64,
+    /// The step of the first call that has not ended; `step` if all have. On a group of GPUs, whose calls are enqueued, it
+    /// may lie far behind `step`.
+    pub at: u64,
     /// Whether the rank is in a call on this group.
     pub busy: bool,
     /// The ranks of the world (the first 16) for which that call waits, if it has waited for a while.
@@ -87,6 +93,8 @@ pub struct Record {
     pub step: u64,
     /// The call; `None` if it was written by another version.
     pub call: Option<Signature>,
+    /// The file and line of the program where it was made, if that is known.
+    pub site: Option<String>,
     /// When it began, before now.
     pub begun: Duration,
     /// How it ended.
@@ -113,10 +121,12 @@ pub struct Doing {
     pub group: String,
     /// The group's number.
     pub group_id: u64,
-    /// Collective calls that the rank has begun on the group, with this one.
+    /// Collective calls that the rank had begun on the group, with this one.
     pub step: u64,
     /// The call; `None` if more than 1024 others were begun since.
     pub call: Option<Signature>,
+    /// The file and line of the program where it was made, if that is known.
+    pub site: Option<String>,
     /// How long it has taken.
     pub since: Option<Duration>,
     /// The ranks of the world for which it waits, if it has waited for a while.
@@ -183,6 +193,7 @@ impl Flight {
             group_id: record.group,
             step: record.step,
             call: record.signature,
+            site: record.place.checked_sub(1).and_then(|place| raw.places.get(place).cloned()),
             begun: duration(record.begun),
             state: match record.ended {
                 None => State::Running,
@@ -195,6 +206,7 @@ impl Flight {
             name: group.name.clone(),
             size: group.size,
             step: group.step,
+            at: group.at,
             busy: group.running.is_some(),
             waiting_for: group.waits_for.clone(),
         };
@@ -211,13 +223,17 @@ impl Flight {
     /// What the rank does now.
     pub fn status(&self) -> Status {
         let doing = self.groups.iter().filter(|group| group.busy).map(|group| {
-            let running = |record: &&Record| record.group_id == group.id && record.state == State::Running;
-            let record = self.records.iter().rev().find(running);
+            let running = |record: &&Record| {
+                record.group_id == group.id && record.step == group.at && record.state == State::Running
+            };
+            // Of enqueued calls the first is under way, the others wait behind it.
+            let record = self.records.iter().find(running);
             Doing {
                 group: group.name.clone(),
                 group_id: group.id,
-                step: group.step,
+                step: group.at,
                 call: record.and_then(|record| record.call),
+                site: record.and_then(|record| record.site.clone()),
                 since: record.map(|record| record.begun),
                 waiting_for: group.waiting_for.clone(),
             }
@@ -262,13 +278,22 @@ impl fmt::Display for Ranks<'_> {
     }
 }
 
+/// A place in the program as people read it.
+struct At<'a>(Option<&'a str>);
+
+impl fmt::Display for At<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |site| write!(f, " ({site})"))
+    }
+}
+
 impl fmt::Display for Doing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.call {
             Some(call) => write!(f, "{call}")?,
             None => write!(f, "a call")?,
         }
-        write!(f, " at step {} of `{}`", self.step, self.group)?;
+        write!(f, " at step {} of `{}`{}", self.step, self.group, At(self.site.as_deref()))?;
         if let Some(since) = self.since {
             write!(f, " for {}", Short(since))?;
         }
@@ -285,7 +310,7 @@ impl fmt::Display for Record {
             Some(call) => write!(f, "{call}")?,
             None => write!(f, "a call")?,
         }
-        write!(f, " at step {} of `{}`", self.step, self.group)?;
+        write!(f, " at step {} of `{}`{}", self.step, self.group, At(self.site.as_deref()))?;
         match self.state {
             State::Running => write!(f, ", running for {}", Short(self.begun)),
             State::Done(ago) => write!(f, ", ended {} ago", Short(ago)),
@@ -324,11 +349,12 @@ impl fmt::Display for Flight {
             write!(f, " {:<16} {:>6} ", record.group, record.step)?;
             match &record.call {
                 Some(call) => match bytes(call) {
-                    Some(bytes) => writeln!(f, "{call}, {bytes} bytes")?,
-                    None => writeln!(f, "{call}")?,
+                    Some(bytes) => write!(f, "{call}, {bytes} bytes")?,
+                    None => write!(f, "{call}")?,
                 },
-                None => writeln!(f, "?")?,
+                None => write!(f, "?")?,
             }
+            writeln!(f, "{}", At(record.site.as_deref()))?;
         }
         Ok(())
     }

@@ -1,11 +1,12 @@
 //! The recorder's format: a ring of a rank's last calls and a line per group, written by one process, read by others
 //!
 //! ```text
-//! | head: 16 words | 64 groups of 32 words | 1024 records of 8 words |
+//! | head: 16 words | 64 groups of 32 words | 1024 records of 8 words | 256 places of 16 words |
 //! ```
-//! A record is one cache line: stamp, group, step, three words of signature, begin, end. The stamp is odd while the
+//! A record is one cache line: stamp, group, step and place, three words of signature, begin, end. The stamp is odd while the
 //! record is being written, and else twice the number of the call, plus 2: a reader that finds the same even stamp before
 //! and after has read one call and not two halves. `end` is written later, as one word, with the outcome in its low bits.
+//! A place is a file and a line of the user's program as text, written once, before the first record that names it.
 //! Nothing here makes a kernel call, takes a lock or allocates while calls are recorded.
 
 use std::io;
@@ -17,7 +18,9 @@ use std::sync::atomic::fence;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::memory::{Words, Written, cycles};
+use super::places::{PLACES, Places};
 use crate::operation::{Call, Signature};
+use crate::site::Site;
 
 /// Calls that are kept.
 pub(crate) const RECORDS: usize = 1024;
@@ -31,10 +34,16 @@ const NAME: usize = 96;
 const HEAD: usize = 16;
 const GROUP: usize = 32;
 const RECORD: usize = 8;
-pub(crate) const WORDS: usize = HEAD + GROUPS * GROUP + RECORDS * RECORD;
+/// Words of a place: the length of its text, and the text.
+const PLACE: usize = 16;
+const FIRST_PLACE: usize = HEAD + GROUPS * GROUP + RECORDS * RECORD;
+pub(crate) const WORDS: usize = FIRST_PLACE + PLACES * PLACE;
+
+/// Bits of the word that a record's step and place share that are the step's.
+const STEP_BITS: u32 = 48;
 
 /// First word; its last byte is the version of this format.
-const MAGIC: u64 = u64::from_le_bytes(*b"LRFTFLY\x01");
+const MAGIC: u64 = u64::from_le_bytes(*b"LRFTFLY\x02");
 /// The name of the memory file, by which a process's recorders are found.
 pub(crate) const FILE: &str = "lightrft-flight";
 
@@ -69,6 +78,8 @@ mod group {
     pub(super) const WAITED_FOR: usize = 7;
     pub(super) const RANKS: usize = 8;
     pub(super) const NAME: usize = 16;
+    /// The step of the last call that ended.
+    pub(super) const DONE: usize = 28;
 }
 
 /// How a call ended.
@@ -116,6 +127,7 @@ pub(crate) struct Recorder {
     clock: Clock,
     /// Which groups' lines are taken.
     taken: Mutex<[bool; GROUPS]>,
+    places: Places,
 }
 
 /// A group's line in a recorder; `None` if there was no line left.
@@ -157,7 +169,8 @@ impl Recorder {
             words[place].store(value, Relaxed);
         }
         words[head::MAGIC].store(MAGIC, Release);
-        Ok(Recorder { words, file, clock, taken: Mutex::new([false; GROUPS]) })
+        let (taken, places) = (Mutex::new([false; GROUPS]), Places::new());
+        Ok(Recorder { words, file, clock, taken, places })
     }
 
     /// The descriptor by which other processes open this one's recorder.
@@ -209,9 +222,9 @@ impl Recorder {
         words[group::STAMP].store(stamp + 2, Release);
     }
 
-    /// Records that a call begins. Calls on one group come one after the other.
+    /// Records that a call begins, made at `site` if that is known. Calls on one group begin one after the other.
     #[inline]
-    pub(crate) fn begin(&self, slot: Slot, call: Call, signature: [u64; 3]) -> Ticket {
+    pub(crate) fn begin(&self, slot: Slot, call: Call, signature: [u64; 3], site: Option<Site>) -> Ticket {
         let number = self.words[head::NEXT].fetch_add(1, Relaxed);
         let mut step = 0;
         if let Some(line) = slot.line {
@@ -220,11 +233,12 @@ impl Recorder {
             line[group::STEP].store(step, Relaxed);
             line[group::BEGUN].store(number + 1, Relaxed);
         }
+        let place = site.map_or(0, |site| self.places.number(site, |place| self.write_place(place, site)));
         let record = self.record(number);
         record[0].store(2 * number + 1, Relaxed);
         fence(Release);
         record[1].store(slot.id, Relaxed);
-        record[2].store(step, Relaxed);
+        record[2].store(step | (place << STEP_BITS), Relaxed);
         record[3].store(signature[0], Relaxed);
         record[4].store(signature[1], Relaxed);
         record[5].store(signature[2], Relaxed);
@@ -243,7 +257,9 @@ impl Recorder {
             record[7].store((self.clock.now() << 2) | outcome as u64, Release);
         }
         if let Some(line) = ticket.slot.line {
-            self.words[HEAD + line * GROUP + group::ENDED].store(ticket.number + 1, Release);
+            let line = &self.words[HEAD + line * GROUP..][..GROUP];
+            line[group::DONE].store(ticket.step, Relaxed);
+            line[group::ENDED].store(ticket.number + 1, Release);
         }
     }
 
@@ -277,6 +293,20 @@ impl Recorder {
         known.is_some_and(|line| line[group::BEGUN].load(Relaxed) != line[group::ENDED].load(Relaxed))
     }
 
+    /// Writes a place down for others. The end of a long path tells more than its beginning.
+    #[cold]
+    fn write_place(&self, place: usize, site: Site) {
+        let text = format!("{}:{}", site.file(), site.line());
+        let text = &text.as_bytes()[text.len().saturating_sub(8 * (PLACE - 1))..];
+        let words = &self.words[FIRST_PLACE + place * PLACE..][..PLACE];
+        let mut bytes = [0u8; 8 * (PLACE - 1)];
+        bytes[..text.len()].copy_from_slice(text);
+        for (word, part) in words[1..].iter().zip(bytes.as_chunks::<8>().0) {
+            word.store(u64::from_le_bytes(*part), Relaxed);
+        }
+        words[0].store(text.len() as u64, Release);
+    }
+
     fn record(&self, number: u64) -> &[std::sync::atomic::AtomicU64] {
         &self.words[HEAD + GROUPS * GROUP + number as usize % RECORDS * RECORD..][..RECORD]
     }
@@ -293,6 +323,8 @@ pub(crate) struct RawRecord {
     pub(crate) number: u64,
     pub(crate) group: u64,
     pub(crate) step: u64,
+    /// The number of its place; 0 for none.
+    pub(crate) place: usize,
     pub(crate) signature: Option<Signature>,
     /// Nanoseconds before now.
     pub(crate) begun: u64,
@@ -306,6 +338,8 @@ pub(crate) struct RawGroup {
     pub(crate) name: String,
     pub(crate) size: usize,
     pub(crate) step: u64,
+    /// The step of the first call that has not ended; `step` if all have.
+    pub(crate) at: u64,
     /// The number of the call under way.
     pub(crate) running: Option<u64>,
     pub(crate) waits_for: Vec<usize>,
@@ -321,6 +355,8 @@ pub(crate) struct Raw {
     pub(crate) groups: Vec<RawGroup>,
     /// In the order of their numbers.
     pub(crate) records: Vec<RawRecord>,
+    /// The places, the first of which has the number 1.
+    pub(crate) places: Vec<String>,
 }
 
 /// Reads all that is whole. `None` if this is no recorder of this version.
@@ -341,7 +377,16 @@ pub(crate) fn read(words: &impl Words) -> Option<Raw> {
         pid: word(head::PID) as u32,
         groups: (0..GROUPS).filter_map(|line| read_group(words, line)).collect(),
         records,
+        places: (0..PLACES).map(|place| read_place(words, place)).collect(),
     })
+}
+
+fn read_place(words: &impl Words, place: usize) -> String {
+    let base = FIRST_PLACE + place * PLACE;
+    let length = words.load(base, Acquire) as usize;
+    let bytes = (1..PLACE).flat_map(|word| words.load(base + word, Relaxed).to_le_bytes());
+    let bytes: Vec<u8> = bytes.take(length).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// How long ago a recorder's time was.
@@ -384,7 +429,8 @@ fn read_record(words: &impl Words, place: usize, age: &Age) -> Option<RawRecord>
     (number as usize % RECORDS == place).then(|| RawRecord {
         number,
         group: found[1],
-        step: found[2],
+        step: found[2] & ((1 << STEP_BITS) - 1),
+        place: (found[2] >> STEP_BITS) as usize,
         signature: Signature::decode([found[3], found[4], found[5]]),
         begun: age.of(found[6]),
         ended: outcome(found[7]),
@@ -416,6 +462,7 @@ fn read_group(words: &impl Words, line: usize) -> Option<RawGroup> {
         name: String::from_utf8_lossy(&name[..end]).into_owned(),
         size: found[group::SIZE] as usize,
         step: found[group::STEP],
+        at: if running { (found[group::DONE] + 1).min(found[group::STEP]) } else { found[group::STEP] },
         running: running.then(|| found[group::BEGUN].saturating_sub(1)),
         waits_for,
     })
@@ -437,12 +484,12 @@ mod tests {
         let recorder = Recorder::new(1, 3, 4).unwrap();
         let (one, two) = (recorder.enter(11, "world", 4), recorder.enter(12, "world/1", 2));
         for count in 0..RECORDS as u64 + 10 {
-            let ticket = recorder.begin(one, Call::Broadcast, signature(count).encode());
+            let ticket = recorder.begin(one, Call::Broadcast, signature(count).encode(), None);
             recorder.end(ticket, Outcome::Done);
         }
-        let failed = recorder.begin(two, Call::Barrier, Signature::bare(Call::Barrier).encode());
+        let failed = recorder.begin(two, Call::Barrier, Signature::bare(Call::Barrier).encode(), None);
         recorder.end(failed, Outcome::Failed);
-        let waits = recorder.begin(two, Call::Recv, signature(7).encode());
+        let waits = recorder.begin(two, Call::Recv, signature(7).encode(), None);
         recorder.waits_for(waits, &[2, 70_000]);
 
         let raw = read(recorder.words()).unwrap();
@@ -471,12 +518,57 @@ mod tests {
         let recorder = Recorder::new(1, 0, 1).unwrap();
         let slots: Vec<Slot> =
             (0..=GROUPS as u64).map(|id| recorder.enter(id + 1, "a group with a name", 1)).collect();
-        let ticket = recorder.begin(slots[GROUPS], Call::Barrier, Signature::bare(Call::Barrier).encode());
+        let ticket =
+            recorder.begin(slots[GROUPS], Call::Barrier, Signature::bare(Call::Barrier).encode(), None);
         recorder.waits_for(ticket, &[1]);
         let raw = read(recorder.words()).unwrap();
         assert_eq!((raw.groups.len(), raw.records[0].group), (GROUPS, GROUPS as u64 + 1));
         slots.into_iter().for_each(|slot| recorder.leave(slot));
         assert!(read(recorder.words()).unwrap().groups.is_empty());
+    }
+
+    #[test]
+    fn a_call_is_read_with_the_place_where_it_was_made() {
+        let recorder = Recorder::new(1, 0, 1).unwrap();
+        let slot = recorder.enter(11, "world", 4);
+        let here = std::panic::Location::caller();
+        for site in [None, Some(here), Some(here)] {
+            let ticket = recorder.begin(slot, Call::Broadcast, signature(1).encode(), site);
+            recorder.end(ticket, Outcome::Done);
+        }
+        let raw = read(recorder.words()).unwrap();
+        let [none, one, other] = &raw.records[..] else { panic!() };
+        assert_eq!((none.place, one.place, [none.step, one.step, other.step]), (0, other.place, [1, 2, 3]));
+        let text = format!("{}:{}", here.file(), here.line());
+        assert_eq!(raw.places[one.place - 1], text);
+        assert_eq!(raw.places.iter().filter(|place| !place.is_empty()).count(), 1);
+    }
+
+    /// `cargo test --release -p lightrft-collectives --lib -- --ignored --nocapture what_recording`
+    #[test]
+    #[ignore = "a measurement"]
+    fn what_recording_a_call_costs() {
+        #[track_caller]
+        fn call(recorder: &Recorder, slot: Slot, signature: &Signature) {
+            let _mark = crate::site::mark();
+            let site = crate::site::current();
+            let ticket = recorder.begin(slot, signature.call, signature.encode(), site);
+            recorder.end(ticket, Outcome::Done);
+        }
+        const CALLS: u32 = 100_000;
+        let recorder = Recorder::new(1, 0, 1).unwrap();
+        let (slot, signature) = (recorder.enter(11, "world", 4), signature(1));
+        let mut rounds: Vec<f64> = (0..50)
+            .map(|_| {
+                let begin = std::time::Instant::now();
+                for _ in 0..CALLS {
+                    call(&recorder, slot, std::hint::black_box(&signature));
+                }
+                begin.elapsed().as_secs_f64() * 1e9 / f64::from(CALLS)
+            })
+            .collect();
+        rounds.sort_by(f64::total_cmp);
+        println!("{:?}: {:.1} ns a call (median), {:.1} (best)", recorder.clock, rounds[25], rounds[0]);
     }
 
     #[test]
@@ -487,7 +579,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for count in 0..300_000 {
-                    let ticket = recorder.begin(slot, Call::Broadcast, signature(count).encode());
+                    let ticket = recorder.begin(slot, Call::Broadcast, signature(count).encode(), None);
                     recorder.end(ticket, Outcome::Done);
                 }
                 done.store(true, Relaxed);

@@ -5,6 +5,8 @@
 //! a rank has died.
 
 mod agreement;
+#[cfg_attr(not(feature = "nccl"), allow(dead_code))] // Lent to the communicators of GPUs.
+mod beside;
 mod chain;
 mod control;
 mod exchange;
@@ -13,6 +15,8 @@ mod fate;
 pub(crate) mod fuzzing;
 mod hello;
 mod hierarchy;
+#[cfg_attr(not(feature = "nccl"), allow(dead_code))] // As above.
+mod ledger;
 mod note;
 mod patience;
 mod pulse;
@@ -35,9 +39,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+pub(crate) use self::beside::Beside;
 use self::exchange::{Fault, Links, Wait};
 use self::fate::Alarm;
 use self::hierarchy::Hierarchy;
+#[cfg(feature = "nccl")]
+pub(crate) use self::ledger::Told;
 use self::note::{Cause, Lateness, Note};
 pub(crate) use self::shm::HeapMemory;
 use self::shm::{Shm, Watch};
@@ -55,6 +62,7 @@ use crate::memory::GroupMemory;
 use crate::op::ReduceOp;
 use crate::operation::{Call, Operation, Signature, digest};
 use crate::single::Single;
+use crate::site;
 
 /// How long the watcher may take to say why a connection broke before it is taken for a rank that left.
 const VERDICT: Duration = Duration::from_secs(1);
@@ -179,7 +187,7 @@ impl Group {
         {
             return Err(cause.error(mine.call, &self.name, &self.ranks, cards));
         }
-        let ticket = shared.recorder.begin(self.slot, mine.call, mine.encode());
+        let ticket = shared.recorder.begin(self.slot, mine.call, mine.encode(), site::current());
         let subject = Subject { group: &self.name, id: self.id, ranks: &self.ranks, call: mine, ticket };
         let vigil = &Vigil::new(shared, cards, alarm, self.world.patience, subject);
         let wait = Wait { alarm, vigil, timeout };
@@ -354,6 +362,10 @@ impl Communicator for Group {
             _ => Cause::Lost { rank: reporter, how: Loss::Failed },
         };
         self.world.shared.declare(self.id, cause);
+    }
+
+    fn beside(&self, line: u64, name: &str) -> Option<Beside> {
+        Some(Beside::new(self.world.shared.clone(), self.id, &self.ranks, line, name))
     }
 }
 

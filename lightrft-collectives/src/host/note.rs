@@ -169,6 +169,9 @@ pub(super) enum Note {
     Ask,
     /// What the sender does now.
     Status(Status),
+    /// Calls that the sender has made on a line beside a group: strands and words of signatures, see
+    /// [`ledger`](super::ledger).
+    Calls { group: u64, line: u64, calls: Vec<(u64, [u64; 3])> },
 }
 
 /// Notes are small: the longest names the members of a large group.

@@ -318,7 +318,7 @@ mod tests {
         let slot = shared.recorder.enter(7, "world", 2);
         let barrier = Signature::bare(Call::Barrier).encode();
         for _ in 0..3 {
-            shared.recorder.begin(slot, Call::Barrier, barrier);
+            shared.recorder.begin(slot, Call::Barrier, barrier, None);
         }
         for (group, step, absent) in [(7, 3, vec![0, 1]), (8, 4, vec![0])] {
             let late = Lateness {

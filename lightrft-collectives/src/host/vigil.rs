@@ -15,6 +15,7 @@ use super::world::Card;
 use crate::flight::recorder::{Ticket, is_step};
 use crate::flight::{Known, Ranks, Short, Status, cycle, describe};
 use crate::operation::Signature;
+use crate::site;
 
 /// How long a rank of another machine may take to say what it does.
 const ANSWER: Duration = Duration::from_millis(300);
@@ -145,6 +146,9 @@ impl<'a> Vigil<'a> {
         let mut text = format!("{} on `{}`", self.call, self.group);
         if self.step > 0 {
             let _ = write!(text, " at step {}", self.step);
+        }
+        if let Some(site) = site::current() {
+            let _ = write!(text, " ({}:{})", site.file(), site.line());
         }
         let _ = write!(text, " has waited {} for {}", Short(waited), Ranks(missing));
         if self.step > 0 {

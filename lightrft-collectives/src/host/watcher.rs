@@ -18,6 +18,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use super::control::{Control, Sent};
 use super::fate::Fate;
 use super::hello::{Gate, Purpose, Strangers};
+use super::ledger::{Ledgers, Told};
 use super::note::Note;
 use super::pulse::{Pulse, RHYTHM};
 use super::verdict::Court;
@@ -54,6 +55,7 @@ pub(super) struct Shared {
     pub(super) nonce: u64,
     pub(super) fate: Fate,
     pub(super) court: Mutex<Court>,
+    ledgers: Mutex<Ledgers>,
     pub(super) recorder: Recorder,
     /// The recorders of the other ranks of this machine.
     flights: OnceLock<Vec<Option<Read>>>,
@@ -82,6 +84,7 @@ impl Shared {
             nonce,
             fate: Fate::default(),
             court: Mutex::default(),
+            ledgers: Mutex::default(),
             recorder: Recorder::new(nonce, rank, world)?,
             flights: OnceLock::new(),
             directory: std::env::var_os(DIRECTORY).filter(|name| !name.is_empty()).map(PathBuf::from),
@@ -92,6 +95,11 @@ impl Shared {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             state: Mutex::new(State::Running),
         }))
+    }
+
+    /// What is compared here of the calls made beside groups.
+    pub(super) fn ledgers(&self) -> MutexGuard<'_, Ledgers> {
+        self.ledgers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn peers(&self) -> MutexGuard<'_, Vec<Option<Arc<Peer>>>> {
@@ -370,6 +378,9 @@ impl Watcher {
                 if let Some(flight) = shared.flight(shared.rank) {
                     shared.tell([rank], &Note::Status(flight.status()));
                 }
+            }
+            Note::Calls { group, line, calls } => {
+                shared.hear_calls(rank, group, line, calls.into_iter().map(Told::from));
             }
             Note::Status(status) => {
                 let mut answers = shared.answers.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,26 +1,39 @@
-//! One NCCL communicator: how it begins, how calls are enqueued on it, how it ends
+//! One NCCL communicator: how calls are enqueued on it, and seen done
 //!
 //! Whoever calls NCCL on a communicator holds its lock, [`Comm::life`]. Two things are done without: asking whether
 //! enqueued work is done, which is a matter of CUDA events, and telling the kernels of a communicator to end while
 //! another thread is stuck in a call on it (see [`watchdog`](super::watchdog)).
+//!
+//! A call is done by the thread that makes it: where NCCL's own thread does it, as on communicators that do not block, it
+//! costs ten times as much. So a call may be stuck, in the first meeting with the other ranks or behind a full queue of
+//! launches; the watchdog knows of it before it begins.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::cuda::Gpu;
 use super::device::{DeviceMemory, Event};
-use super::raw::{self, CommHandle, Config, Fault, Lane, Progress, UniqueId};
+use super::raw::{self, CommHandle, Fault, Lane, Progress};
 use super::record::{EnqueuedState, Record};
 use super::watchdog;
 use crate::communicator::Communicator;
 use crate::error::{Error, Result};
+use crate::flight::recorder::{Outcome, Ticket};
+use crate::host::{Beside, Told};
 use crate::operation::{Call, Signature};
 
 /// How long to look without sleeping whether NCCL has taken a call: about what it needs for one.
 const EAGER: Duration = Duration::from_micros(200);
+
+/// How long calls are collected before they are told to whom compares them: each telling costs the watchers of two ranks a few
+/// microseconds.
+const TELL: Duration = Duration::from_millis(5);
+
+/// How long a call may be outstanding before the ranks that have not made it are named in a line of the log.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whether the communicator can still be called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,63 +47,111 @@ pub(super) enum Life {
 #[derive(Debug)]
 pub(super) struct Pending {
     event: Arc<Event>,
-    call: Call,
+    first: Signature,
     /// In the record.
     sequence: u64,
+    /// In the flight recorder.
+    ticket: Option<Ticket>,
     since: Instant,
     limit: Duration,
+}
+
+/// A call that a thread is making.
+#[derive(Clone, Copy, Debug)]
+struct Making {
+    call: Call,
+    since: Instant,
+    limit: Duration,
+}
+
+/// Calls that have not been told to whom compares them.
+#[derive(Debug, Default)]
+struct Untold {
+    calls: Vec<Told>,
+    last: Option<Instant>,
+}
+
+/// What is enqueued at once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Launch<'a> {
+    /// The first call.
+    pub(super) first: Signature,
+    /// Number of calls.
+    pub(super) fused: usize,
+    /// All calls, as they are compared; none if they are not.
+    pub(super) told: &'a [Told],
+    pub(super) limit: Duration,
 }
 
 /// A communicator as its owner, the watchdog and the threads that end it share it.
 #[derive(Debug)]
 pub(super) struct Comm {
-    nccl: &'static raw::Nccl,
+    pub(super) nccl: &'static raw::Nccl,
     pub(super) gpu: Arc<Gpu>,
     /// The group's name.
     pub(super) name: String,
     /// This rank in the world.
     world_rank: usize,
-    raw: CommHandle,
-    life: Mutex<Life>,
+    /// The same on all members, and no other communicator's.
+    pub(super) id: u64,
+    /// What calls are made on. It blocks.
+    pub(super) raw: OnceLock<CommHandle>,
+    /// What others are split off from, if it was made. It does not block, so that making a communicator has a deadline.
+    pub(super) root: OnceLock<CommHandle>,
+    pub(super) life: Mutex<Life>,
     /// Why it is dead: what every call returns from then on.
     failure: OnceLock<Error>,
+    /// The call that a thread is making now.
+    making: Mutex<Option<Making>>,
     pending: Mutex<VecDeque<Pending>>,
+    untold: Mutex<Untold>,
+    /// The call that was last complained of, and how long it had waited then.
+    complaint: Mutex<Option<(u64, Duration)>>,
     /// Events to use again.
     spare: Mutex<Vec<Arc<Event>>>,
     pub(super) record: Record,
+    /// The line in the flight recorder.
+    beside: Option<Beside>,
     /// The group on the host, until the owner goes: its last owner says goodbye to the other ranks, and must not be a thread
     /// that may not get to it before the process ends.
-    host: Mutex<Option<Arc<dyn Communicator>>>,
+    pub(super) host: Mutex<Option<Arc<dyn Communicator>>>,
     /// What barriers reduce, one `f32`: it outlives the work that is enqueued on it.
     pub(super) zero: OnceLock<DeviceMemory>,
     /// Set when the owner is gone and a thread of its own destroys the communicator.
-    retiring: AtomicBool,
+    pub(super) retiring: AtomicBool,
     /// Set when an abort has begun without the lock: whoever began it ends it.
-    aborting: AtomicBool,
+    pub(super) aborting: AtomicBool,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Comm {
-    fn new(
+    /// One that has no handle yet.
+    pub(super) fn new(
         nccl: &'static raw::Nccl,
         gpu: &Arc<Gpu>,
         host: &Arc<dyn Communicator>,
-        raw: CommHandle,
+        id: u64,
     ) -> Arc<Comm> {
         Arc::new(Comm {
             nccl,
             gpu: gpu.clone(),
             name: host.name().to_owned(),
             world_rank: host.ranks()[host.rank()],
-            raw,
+            id,
+            raw: OnceLock::new(),
+            root: OnceLock::new(),
             life: Mutex::new(Life::Live),
             failure: OnceLock::new(),
+            making: Mutex::default(),
             pending: Mutex::default(),
+            untold: Mutex::default(),
+            complaint: Mutex::default(),
             spare: Mutex::default(),
             record: Record::default(),
+            beside: host.beside(id, &format!("{} on GPUs", host.name())),
             host: Mutex::new(Some(host.clone())),
             zero: OnceLock::new(),
             retiring: AtomicBool::new(false),
@@ -98,89 +159,23 @@ impl Comm {
         })
     }
 
-    /// Makes the communicator of all members of `host`, which all call this with the same `id`.
-    pub(super) fn init(
-        nccl: &'static raw::Nccl,
-        gpu: &Arc<Gpu>,
-        host: &Arc<dyn Communicator>,
-        id: UniqueId,
-        limit: Duration,
-    ) -> Result<Arc<Comm>> {
-        let begin = Instant::now();
-        let _current = gpu.enter()?;
-        let (raw, progress) = nccl.init(host.world_size(), id, host.rank(), &mut Config::new());
-        let comm = Comm::new(nccl, gpu, host, raw);
-        comm.begin(progress, begin, limit)
-    }
-
-    /// Makes a communicator of some members: of those that give a `group` on the host. All members of this one call it with
-    /// the same `colour`.
-    pub(super) fn split(
+    /// How far the last call on `raw` has come: some calls say that they are done when they have only begun. The caller holds
+    /// the lock.
+    pub(super) fn progress_of(
         &self,
-        colour: i32,
-        group: Option<&Arc<dyn Communicator>>,
-        limit: Duration,
-    ) -> Result<Option<Arc<Comm>>> {
-        let begin = Instant::now();
-        // NCCL does not split a communicator that is at work.
-        while !lock(&self.pending).is_empty() {
-            self.alive()?;
-            if begin.elapsed() > limit {
-                return Err(watchdog::fail(self, self.late(Call::Subgroup, begin.elapsed())));
-            }
-            std::thread::sleep(Duration::from_micros(100));
-        }
-        let life = self.enter(Call::Subgroup)?;
-        let _current = self.gpu.enter()?;
-        let (colour, key) = group.map_or((raw::NO_COLOUR, 0), |group| (colour, group.rank()));
-        // Leaked if NCCL fails: it may still write there.
-        let new = Box::into_raw(Box::new(0));
-        // SAFETY: live, and ours while `life` is held; `new` is freed below only when the parent has settled.
-        let asked = unsafe { self.nccl.split(self.raw, colour, key, new, &mut Config::new()) };
-        let settled = self.settle(self.progress_of(asked), Call::Subgroup, begin, limit);
-        settled.map_err(|error| watchdog::fail(self, error))?;
-        drop(life);
-        // SAFETY: made above from a box, and NCCL is done with it.
-        let raw = *unsafe { Box::from_raw(new) };
-        let Some(group) = group else { return Ok(None) };
-        let comm = Comm::new(self.nccl, &self.gpu, group, raw);
-        // SAFETY: nobody else has the new one yet.
-        let progress = unsafe { self.nccl.async_error(raw) };
-        comm.begin(progress, begin, limit).map(Some)
-    }
-
-    /// Waits for a new communicator to be ready, and puts it under the watchdog's eyes.
-    fn begin(
-        self: Arc<Self>,
-        progress: Result<Progress, Fault>,
-        begin: Instant,
-        limit: Duration,
-    ) -> Result<Arc<Comm>> {
-        let settled = self.settle(progress, Call::Subgroup, begin, limit);
-        match settled {
-            Ok(()) => {
-                watchdog::register(&self);
-                Ok(self)
-            }
-            Err(error) => {
-                let _ = self.failure.set(error.clone());
-                lock(&self.host).take();
-                watchdog::abort(vec![self]);
-                Err(error)
-            }
-        }
-    }
-
-    /// How far the last call has come: some calls say that they are done when they have only begun. The caller holds the lock.
-    fn progress_of(&self, asked: Result<Progress, Fault>) -> Result<Progress, Fault> {
+        raw: CommHandle,
+        asked: Result<Progress, Fault>,
+    ) -> Result<Progress, Fault> {
         asked?;
         // SAFETY: live, and no other thread calls anything on it (this function's contract).
-        unsafe { self.nccl.async_error(self.raw) }
+        unsafe { self.nccl.async_error(raw) }
     }
 
-    /// Waits until NCCL has taken the last call. The caller holds the lock, or is the only one to know of this communicator.
-    fn settle(
+    /// Waits until NCCL has taken the last call on `raw`. The caller holds the lock, or is the only one to know of this
+    /// communicator.
+    pub(super) fn settle(
         &self,
+        raw: CommHandle,
         progress: Result<Progress, Fault>,
         call: Call,
         begin: Instant,
@@ -212,73 +207,115 @@ impl Comm {
                 std::thread::sleep(Duration::from_micros(50));
             }
             // SAFETY: live, and no other thread calls anything on it (this function's contract).
-            progress = unsafe { self.nccl.async_error(self.raw) };
+            progress = unsafe { self.nccl.async_error(raw) };
         }
     }
 
-    /// Enqueues the calls that `enqueue` makes on `stream`, `fused` of them of which `first` is the first, and leaves the watchdog to see them done within `limit`.
+    /// Enqueues the calls that `enqueue` makes on `stream`, and leaves the watchdog to see them done in time.
     ///
     /// # Safety
     /// `stream` is a live stream of this communicator's GPU, and what `enqueue` passes to the lane is as [`Lane::new`] asks.
     pub(super) unsafe fn enqueue(
         &self,
-        first: Signature,
-        fused: usize,
+        launch: Launch<'_>,
         stream: usize,
-        limit: Duration,
         enqueue: impl FnOnce(&Lane) -> Result<Progress, Fault>,
     ) -> Result<()> {
-        let (begin, call) = (Instant::now(), first.call);
+        let (since, call, limit) = (Instant::now(), launch.first.call, launch.limit);
         let life = self.enter(call)?;
+        let Some(raw) = self.raw.get().copied() else { return Err(self.gone(call)) };
         let current = self.gpu.enter()?;
-        // SAFETY: live and ours while `life` is held; the rest is the caller's promise.
-        let lane = unsafe { Lane::new(self.nccl, self.raw, stream) };
-        let taken = self.settle(self.progress_of(enqueue(&lane)), call, begin, limit);
-        let watched = taken.and_then(|()| self.watch(first, fused, stream, begin, limit));
-        // Told before anything else of CUDA is called, which may be stuck behind a launch.
-        let result = watched.map_err(|error| watchdog::fail(self, error));
-        drop((current, life));
-        result
-    }
-
-    /// Marks where the stream has done the call.
-    fn watch(
-        &self,
-        first: Signature,
-        fused: usize,
-        stream: usize,
-        since: Instant,
-        limit: Duration,
-    ) -> Result<()> {
-        // What is captured into a graph happens when the graph is launched, any number of times or never.
-        // SAFETY: `enqueue` was promised a live stream of this GPU.
-        if unsafe { self.gpu.is_capturing(stream)? } {
-            self.record.push(first, fused, EnqueuedState::Captured);
-            return Ok(());
-        }
-        let (call, sequence) = (first.call, self.record.push(first, fused, EnqueuedState::Outstanding));
-        let spare = lock(&self.spare).pop();
-        let event = spare.map_or_else(|| Event::new(&self.gpu).map(Arc::new), Ok)?;
-        // SAFETY: as above; the event is ours.
-        unsafe { self.gpu.record(event.raw, stream)? };
-        lock(&self.pending).push_back(Pending { event, call, sequence, since, limit });
+        // Before the call is made: if other ranks make another one, it may not return.
+        self.tell_later(launch.told);
+        let ticket = self.beside.as_ref().map(|beside| beside.begin(&launch.first));
+        *lock(&self.making) = Some(Making { call, since, limit });
         watchdog::expect_one();
+        // SAFETY: live and ours while `life` is held; the rest is the caller's promise.
+        let lane = unsafe { Lane::new(self.nccl, raw, stream) };
+        let taken = self.settle(raw, self.progress_of(raw, enqueue(&lane)), call, since, limit);
+        let watched = taken.and_then(|()| self.watch(launch, stream, since, ticket));
+        *lock(&self.making) = None;
+        let result = watched.map_err(|error| {
+            self.end_record(ticket, Outcome::Failed);
+            watchdog::count_done(1);
+            // Told before anything else of CUDA is called, which may be stuck behind a launch.
+            watchdog::fail(self, error)
+        });
+        drop((current, life));
         if self.failure().is_some() {
             // The watchdog has turned away from this communicator, perhaps before it saw this call.
             watchdog::forget(self);
         }
+        result
+    }
+
+    fn end_record(&self, ticket: Option<Ticket>, outcome: Outcome) {
+        if let (Some(beside), Some(ticket)) = (&self.beside, ticket) {
+            beside.end(ticket, outcome);
+        }
+    }
+
+    /// Keeps calls for the watchdog, which tells them to whom compares them.
+    fn tell_later(&self, calls: &[Told]) {
+        if calls.is_empty() || self.beside.is_none() {
+            return;
+        }
+        let mut untold = lock(&self.untold);
+        let was_empty = untold.calls.is_empty();
+        untold.calls.extend_from_slice(calls);
+        drop(untold);
+        if was_empty {
+            // The watchdog stays awake until it has told them.
+            watchdog::expect_one();
+        }
+    }
+
+    /// Tells the calls that were made since the last telling, if that was longer ago than `rest`.
+    pub(super) fn tell(&self, rest: Duration) {
+        let mut untold = lock(&self.untold);
+        let now = Instant::now();
+        if untold.calls.is_empty() || untold.last.is_some_and(|last| now - last < rest) {
+            return;
+        }
+        untold.last = Some(now);
+        let calls = std::mem::take(&mut untold.calls);
+        drop(untold);
+        if let Some(beside) = &self.beside {
+            beside.tell(&calls);
+        }
+        watchdog::count_done(1);
+    }
+
+    /// Marks where the stream has done the call.
+    fn watch(&self, launch: Launch<'_>, stream: usize, since: Instant, ticket: Option<Ticket>) -> Result<()> {
+        let Launch { first, fused, limit, .. } = launch;
+        // What is captured into a graph happens when the graph is launched, any number of times or never.
+        // SAFETY: `enqueue` was promised a live stream of this GPU.
+        if unsafe { self.gpu.is_capturing(stream)? } {
+            self.record.push(first, fused, EnqueuedState::Captured);
+            self.end_record(ticket, Outcome::Done);
+            watchdog::count_done(1);
+            return Ok(());
+        }
+        let sequence = self.record.push(first, fused, EnqueuedState::Outstanding);
+        let spare = lock(&self.spare).pop();
+        let event = spare.map_or_else(|| Event::new(&self.gpu).map(Arc::new), Ok)?;
+        // SAFETY: as above; the event is ours.
+        unsafe { self.gpu.record(event.raw, stream)? };
+        lock(&self.pending).push_back(Pending { event, first, sequence, ticket, since, limit });
         Ok(())
     }
 
     /// The lock, if the communicator can be called.
-    fn enter(&self, call: Call) -> Result<MutexGuard<'_, Life>> {
+    pub(super) fn enter(&self, call: Call) -> Result<MutexGuard<'_, Life>> {
         self.alive()?;
         let life = lock(&self.life);
         self.alive()?;
-        if *life == Life::Live {
-            return Ok(life);
-        }
-        Err(self.error(call, Fault { code: 5, message: "the communicator is gone".into() }))
+        if *life == Life::Live { Ok(life) } else { Err(self.gone(call)) }
+    }
+
+    fn gone(&self, call: Call) -> Error {
+        self.error(call, Fault { code: 5, message: "the communicator is gone".into() })
     }
 
     /// The error of every call on a dead communicator: what it has died of.
@@ -298,21 +335,40 @@ impl Comm {
         self.failure.set(error.clone()).is_ok()
     }
 
-    fn error(&self, call: Call, fault: Fault) -> Error {
+    pub(super) fn error(&self, call: Call, fault: Fault) -> Error {
         let Fault { code, message } = fault;
         Error::Nccl { call, group: self.name.clone(), rank: self.world_rank, code, message }
     }
 
-    fn late(&self, call: Call, waited: Duration) -> Error {
-        // NCCL does not tell who is late. The other ranks' numbers of the same call do.
-        let outstanding =
-            self.record.read().into_iter().find(|call| call.state == EnqueuedState::Outstanding);
+    pub(super) fn late(&self, call: Call, waited: Duration) -> Error {
+        let outstanding = {
+            let pending = lock(&self.pending);
+            pending.front().map(|front| (front.sequence, front.first, pending.len()))
+        };
         let rank = self.world_rank;
-        let report = match outstanding {
-            Some(first) => format!("the GPU of rank {rank} has not done its call {first}"),
+        let mut report = match outstanding {
+            Some((sequence, first, 1)) => {
+                format!("the GPU of rank {rank} has not done call #{sequence}, {first}")
+            }
+            Some((sequence, first, all)) => {
+                let behind = all - 1;
+                format!(
+                    "the GPU of rank {rank} has not done call #{sequence}, {first}, and {behind} behind it"
+                )
+            }
             None => format!("NCCL on rank {rank} has not taken the call"),
         };
-        Error::Timeout { call, group: self.name.clone(), waited, missing: Vec::new(), report }
+        // NCCL does not tell who is late. The recorders of the other ranks do.
+        let (missing, text) = self.missing();
+        report.push_str(&text);
+        Error::Timeout { call, group: self.name.clone(), waited, missing, report }
+    }
+
+    /// The members that have not made the first call that is outstanding here, and what they do instead.
+    fn missing(&self) -> (Vec<usize>, String) {
+        let ticket = lock(&self.pending).front().and_then(|front| front.ticket);
+        let (Some(beside), Some(ticket)) = (&self.beside, ticket) else { return Default::default() };
+        beside.missing(ticket.step())
     }
 
     /// What the group on the host has died of.
@@ -327,14 +383,14 @@ impl Comm {
         }
     }
 
-    /// Takes off the calls that are done; returns how many.
+    /// Takes off the calls that are done.
     ///
     /// The lock is not held while CUDA is asked, which may be stuck behind a launch.
     fn reap(&self) -> Result<()> {
         let mut done = 0;
         let front = || {
             let pending = lock(&self.pending);
-            pending.front().map(|front| (front.event.clone(), front.call, front.sequence))
+            pending.front().map(|front| (front.event.clone(), front.first.call, front.sequence))
         };
         // NCCL does the calls of a communicator one after the other.
         while let Some((event, call, sequence)) = front() {
@@ -350,9 +406,9 @@ impl Comm {
             }
             let mut pending = lock(&self.pending);
             // Unless a failure has cleared the queue meanwhile.
-            if pending.front().is_some_and(|front| front.sequence == sequence) {
-                pending.pop_front();
+            if let Some(front) = pending.pop_front_if(|front| front.sequence == sequence) {
                 self.record.done(sequence);
+                self.end_record(front.ticket, Outcome::Done);
                 lock(&self.spare).push(event);
                 done += 1;
             }
@@ -363,15 +419,16 @@ impl Comm {
 
     /// The watchdog's look: what has gone wrong.
     pub(super) fn look(&self) -> Result<()> {
+        self.tell(TELL);
         self.reap()?;
         self.look_from_afar(Duration::ZERO)?;
-        let Some(call) = lock(&self.pending).front().map(|front| front.call) else { return Ok(()) };
+        let Some(call) = lock(&self.pending).front().map(|front| front.first.call) else { return Ok(()) };
         // While a call is being made, the thread that makes it sees NCCL's errors itself.
-        if let Ok(life) = self.life.try_lock()
+        if let (Ok(life), Some(raw)) = (self.life.try_lock(), self.raw.get())
             && *life == Life::Live
         {
             // SAFETY: live, and ours while `life` is held.
-            unsafe { self.nccl.async_error(self.raw) }.map_err(|fault| self.error(call, fault))?;
+            unsafe { self.nccl.async_error(*raw) }.map_err(|fault| self.error(call, fault))?;
         }
         Ok(())
     }
@@ -379,128 +436,50 @@ impl Comm {
     /// What has gone wrong as far as it can be seen without CUDA and NCCL: a call that is overdue by more than `grace`, a rank that
     /// the host knows to be lost.
     pub(super) fn look_from_afar(&self, grace: Duration) -> Result<()> {
-        let front = lock(&self.pending).front().map(|front| (front.call, front.since.elapsed(), front.limit));
-        let Some((call, waited, limit)) = front else { return Ok(()) };
+        let front = lock(&self.pending).front().map(|front| (front.first.call, front.since, front.limit));
+        let making = || lock(&self.making).map(|making| (making.call, making.since, making.limit));
+        let Some((call, since, limit)) = front.or_else(making) else { return Ok(()) };
         if let Some(error) = self.host_failure(call) {
             return Err(error);
         }
+        let waited = since.elapsed();
         if waited > limit.saturating_add(grace) { Err(self.late(call, waited)) } else { Ok(()) }
     }
 
-    /// Forgets the work that is not done; returns how many calls that are.
+    /// Says, after [`PATIENCE`] and then ever more rarely, who has not made the call that is outstanding.
+    pub(super) fn complain(&self) {
+        let front = lock(&self.pending).front().map(|front| (front.sequence, front.since.elapsed()));
+        let Some((sequence, waited)) = front.filter(|(_, waited)| *waited >= PATIENCE) else { return };
+        let mut complaint = lock(&self.complaint);
+        if complaint.is_none_or(|(of, at)| of != sequence || waited >= at * 2) {
+            *complaint = Some((sequence, waited));
+            drop(complaint);
+            if let Error::Timeout { missing, report, .. } = self.late(Call::Barrier, waited) {
+                tracing::warn!(group = self.name, ?missing, "a GPU waits: {report}");
+            }
+        }
+    }
+
+    /// Whether a call is outstanding, and the communicator is not dead.
+    pub(super) fn is_busy(&self) -> bool {
+        self.failure().is_none() && !lock(&self.pending).is_empty()
+    }
+
+    /// Forgets the work that is not done; returns how many reasons to look that were.
     ///
     /// The events are kept until the communicator goes: to destroy one, CUDA may wait for a launch that is stuck behind the
     /// very kernels that are to be told to end.
     pub(super) fn forget(&self) -> usize {
-        let forgotten: Vec<_> = lock(&self.pending).drain(..).map(|pending| pending.event).collect();
-        let calls = forgotten.len();
-        lock(&self.spare).extend(forgotten);
+        let forgotten: Vec<Pending> = lock(&self.pending).drain(..).collect();
+        let mut reasons = forgotten.len();
+        for pending in &forgotten {
+            self.end_record(pending.ticket, Outcome::Failed);
+        }
+        lock(&self.spare).extend(forgotten.into_iter().map(|pending| pending.event));
         self.record.abandon();
-        calls
-    }
-
-    /// Leaves the communicator to a thread that destroys it. Does not wait.
-    pub(super) fn retire(self: Arc<Self>) {
-        let healthy = self.host_failure(Call::Barrier).is_none();
-        // Before the process can end: the group on the host says goodbye in this thread.
-        lock(&self.host).take();
-        self.retiring.store(true, Ordering::SeqCst);
-        watchdog::in_background("lightrft-nccl-end", move || self.end(healthy));
-    }
-
-    /// Destroys the communicator, within [`watchdog::END`] if nothing is wrong with it; else aborts it.
-    fn end(&self, healthy: bool) {
-        let begin = Instant::now();
-        let busy = || !lock(&self.pending).is_empty() && self.failure().is_none();
-        while healthy && busy() && begin.elapsed() < watchdog::END {
-            std::thread::sleep(watchdog::POLL);
-        }
-        let mut life = lock(&self.life);
-        let Ok(_current) = self.gpu.enter() else { return };
-        if *life == Life::Gone || self.aborting.load(Ordering::SeqCst) {
-            return;
-        }
-        *life = Life::Gone;
-        let in_order = healthy && !busy() && self.failure().is_none() && {
-            // SAFETY: live until now, ours while `life` is held, and marked as gone.
-            let asked = unsafe { self.nccl.finalize(self.raw) };
-            self.settle(self.progress_of(asked), Call::Barrier, begin, watchdog::END).is_ok()
-        };
-        let ended = if in_order {
-            // SAFETY: as above.
-            unsafe { self.nccl.destroy(self.raw) }
-        } else {
-            // SAFETY: as above.
-            unsafe { self.nccl.abort(self.raw) }
-        };
-        watchdog::forget(self);
-        if let Err(fault) = ended {
-            tracing::warn!(group = self.name, message = fault.message, "a communicator could not be freed");
-        }
-    }
-
-    /// Tells the kernels of the communicator to end, as the first half of an abort: the thread is between
-    /// `ncclGroupStart` and `ncclGroupEnd`, and the second half, which frees it, comes with the latter.
-    ///
-    /// Returns the lock if it could be had soon. `None` inside: another thread is in a call, where it is stuck until the
-    /// kernels have ended. `None` outside: the communicator is gone, or another thread ends it.
-    pub(super) fn mark_aborted(&self, patience: Duration) -> Option<Option<MutexGuard<'_, Life>>> {
-        let life = self.lock_within(patience);
-        match &life {
-            Some(life) if **life == Life::Gone => return None,
-            Some(_) => {}
-            None if self.retiring.load(Ordering::SeqCst) => return None,
-            // The stuck thread borrows the owner: until it leaves, nobody destroys the communicator.
-            None => self.aborting.store(true, Ordering::SeqCst),
-        }
-        // Nothing of CUDA is called before: it may be stuck behind a launch until the kernels end.
-        // SAFETY: live; it is freed by the caller's `ncclGroupEnd`, which waits for the lock.
-        if let Err(fault) = unsafe { self.nccl.abort(self.raw) } {
-            tracing::warn!(group = self.name, message = fault.message, "a communicator could not be aborted");
-        }
-        Some(life)
-    }
-
-    /// The lock, if it can be had within `patience`.
-    pub(super) fn lock_within(&self, patience: Duration) -> Option<MutexGuard<'_, Life>> {
-        let begin = Instant::now();
-        loop {
-            match self.life.try_lock() {
-                Ok(life) => return Some(life),
-                Err(std::sync::TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
-                Err(std::sync::TryLockError::WouldBlock) if begin.elapsed() > patience => return None,
-                Err(std::sync::TryLockError::WouldBlock) => std::thread::sleep(watchdog::POLL),
-            }
-        }
-    }
-
-    pub(super) fn library(&self) -> &'static raw::Nccl {
-        self.nccl
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::communicator::CommunicatorExt;
-    use crate::local::World;
-
-    #[test]
-    #[ignore = "needs a GPU: cargo xtask gpu test"]
-    fn gpus_whose_other_ranks_do_not_come_are_given_up_at_the_deadline() {
-        let limit = Duration::from_millis(1500);
-        World::run(2, |host| {
-            if host.rank() == 0 {
-                let (nccl, gpu) = (raw::Nccl::get()?, Gpu::get(0)?);
-                let id = nccl.unique_id().unwrap();
-                let begin = Instant::now();
-                let result = Comm::init(nccl, &gpu, &host, id, limit);
-                assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
-                assert!(begin.elapsed() < limit * 3, "{:?}", begin.elapsed());
-            }
-            host.barrier()
-        })
-        .unwrap();
-        assert!(watchdog::settle(Duration::from_secs(20)), "what was begun is not freed");
+        let mut untold = lock(&self.untold);
+        reasons += usize::from(!untold.calls.is_empty());
+        untold.calls.clear();
+        reasons
     }
 }

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::comm::Comm;
+use super::comm::{Comm, Launch};
 use super::cuda::Gpu;
 use super::device::{DeviceMemory, Stream};
-use super::enqueue::{enqueue, is_on_device, stream_of};
+use super::enqueue::{enqueue, is_on_device, stream_of, tell};
 use super::raw::{self, Progress, UniqueId};
 use super::record::Enqueued;
 use super::watchdog;
@@ -18,22 +18,29 @@ use crate::buffer::{Host, HostMut};
 use crate::communicator::{Communicator, CommunicatorExt, GroupOptions};
 use crate::device::{DeviceMut, StreamHandle};
 use crate::error::{Error, Result};
+use crate::host::Beside;
 use crate::memory::GroupMemory;
 use crate::op::{Dtype, ReduceOp};
 use crate::operation::{Call, DeviceOperation, Exchange, Operation, Signature};
+use crate::site;
 
-/// Whether ranks compare their calls on device memory before they make them.
+/// Whether ranks compare their calls on device memory, and when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Check {
-    /// They do not: nothing is added to a call. Ranks that make different calls hang until the deadline, or get wrong
-    /// results: NCCL does not compare either.
+    /// They do, a few milliseconds later and without waiting for each other: a call is written down, and the watchdog tells it
+    /// to the group's lowest rank, which compares. Ranks that have made different calls all get [`Error::Mismatch`], from the next
+    /// call or from [`Nccl::health`], and their kernels are told to end. Until then a call may have computed nonsense, or may
+    /// hang: NCCL does not compare. What was captured into a graph is compared when it is captured. Ranks that are threads
+    /// of one process ([`local`](crate::local)) are not compared so.
     #[default]
-    Off,
+    Beside,
     /// They do, on the host: ranks that make different calls all get [`Error::Mismatch`] and nothing is enqueued. A call then
     /// waits until the slowest rank has made it. Sends and receives are not compared. For tests and for the search
     /// after a hang; the same on all ranks.
     Calls,
+    /// They do not. Ranks that make different calls hang until the deadline, or get wrong results.
+    Off,
 }
 
 /// How a group with GPUs is made.
@@ -123,7 +130,9 @@ impl Nccl {
     /// On the rank that has no library, driver or GPU: [`Error::Library`] or [`Error::Cuda`]; on the others [`Error::Nccl`]
     /// naming it. [`Error::Nccl`] if two ranks have the same GPU, or libraries of different versions, or NCCL
     /// cannot connect them; [`Error::Timeout`] if it has not within `init_timeout`; otherwise as calls on `host`.
+    #[track_caller]
     pub fn new(host: Arc<dyn Communicator>, ordinal: usize, options: &Options) -> Result<Arc<Nccl>> {
+        let _site = site::mark();
         // What can fail on one rank alone comes first, and all learn of it: nobody waits for a rank that will not come.
         let mine = prepare(ordinal);
         let told: Result<Card, String> = match &mine {
@@ -134,14 +143,7 @@ impl Nccl {
         let (nccl, gpu, _) = mine?;
         agree(&*host, &cards)?;
 
-        let id = (host.rank() == 0).then(|| nccl.unique_id());
-        let told: Result<Vec<u8>, String> = match &id {
-            Some(Ok(id)) => Ok(id.0.to_vec()),
-            Some(Err(fault)) => Err(fault.message.clone()),
-            None => Ok(Vec::new()),
-        };
-        let id = host.broadcast_object(Some(&told), 0)?.map_err(|message| failed(&*host, 0, message))?;
-        let id = UniqueId(id.try_into().map_err(|_| failed(&*host, 0, "sent no id".into()))?);
+        let id = agree_on_id(&*host, nccl)?;
         let comm = Comm::init(nccl, &gpu, &host, id, options.init_timeout);
         Self::meet(host, comm, options)
     }
@@ -206,7 +208,9 @@ impl Nccl {
     ///
     /// # Errors
     /// [`Error::Place`] for buffers on other streams, GPUs or the host; otherwise as [`Communicator::run_within`].
+    #[track_caller]
     pub fn run_fused(&self, operations: Vec<Operation<'_>>, timeout: Option<Duration>) -> Result<()> {
+        let _site = site::mark();
         let mut calls = Vec::with_capacity(operations.len());
         for operation in operations {
             operation.check(self.rank(), self.world_size(), self.name())?;
@@ -221,7 +225,9 @@ impl Nccl {
     ///
     /// # Errors
     /// As a call on device memory.
+    #[track_caller]
     pub fn barrier_on(&self, stream: &Stream) -> Result<()> {
+        let _site = site::mark();
         let pointer = self.comm.zero.get().map_or(0, DeviceMemory::pointer);
         let stream = (stream.ordinal(), stream.handle());
         // SAFETY: one f32 that lives as long as the communicator and is used by its barriers only; NCCL does them one after
@@ -259,11 +265,16 @@ impl Nccl {
         }
         let (rank, world) = (self.rank(), self.world_size());
         let limit = timeout.unwrap_or(self.options.timeout);
+        let mut told = Vec::new();
+        if self.options.check == Check::Beside && world > 1 {
+            calls.iter().for_each(|call| tell(call, rank, world, &mut told));
+        }
+        let launch = Launch { first: first.signature(world), fused: calls.len(), told: &told, limit };
         // SAFETY: the buffers were made under the promise that they and their stream live, and are used by nobody else,
         // until the stream has done what it is given before this returns; they are on this communicator's GPU (`stream_of`),
         // and `Operation::check` has compared their lengths.
         unsafe {
-            self.comm.enqueue(first.signature(world), calls.len(), stream, limit, |lane| match calls {
+            self.comm.enqueue(launch, stream, |lane| match calls {
                 [call] => enqueue(lane, call, rank, world),
                 calls => lane.fused(|| {
                     calls.iter().try_for_each(|call| enqueue(lane, call, rank, world).map(|_: Progress| ()))
@@ -311,6 +322,18 @@ impl Nccl {
         self.host.run_within(Operation::AllGather { input, output }, timeout)?;
         Ok(all)
     }
+}
+
+/// Where the members of `host` meet in a new communicator: what rank 0 says.
+fn agree_on_id(host: &dyn Communicator, nccl: &raw::Nccl) -> Result<UniqueId> {
+    let id = (host.rank() == 0).then(|| nccl.unique_id());
+    let told: Result<Vec<u8>, String> = match &id {
+        Some(Ok(id)) => Ok(id.0.to_vec()),
+        Some(Err(fault)) => Err(fault.message.clone()),
+        None => Ok(Vec::new()),
+    };
+    let id = host.broadcast_object(Some(&told), 0)?.map_err(|message| failed(host, 0, message))?;
+    Ok(UniqueId(id.try_into().map_err(|_| failed(host, 0, "sent no id".into()))?))
 }
 
 /// An error of NCCL on rank `rank` of the group.
@@ -378,7 +401,8 @@ impl Communicator for Nccl {
             return Ok(known.map(|known| known as Arc<dyn Communicator>));
         }
         let colour = self.splits.fetch_add(1, Ordering::Relaxed) & i32::MAX as usize;
-        let comm = self.comm.split(colour as i32, host.as_ref(), self.options.init_timeout);
+        let id = self.comm.needs_root().then(|| agree_on_id(&*self.host, self.comm.nccl)).transpose()?;
+        let comm = self.comm.split(&*self.host, colour as i32, host.as_ref(), id, self.options.init_timeout);
         let Some(host) = host else { return comm.map(|_| None) };
         let timeout = options.timeout.unwrap_or(self.options.timeout);
         let missing = || failed(&*host, host.rank(), "got no communicator of a split".into());
@@ -408,6 +432,10 @@ impl Communicator for Nccl {
 
     fn poison(&self, error: &Error) {
         watchdog::fail(&self.comm, error.clone());
+    }
+
+    fn beside(&self, line: u64, name: &str) -> Option<Beside> {
+        self.host.beside(line, name)
     }
 }
 

@@ -12,8 +12,9 @@ use super::raw::{self, Fault, Lane, Progress, data_type};
 use crate::buffer::element_bytes;
 use crate::device::StreamHandle;
 use crate::error::{Error, Result};
+use crate::host::Told;
 use crate::op::ReduceOp;
-use crate::operation::{DeviceOperation, Operation};
+use crate::operation::{DeviceOperation, Operation, Signature};
 
 /// What is read and what is written, as far as a call has them.
 fn buffers<'o, I, O>(operation: &'o Operation<'_, I, O>) -> (Option<&'o I>, Option<&'o O>) {
@@ -60,6 +61,25 @@ pub(super) fn stream_of(operation: &DeviceOperation<'_>, ordinal: usize) -> Resu
         stream = Some(its);
     }
     Ok(stream)
+}
+
+/// Writes down what of a call, checked before, other ranks must have made alike.
+pub(super) fn tell(operation: &DeviceOperation<'_>, rank: usize, world: usize, told: &mut Vec<Told>) {
+    let mine = operation.signature(world);
+    match operation {
+        Operation::Send { to, .. } => told.push(Told::between(rank, *to, world, &mine)),
+        Operation::Recv { from, .. } => told.push(Told::between(*from, rank, world, &mine)),
+        Operation::AllToAllV { send_counts, recv_counts, .. } => {
+            told.push(Told::by_all(&mine));
+            // What a rank sends to itself was compared by `Operation::check`.
+            for peer in (0..world).filter(|peer| *peer != rank) {
+                let of = |counts: &[usize]| Signature { count: counts[peer] as u64, ..mine };
+                told.push(Told::between(rank, peer, world, &of(send_counts)));
+                told.push(Told::between(peer, rank, world, &of(recv_counts)));
+            }
+        }
+        _ => told.push(Told::by_all(&mine)),
+    }
 }
 
 /// Makes a call, checked before, as rank `rank` of `world`.

@@ -6,7 +6,7 @@
 //!
 //! ```no_run
 //! use lightrft_collectives::nccl::{DeviceMemory, Nccl, Options, Stream};
-//! use lightrft_collectives::{Communicator, Operation, ReduceOp, Rendezvous};
+//! use lightrft_collectives::{CommunicatorExt, Operation, ReduceOp, Rendezvous};
 //! use std::time::Duration;
 //!
 //! let rendezvous = Rendezvous::from_env()?;
@@ -25,7 +25,11 @@
 //! - **Errors come late.** A call that was enqueued fails, if it does, while the stream comes to it. The watchdog then ends the
 //!   communicators of the process; streams go on, their results are not defined. Ask [`Nccl::health`] after waiting
 //!   for a stream and before using what it has computed.
-//! - **What ranks disagree in shows as a deadline** unless [`Check::Calls`] compares the calls on the host first.
+//! - **What ranks disagree in is found out beside the calls**, some milliseconds later: [`Error::Mismatch`](crate::Error::Mismatch)
+//!   on all ranks, with both sides, and the kernels that wait for each other are ended. [`Check::Calls`] compares before
+//!   anything is enqueued, and [`Check`] says at which price.
+//! - **The flight recorder has a line of its own for them**, `world on GPUs`. A call there begins when it is enqueued and ends when the
+//!   watchdog has seen that the stream has passed it: up to a millisecond late.
 //!
 //! libnccl and the CUDA driver are looked for when the first group is made: `$NCCL_LIB`, `libnccl.so.2`,
 //! `libnccl.so`; `libcuda.so.1`. On a machine without them that is an [`Error::Library`](crate::Error::Library).
@@ -36,6 +40,7 @@ mod cuda;
 mod device;
 mod enqueue;
 mod library;
+mod life;
 mod raw;
 mod record;
 mod watchdog;

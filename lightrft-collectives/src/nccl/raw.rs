@@ -56,15 +56,24 @@ pub(super) struct Config {
     nvlink_centric_sched: c_int,
 }
 
+/// Whether calls on a communicator block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Calls {
+    /// A thread of NCCL's does each, and [`Nccl::async_error`] says when it has.
+    Return = 0,
+    /// The caller's thread does them.
+    Block = 1,
+}
+
 impl Config {
-    /// What `NCCL_CONFIG_INITIALIZER` is, but for two settings: calls do not block, and a communicator made by a
+    /// What `NCCL_CONFIG_INITIALIZER` is, but for two settings: whether calls block, and that a communicator made by a
     /// split shares nothing with its parent, so that the end of one is not the end of the other.
-    pub(super) fn new() -> Self {
+    pub(super) fn new(calls: Calls) -> Self {
         Config {
             size: size_of::<Config>(),
             magic: 0xcafe_beef,
             version: 22_809,
-            blocking: 0,
+            blocking: calls as c_int,
             cga_cluster_size: UNDEFINED,
             min_ctas: UNDEFINED,
             max_ctas: UNDEFINED,

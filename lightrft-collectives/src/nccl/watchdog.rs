@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_millis(500);
 pub(super) const END: Duration = Duration::from_secs(2);
 
 /// How long an abort waits for a thread that makes a call before it goes on without: a call takes microseconds.
-const PATIENCE: Duration = Duration::from_millis(50);
+const PATIENCE: Duration = Duration::from_millis(10);
 
 /// How long the end of the process waits for communicators that are being destroyed.
 const EXIT: Duration = Duration::from_secs(3);
@@ -157,6 +157,8 @@ fn watch_from_afar() {
         for comm in await_calls().iter().filter(|comm| comm.failure().is_none()) {
             if let Err(error) = comm.look_from_afar(GRACE) {
                 fail(comm, error);
+            } else {
+                comm.complain();
             }
         }
         std::thread::sleep(GRACE / 10);
@@ -218,7 +220,7 @@ pub(super) fn abort(comms: Vec<Arc<Comm>>) {
 }
 
 fn abort_all(comms: &[Arc<Comm>]) {
-    let Some(nccl) = comms.first().map(|comm| comm.library()) else { return };
+    let Some(nccl) = comms.first().map(|comm| comm.nccl) else { return };
     if let Err(fault) = nccl.group_start() {
         tracing::error!(message = fault.message, "NCCL: cannot begin to abort");
         return;

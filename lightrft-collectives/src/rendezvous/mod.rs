@@ -16,6 +16,7 @@ use crate::communicator::Communicator;
 use crate::error::{Error, Result};
 use crate::host::{Join, Transport, join};
 use crate::single::Single;
+use crate::site;
 use crate::store::{StoreServer, TcpStore};
 
 pub use self::place::Source;
@@ -242,7 +243,9 @@ impl Rendezvous {
     /// [`Error::Bind`] if the store's port is taken, [`Error::Store`] or [`Error::StoreTimeout`] if ranks do not
     /// meet in time, [`Error::PeerLost`] if one dies meanwhile. [`Error::Environment`] naming `LIGHTRFT_TOKEN` if ranks
     /// would meet beyond this machine without a token, [`Error::Token`] if one has another token.
+    #[track_caller]
     pub fn init(&self) -> Result<Arc<dyn Communicator>> {
+        let _site = site::mark();
         let Some((host, port)) = &self.place.master else { return Ok(Single::world()) };
         let strict = match (self.store, &self.token) {
             (StoreMode::Plain, _) => None,

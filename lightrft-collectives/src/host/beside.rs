@@ -1,0 +1,185 @@
+//! What a group lends to another way between its ranks, the communicator of their GPUs: a line in the flight recorder, and the
+//! comparison of the calls made there
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use super::ledger::Told;
+use super::watcher::Shared;
+use crate::flight::recorder::{Outcome, Slot, Ticket};
+use crate::operation::Signature;
+use crate::site;
+
+/// A line beside a group; see [`Communicator::beside`](crate::Communicator::beside).
+#[derive(Debug)]
+pub struct Beside {
+    shared: Arc<Shared>,
+    group: u64,
+    /// The line's number, the same on all members.
+    line: u64,
+    /// Ranks of the world.
+    members: Vec<usize>,
+    slot: Slot,
+}
+
+impl Beside {
+    pub(super) fn new(shared: Arc<Shared>, group: u64, members: &[usize], line: u64, name: &str) -> Self {
+        let slot = shared.recorder.enter(line, name, members.len());
+        Beside { shared, group, line, members: members.to_vec(), slot }
+    }
+
+    /// Records that a call begins, from where this thread's [`site`] says. Calls begin one after the other.
+    #[inline]
+    pub(crate) fn begin(&self, call: &Signature) -> Ticket {
+        self.shared.recorder.begin(self.slot, call.call, call.encode(), site::current())
+    }
+
+    /// Records how a call has ended. Calls end in the order in which they began.
+    #[inline]
+    pub(crate) fn end(&self, ticket: Ticket, outcome: Outcome) {
+        self.shared.recorder.end(ticket, outcome);
+    }
+
+    /// Has calls compared with those of the other members, which tell theirs in the same order. A mismatch becomes the group's
+    /// verdict. Does not wait.
+    pub(crate) fn tell(&self, calls: &[Told]) {
+        self.shared.tell_calls(self.group, &self.members, self.line, calls);
+    }
+
+    /// The members that have not begun a step, as ranks of the world, and what they do instead: those of this machine, whose
+    /// recorders can be read here.
+    pub(crate) fn missing(&self, step: u64) -> (Vec<usize>, String) {
+        let (mut missing, mut text) = (Vec::new(), String::new());
+        for rank in self.members.iter().copied().filter(|rank| *rank != self.shared.rank) {
+            let Some(flight) = self.shared.flight(rank) else { continue };
+            let group = flight.groups.iter().find(|group| group.id == self.line);
+            if group.is_none_or(|group| group.step < step) {
+                missing.push(rank);
+                let _ = write!(text, "; rank {rank} has not made it: it {}", flight.status());
+            }
+        }
+        (missing, text)
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        self.shared.recorder.leave(self.slot);
+        if self.members[0] == self.shared.rank {
+            self.shared.close_ledger(self.line);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use super::super::{Group, Join, Transport, World};
+    use crate::communicator::{Communicator, CommunicatorExt};
+    use crate::error::Error;
+    use crate::flight::recorder::Outcome;
+    use crate::flight::{self, State};
+    use crate::host::ledger::Told;
+    use crate::op::{Dtype, ReduceOp};
+    use crate::operation::{Call, Signature};
+    use crate::store::MemoryStore;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    /// Runs `rank` as each of two ranks, in worlds of their own though in one process.
+    fn two(rank: impl Fn(Group) + Sync) {
+        let store = &MemoryStore::new();
+        thread::scope(|scope| {
+            for number in [0, 1] {
+                let rank = &rank;
+                scope.spawn(move || {
+                    let join = Join {
+                        store,
+                        prefix: "test".into(),
+                        rank: number,
+                        world_size: 2,
+                        interface: Ipv4Addr::LOCALHOST.into(),
+                        timeout: LIMIT,
+                        patience: LIMIT,
+                        transport: Transport::Auto,
+                        server: None,
+                        token: None,
+                    };
+                    let world = World::join(join).unwrap();
+                    rank(Group::new(world, "world".into(), vec![0, 1], LIMIT, LIMIT).unwrap());
+                });
+            }
+        });
+    }
+
+    fn reduce(count: u64) -> Signature {
+        let (dtype, op) = (Some(Dtype::F32), Some(ReduceOp::Sum));
+        Signature { dtype, op, count, ..Signature::bare(Call::AllReduce) }
+    }
+
+    fn await_failure(group: &Group) -> Error {
+        let begin = Instant::now();
+        loop {
+            assert!(begin.elapsed() < LIMIT, "no verdict");
+            match group.failure(Call::Barrier) {
+                Some(error) => return error,
+                None => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_that_make_different_calls_beside_a_group_both_learn_of_it() {
+        two(|group| {
+            let beside = group.beside(99, "world on GPUs").unwrap();
+            let odd = if group.rank() == 1 { 9 } else { 8 };
+            beside.tell(&[Told::by_all(&reduce(8)), Told::by_all(&reduce(odd))]);
+            let error = await_failure(&group);
+            let both = matches!(&error, Error::Mismatch { rank: 0, mine, other: 1, theirs, .. }
+                if **mine == reduce(8) && **theirs == reduce(9));
+            assert!(both, "{error}");
+            // Whoever leaves first leaves the other its error.
+            let error = group.barrier().unwrap_err();
+            assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+        });
+    }
+
+    #[test]
+    fn a_line_beside_a_group_says_who_has_not_come_and_what_it_does_instead() {
+        two(|group| {
+            let beside = group.beside(99, "world on GPUs").unwrap();
+            let first = beside.begin(&reduce(1));
+            beside.end(first, Outcome::Done);
+            if group.rank() == 0 {
+                beside.begin(&reduce(2));
+                beside.begin(&reduce(3));
+            }
+            group.barrier().unwrap();
+            let line = line!() - 1;
+            assert!(beside.missing(1).0.is_empty());
+            let (missing, text) = beside.missing(2);
+            assert_eq!(missing, if group.rank() == 0 { vec![1] } else { Vec::new() });
+            assert!(group.rank() == 1 || text.contains("rank 1 has not made it: it is in "), "{text}");
+            group.barrier().unwrap();
+
+            let flights = flight::read(std::process::id()).unwrap();
+            let job = group.world.shared.nonce;
+            let mine =
+                flights.iter().find(|flight| flight.job == job && flight.rank == group.rank()).unwrap();
+            let on_gpus = mine.groups.iter().find(|group| group.id == 99).unwrap();
+            let (step, at) = if group.rank() == 0 { (3, 2) } else { (1, 1) };
+            assert_eq!((on_gpus.step, on_gpus.at, on_gpus.busy), (step, at, group.rank() == 0), "{mine}");
+            let place = format!("beside.rs:{line}");
+            let here = |record: &&flight::Record| {
+                record.site.as_ref().is_some_and(|site| site.ends_with(&place))
+                    && matches!(record.state, State::Done(_))
+            };
+            assert_eq!(mine.records.iter().filter(here).count(), 1, "{mine}");
+            // The others are read before anybody goes.
+            group.barrier().unwrap();
+        });
+    }
+}
