@@ -12,7 +12,7 @@ use crate::error::{Differing, Error, Result};
 use crate::op::{Dtype, Element, ReduceOp};
 use crate::operation::{Call, Operation, Signature, digest};
 use crate::preamble::{Blocks, INLINE_BYTES};
-use crate::reduce::fold_bytes;
+use crate::reduce::fold_bytes_from;
 
 /// Tensors of at least this size are worth a call of their own, where they lie.
 const LARGE_BYTES: usize = 32 << 10;
@@ -154,22 +154,31 @@ fn fuse<C: Communicator + ?Sized>(comm: &C, mut parts: Vec<Part<'_>>, root: Opti
     if bytes > INLINE_BYTES {
         return in_buckets(comm, parts, root);
     }
-    let everyone: Vec<AlignedBytes> =
-        (0..world).map(|rank| AlignedBytes::copy_of(blocks.inline(rank))).collect();
-    let mut from = 0;
-    for part in &mut parts {
-        let range = from..from + part.data.bytes().len();
-        from += padded(part);
-        match (part.op, root) {
-            (Some(op), _) => {
-                let all: Vec<&[u8]> = everyone.iter().map(|bytes| &bytes.as_slice()[range.clone()]).collect();
-                fold_bytes(op, part.data.dtype(), &all, part.data.bytes_mut());
-            }
-            (None, Some(root)) if root != rank => {
-                part.data.bytes_mut().copy_from_slice(&everyone[root].as_slice()[range]);
-            }
-            (None, _) => {}
+    // What stood here is sent: the results of the folds go to the same places.
+    let mut rest = packed.as_mut_slice();
+    let (mut from, mut parts) = (0, &mut parts[..]);
+    while let Some(first) = parts.first() {
+        let form = kind(first);
+        let (alike, after) = parts.split_at_mut(parts.iter().take_while(|part| kind(part) == form).count());
+        let bytes = alike.iter().map(padded).sum();
+        let (here, later) = rest.split_at_mut(bytes);
+        let all = |rank: usize| &blocks.inline(rank)[from..from + bytes];
+        match (form, root) {
+            // One fold for all of them: what fills the gaps is zero on all ranks, and nobody reads what becomes of it.
+            ((Some(op), dtype), _) => fold_bytes_from(op, dtype, world, &all, here),
+            // The root's data; the others have sent zeros.
+            ((None, _), Some(root)) => here.copy_from_slice(all(root)),
+            ((None, _), None) => {}
         }
+        from += bytes;
+        let mut results = &*here;
+        for part in alike {
+            let (result, others) = results.split_at(padded(part));
+            let data = part.data.bytes_mut();
+            data.copy_from_slice(&result[..data.len()]);
+            results = others;
+        }
+        (rest, parts) = (later, after);
     }
     Ok(())
 }
@@ -177,7 +186,12 @@ fn fuse<C: Communicator + ?Sized>(comm: &C, mut parts: Vec<Part<'_>>, root: Opti
 /// What all ranks must have alike.
 fn layout(parts: &[Part<'_>]) -> u64 {
     digest(parts.iter().flat_map(|part| {
-        let name = part.name.bytes().map(usize::from);
+        // The length goes before, so what fills the last word up is no part of it.
+        let name = part.name.as_bytes().chunks(8).map(|bytes| {
+            let mut word = [0; 8];
+            word[..bytes.len()].copy_from_slice(bytes);
+            u64::from_le_bytes(word) as usize
+        });
         let numbers = [
             part.name.len(),
             part.op.map_or(0, |op| op as usize + 1),
@@ -275,4 +289,40 @@ fn run<C: Communicator + ?Sized>(
         Some(op) => Operation::AllReduce { data, op },
         None => Operation::Broadcast { data, root: root.unwrap_or_default() },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn layout_of(names: &[String]) -> u64 {
+        let mut values = vec![0f32; names.len()];
+        let parts = names.iter().zip(&mut values).map(|(name, value)| {
+            let data = HostMut::new(std::slice::from_mut(value));
+            Part { name, op: Some(ReduceOp::Sum), data }
+        });
+        layout(&parts.collect::<Vec<_>>())
+    }
+
+    proptest! {
+        #[test]
+        fn other_names_have_another_layout(names: Vec<String>, other: Vec<String>) {
+            prop_assert_eq!(layout_of(&names) == layout_of(&other), names == other);
+        }
+
+        #[test]
+        fn names_that_differ_in_one_letter_or_in_length_have_another_layout(
+            names in prop::collection::vec("[a-z\0]{1,20}", 1..20), which: prop::sample::Index, letter in "[a-z\0]",
+        ) {
+            let which = which.index(names.len());
+            let mut longer = names.clone();
+            longer[which].push_str(&letter);
+            prop_assert_ne!(layout_of(&names), layout_of(&longer));
+            let mut changed = names.clone();
+            changed[which].replace_range(0..1, &letter);
+            prop_assert_eq!(layout_of(&names) == layout_of(&changed), names == changed);
+        }
+    }
 }

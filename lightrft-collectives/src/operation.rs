@@ -306,13 +306,15 @@ impl Signature {
     }
 }
 
-/// FNV-1a over numbers: a digest every rank computes alike.
+/// A digest of numbers that every rank computes alike.
+///
+/// Each number is mixed in by a multiplication and a shift, as in splitmix64 (Steele, Lea, Flood 2014). Both are bijections, so
+/// lists that differ in one number differ in their digest.
 pub(crate) fn digest(numbers: impl IntoIterator<Item = usize>) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for number in numbers {
-        for byte in (number as u64).to_le_bytes() {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
+        hash = (hash ^ number as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        hash ^= hash >> 32;
     }
     hash.max(1)
 }

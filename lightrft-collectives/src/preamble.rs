@@ -7,6 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::buffer::AlignedBytes;
 use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Result};
 use crate::operation::{Call, Signature};
@@ -38,13 +39,14 @@ enum Refusal {
 
 /// What all ranks have said.
 pub(crate) struct Blocks {
-    bytes: Vec<u8>,
+    /// Aligned, and so is the data in each block: it can be read as elements where it is.
+    bytes: AlignedBytes,
     signatures: Vec<Signature>,
 }
 
 /// One block: the signature, the length of `data` and, if it fits, `data`; or why there is none.
-pub(crate) fn block(signature: Signature, data: Result<&[u8], &Error>) -> Vec<u8> {
-    let mut block = vec![0; BLOCK_BYTES];
+pub(crate) fn block(signature: Signature, data: Result<&[u8], &Error>) -> [u8; BLOCK_BYTES] {
+    let mut block = [0; BLOCK_BYTES];
     let refusal;
     let (length, inline) = match data {
         Ok(data) => (data.len() as u64, if data.len() <= INLINE_BYTES { data } else { &[] }),
@@ -53,10 +55,13 @@ pub(crate) fn block(signature: Signature, data: Result<&[u8], &Error>) -> Vec<u8
             (REFUSED, &refusal[..])
         }
     };
-    let words = signature.encode().into_iter().chain([length]).flat_map(u64::to_le_bytes);
-    for (place, byte) in block.iter_mut().zip(words.chain(inline.iter().copied())) {
-        *place = byte;
+    let (header, body) = block.split_at_mut(HEADER_BYTES);
+    for (place, word) in header.chunks_exact_mut(8).zip(signature.encode().into_iter().chain([length])) {
+        place.copy_from_slice(&word.to_le_bytes());
     }
+    // A refusal is bounded, too; the rest of a longer one would say nothing.
+    let length = inline.len().min(INLINE_BYTES);
+    body[..length].copy_from_slice(&inline[..length]);
     block
 }
 
@@ -106,8 +111,8 @@ impl Blocks {
         signature: Signature,
         data: Result<&[u8], &Error>,
     ) -> Result<Self> {
-        let mut bytes = vec![0; comm.world_size() * BLOCK_BYTES];
-        comm.all_gather(&block(signature, data), &mut bytes)?;
+        let mut bytes = AlignedBytes::zeroed(comm.world_size() * BLOCK_BYTES);
+        comm.all_gather(&block(signature, data), bytes.as_mut_slice())?;
         Self::read(comm, bytes)?.or_refusal(comm, data.err())
     }
 
@@ -120,14 +125,13 @@ impl Blocks {
         root: usize,
         table: &mut [u64],
     ) -> Result<Self> {
-        let mut bytes = block(signature, data);
+        let mut bytes = block(signature, data).to_vec();
         bytes.extend(table.iter().flat_map(|n| n.to_le_bytes()));
         comm.broadcast(&mut bytes, root)?;
         for (index, n) in table.iter_mut().enumerate() {
             *n = word(&bytes[BLOCK_BYTES..], index);
         }
-        bytes.truncate(BLOCK_BYTES);
-        let blocks = Self::read(comm, bytes)?;
+        let blocks = Self::read(comm, AlignedBytes::copy_of(&bytes[..BLOCK_BYTES]))?;
         if blocks.signatures[0].call != signature.call {
             let (rank, other) = (comm.ranks()[comm.rank()], comm.ranks()[root]);
             return Err(mismatch(comm, (rank, signature), (other, blocks.signatures[0])));
@@ -141,9 +145,10 @@ impl Blocks {
         }
     }
 
-    fn read<C: Communicator + ?Sized>(comm: &C, bytes: Vec<u8>) -> Result<Self> {
-        let mut signatures = Vec::with_capacity(bytes.len() / BLOCK_BYTES);
-        for (rank, block) in bytes.chunks_exact(BLOCK_BYTES).enumerate() {
+    fn read<C: Communicator + ?Sized>(comm: &C, bytes: AlignedBytes) -> Result<Self> {
+        let all = bytes.as_slice();
+        let mut signatures = Vec::with_capacity(all.len() / BLOCK_BYTES);
+        for (rank, block) in all.chunks_exact(BLOCK_BYTES).enumerate() {
             let signature = Signature::decode([word(block, 0), word(block, 1), word(block, 2)]);
             let length = word(block, 3);
             match signature.filter(|_| length == REFUSED || length <= LONGEST) {
@@ -180,7 +185,7 @@ impl Blocks {
 
     /// Length of `rank`'s data; in [`from_root`](Blocks::from_root), of the root's at 0.
     fn length(&self, rank: usize) -> u64 {
-        word(&self.bytes[rank * BLOCK_BYTES..], 3)
+        word(&self.bytes.as_slice()[rank * BLOCK_BYTES..], 3)
     }
 
     /// Bytes of `rank`'s data, wherever they travel.
@@ -194,10 +199,10 @@ impl Blocks {
         if bytes > INLINE_BYTES { bytes } else { 0 }
     }
 
-    /// `rank`'s data, if it was short; else nothing of use.
+    /// `rank`'s data, if it was short; else nothing of use. Elements of any type may be read where it begins.
     pub(crate) fn inline(&self, rank: usize) -> &[u8] {
         let bytes = self.data_bytes(rank).min(INLINE_BYTES);
-        &self.bytes[rank * BLOCK_BYTES + HEADER_BYTES..][..bytes]
+        &self.bytes.as_slice()[rank * BLOCK_BYTES + HEADER_BYTES..][..bytes]
     }
 
     /// Number of ranks heard.

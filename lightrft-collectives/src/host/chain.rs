@@ -40,7 +40,7 @@ impl Call<'_, '_> {
             return self.all_reduce_small(fold, data);
         }
         let size = element_bytes(dtype);
-        let chunk = fold.lanes * slice_elements(dtype) * size;
+        let chunk = fold.lanes * slice_elements(dtype, self.topology.most()) * size;
         let chunks = data.len().div_ceil(chunk);
         let part = |index: usize, length: usize| index * chunk..((index + 1) * chunk).min(length);
         let (length, ahead) = (data.len(), self.ahead().min(chunks));
@@ -198,7 +198,7 @@ impl Call<'_, '_> {
         let owners = |lane: usize| (0..world).filter(move |rank| lane_of(*rank) == lane);
         let ranks = topology.host().len();
         // Of each part, so much that all lanes' slices together are of the usual size.
-        let piece = (fold.lanes * slice_elements(dtype) / world).max(1) * size;
+        let piece = (fold.lanes * slice_elements(dtype, topology.most()) / world).max(1) * size;
         let pieces = part.div_ceil(piece).max(1);
         let own = if input.is_some() { 0 } else { topology.rank * part };
         let piece_of = |index: usize| (index * piece).min(part)..((index + 1) * piece).min(part);

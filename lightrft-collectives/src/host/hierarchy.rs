@@ -32,6 +32,10 @@ pub(super) const SMALL: usize = 64 << 10;
 /// Bytes of a slice, of one lane in one chunk.
 pub(super) const SLICE: usize = 256 << 10;
 
+/// Bytes of the slices of all ranks of a machine. A reduce-scatter holds about five times as much at most, with the slices that
+/// are under way and the shared memory: 4 MiB are promised.
+const SLICES: usize = 768 << 10;
+
 /// One rank's place on both levels.
 #[derive(Debug)]
 pub(super) struct Hierarchy {
@@ -340,7 +344,9 @@ fn of_group(fault: Fault, first: usize) -> Fault {
     }
 }
 
-/// Whole elements of `dtype` in a slice.
-pub(super) fn slice_elements(dtype: Dtype) -> usize {
-    SLICE / crate::reduce::partial_bytes(dtype).max(1)
+/// Whole elements of `dtype` in a slice, the partial result of which is as long as a slice may be. A rank at a lane's end
+/// has one slice of each rank of its machine, and the fullest machine has `most`.
+pub(super) fn slice_elements(dtype: Dtype, most: usize) -> usize {
+    let bytes = (SLICES / most.max(1) / 64 * 64).clamp(64, SLICE);
+    bytes / crate::reduce::partial_bytes(dtype).max(1)
 }

@@ -43,6 +43,11 @@ impl Topology {
         self.hosts.iter().map(|host| host.len()).min().unwrap_or(1)
     }
 
+    /// Ranks of the fullest machine.
+    pub(super) fn most(&self) -> usize {
+        self.hosts.iter().map(|host| host.len()).max().unwrap_or(1)
+    }
+
     /// The rank at the other end of `lane` on machine `host`.
     pub(super) fn end(&self, host: usize, lane: usize) -> usize {
         self.hosts[host].start + lane
