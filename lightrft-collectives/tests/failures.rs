@@ -87,6 +87,16 @@ impl Rank {
     }
 }
 
+/// Returns when a process has ended; it may not have been reaped.
+fn await_end(pid: u32) {
+    let begin = Instant::now();
+    let state = || std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    while state().is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(begin.elapsed() < LONG, "{pid}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 fn await_file(path: &Path) -> String {
     let begin = Instant::now();
     loop {
@@ -174,6 +184,45 @@ fn rank_in_two_pairs() {
         rank.note("flights").join(format!("rank{}-pid{}.txt", rank.world.rank(), std::process::id()));
     let account = std::fs::read_to_string(account).unwrap();
     assert!(account.contains("Died") && account.contains(&format!("rank 3 of 4 (pid {pid})")), "{account}");
+}
+
+#[test]
+fn who_comes_late_hears_of_the_death_and_not_only_of_those_who_left_because_of_it() {
+    run("rank_that_comes_late", 4, &[3]);
+}
+
+#[test]
+#[ignore = "a rank of the test above"]
+fn rank_that_comes_late() {
+    let rank = Rank::join(LONG);
+    let with = rank.world.subgroup(&[0, 1, 3]).unwrap();
+    let without = rank.world.subgroup(&[0, 1, 2]).unwrap();
+    rank.world.barrier().unwrap();
+    if rank.is(3) {
+        rank.put("death");
+        kill_myself(Signal::KILL);
+    }
+    if rank.is(0) {
+        // It meets nothing but what the others have left behind.
+        (1..3).for_each(|other| drop(await_file(&rank.note(&format!("told-{other}")))));
+        (1..3).for_each(|other| await_end(rank.await_note(&format!("pid-{other}"))));
+    } else {
+        rank.put(&format!("pid-{}", rank.world.rank()));
+        rank.await_note("death");
+    }
+    for group in [with, Some(rank.world.clone())].into_iter().flatten() {
+        let error = reduce_until_it_fails(&*group);
+        let named = matches!(error, Error::PeerLost { rank: 3, how: Loss::Died, .. });
+        assert!(named, "{error}");
+    }
+    if rank.is(0) {
+        let begin = Instant::now();
+        let error = without.unwrap().barrier().unwrap_err();
+        let named = matches!(error, Error::PeerLost { rank: 1 | 2, how: Loss::LeftAfter { lost: 3 }, .. });
+        assert!(named, "{error}");
+        assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    }
+    rank.was_told("well");
 }
 
 #[test]

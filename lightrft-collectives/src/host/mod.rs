@@ -210,7 +210,7 @@ impl Group {
                 let rank = world_rank(peer);
                 let known = fate.await_cause(self.id, rank, VERDICT);
                 // Its process lives, or the watcher would know better: it has dropped its communicator.
-                known.is_none().then_some(Cause::Lost { rank, how: Loss::Left })
+                known.is_none().then(|| Cause::Lost { rank, how: fate.departure(rank, self.id) })
             }
             Fault::Mismatch(peer, theirs) => {
                 let Some(theirs) = theirs.filter(|theirs| *theirs != mine) else {

@@ -328,16 +328,16 @@ impl World {
         waited: Duration,
         failure: io::Error,
     ) -> Error {
-        use io::ErrorKind::{ConnectionRefused, ConnectionReset, TimedOut, WouldBlock};
+        use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, TimedOut, WouldBlock};
         let (id, fate, call) = (purpose.group(), &self.shared.fate, Call::Subgroup);
         let error = |cause: Cause| cause.error(call, group, ranks, &self.cards);
         if let Some(cause) = fate.await_cause(id, peer, Duration::from_secs(1)) {
             return error(cause);
         }
         let cause = match failure.kind() {
-            _ if fate.has_left(peer, id) => Cause::Lost { rank: peer, how: Loss::Left },
+            _ if fate.has_left(peer, id) => Cause::Lost { rank: peer, how: fate.departure(peer, id) },
             // A rank listens for as long as it is in the world.
-            ConnectionRefused | ConnectionReset => {
+            ConnectionRefused | ConnectionReset | BrokenPipe => {
                 self.shared.declare_lost(peer, Loss::Died);
                 Cause::Lost { rank: peer, how: Loss::Died }
             }
