@@ -75,6 +75,8 @@ struct Group {
     slot: Slot,
     /// Whether another group has been made, or tried to be, in the place of this one.
     is_rebuilt: AtomicBool,
+    /// Whether this rank has declared it dead, though the members may not have agreed yet.
+    is_poisoned: AtomicBool,
 }
 
 /// What calls go through. One call at a time.
@@ -154,9 +156,22 @@ impl Group {
         let rank = ranks.iter().position(|r| *r == world.rank()).unwrap_or_default();
         let (id, groups) = (group_id(&name), AtomicUsize::new(0));
         let channels = Mutex::new(Channels { links, staging: AlignedBytes::default(), path: Path::Flat });
-        let (slot, is_rebuilt) =
-            (world.shared.recorder.enter(id, &name, ranks.len()), AtomicBool::new(false));
-        Ok(Group { name, id, rank, ranks, timeout, world, alarm, channels, groups, slot, is_rebuilt })
+        let slot = world.shared.recorder.enter(id, &name, ranks.len());
+        let (is_rebuilt, is_poisoned) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Group {
+            name,
+            id,
+            rank,
+            ranks,
+            timeout,
+            world,
+            alarm,
+            channels,
+            groups,
+            slot,
+            is_rebuilt,
+            is_poisoned,
+        })
     }
 
     fn channels(&self) -> MutexGuard<'_, Channels> {
@@ -174,6 +189,9 @@ impl Group {
         let Channels { links, staging, path } = &mut *channels;
         let (alarm, shared, cards) = (&*self.alarm, &*self.world.shared, &self.world.cards);
         let timeout = timeout.unwrap_or(self.timeout);
+        if self.is_poisoned.load(Ordering::Relaxed) {
+            shared.fate.await_agreement(self.id, AGREEMENT);
+        }
         if alarm.is_rung()
             && let Some(cause) = shared.fate.cause(self.id)
         {
@@ -353,6 +371,7 @@ impl Communicator for Group {
             }),
             _ => Cause::Lost { rank: reporter, how: Loss::Failed },
         };
+        self.is_poisoned.store(true, Ordering::Relaxed);
         self.world.shared.declare(self.id, cause);
     }
 }

@@ -91,6 +91,18 @@ impl Board {
         self.lock().failure.is_some()
     }
 
+    /// Why the group is dead, if it is.
+    pub(super) fn death(&self) -> Option<Error> {
+        self.lock().failure.clone()
+    }
+
+    /// Ends the group, unless it is dead already, and wakes all who wait in it.
+    pub(super) fn die(&self, error: Error) -> Error {
+        let error = self.lock().failure.get_or_insert(error).clone();
+        self.changed.notify_all();
+        error
+    }
+
     /// The board of a new group; the first member to come makes it.
     pub(super) fn child(&self, name: String, ranks: Vec<usize>, timeout: Duration) -> Arc<Board> {
         let mut state = self.lock();
@@ -238,8 +250,7 @@ impl Board {
 
     /// Ends the group because two ranks, by rank in the group, made calls that do not fit together.
     pub(super) fn disagree(&self, one: (usize, Signature), other: (usize, Signature)) -> Error {
-        let error = self.mismatch(one, other);
-        self.lock().failure.get_or_insert(error).clone()
+        self.die(self.mismatch(one, other))
     }
 
     fn mismatch(&self, one: (usize, Signature), other: (usize, Signature)) -> Error {

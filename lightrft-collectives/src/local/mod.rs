@@ -14,7 +14,7 @@ use self::board::{Board, Posted};
 pub use self::world::World;
 use crate::buffer::{AlignedBytes, element_bytes};
 use crate::communicator::{Communicator, GroupOptions, Sharing};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::group::check_members;
 use crate::live::{LiveGroups, Made};
 use crate::operation::{Call, Exchange, HostOperation, Operation, Signature, digest};
@@ -162,6 +162,14 @@ impl Communicator for Local {
                 Ok(())
             }
         }
+    }
+
+    fn failure(&self, _call: Call) -> Option<Error> {
+        self.board.death()
+    }
+
+    fn poison(&self, error: &Error) {
+        self.board.die(error.clone());
     }
 
     fn subgroup_with(
