@@ -5,12 +5,14 @@
 
 mod derived;
 mod device;
+mod survivors;
 
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
 pub use self::device::{Block, Memory, OnDevice};
+pub use self::survivors::survive;
 use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Result};
 use crate::op::{Element, ReduceOp};

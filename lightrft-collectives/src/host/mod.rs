@@ -49,7 +49,7 @@ use crate::buffer::AlignedBytes;
 use crate::communicator::{Communicator, CommunicatorExt, GroupOptions, Sharing};
 use crate::error::{Error, Loss, Result};
 use crate::flight::recorder::{Outcome, Slot};
-use crate::group::check_members;
+use crate::group::{check_members, rebuilt_before};
 use crate::live::Made;
 use crate::memory::GroupMemory;
 use crate::op::ReduceOp;
@@ -256,7 +256,7 @@ impl Group {
                 };
                 Some(cause)
             }
-            Fault::Deadline(waited, missing) => Some(vigil.lateness(waited, &missing)),
+            Fault::Deadline { waited, missing, come } => Some(vigil.lateness(waited, &missing, &come)),
         };
         if let Some(cause) = &cause {
             shared.declare(self.id, cause.clone());
@@ -340,8 +340,7 @@ impl Communicator for Group {
 
     fn rebuild(&self, timeout: Duration) -> Result<Arc<dyn Communicator>> {
         if self.is_rebuilt.swap(true, Ordering::Relaxed) {
-            let why = "that was done, or tried, before";
-            return Err(Error::NoRebuild { group: self.name.clone(), why });
+            return Err(rebuilt_before(self));
         }
         rebuild::rebuild(self, timeout)
     }

@@ -32,7 +32,7 @@ pub(super) struct Lateness {
     pub(super) step: u64,
     /// Whom those that waited had not heard from.
     pub(super) missing: BTreeSet<usize>,
-    /// Who says to have come to this step.
+    /// Who says to have come to this step, or was seen there.
     pub(super) present: BTreeSet<usize>,
     /// The rank that wrote `report`.
     pub(super) reporter: usize,

@@ -123,9 +123,10 @@ impl<'a> Vigil<'a> {
         members.iter().filter_map(|member| self.ranks.get(*member).copied()).collect()
     }
 
-    /// The cause that a deadline passed; `missing` are ranks of the group.
-    pub(super) fn lateness(&self, waited: Duration, missing: &[usize]) -> Cause {
-        let missing = self.of_world(missing);
+    /// The cause that a deadline passed. Ranks are those of the group; `come` have been seen to make this call: they may be too
+    /// slow to say so themselves before the others agree on who is missing.
+    pub(super) fn lateness(&self, waited: Duration, missing: &[usize], come: &[usize]) -> Cause {
+        let (missing, come) = (self.of_world(missing), self.of_world(come));
         self.shared.recorder.waits_for(self.ticket, &missing);
         let account = self.account(waited, &missing);
         account.mismatch.unwrap_or_else(|| {
@@ -133,7 +134,7 @@ impl<'a> Vigil<'a> {
                 waited,
                 step: self.step,
                 missing: missing.into_iter().collect(),
-                present: BTreeSet::from([self.shared.rank]),
+                present: come.into_iter().chain([self.shared.rank]).collect(),
                 reporter: self.shared.rank,
                 report: account.text,
             })
