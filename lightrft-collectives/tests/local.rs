@@ -93,7 +93,11 @@ fn a_message_does_not_come_through_a_dead_group() {
 }
 
 /// The survivors of threads go on; `launch` returns what became of the lost one.
-fn threads_without(lost: usize, ranks: usize, end: impl Fn() -> Result<(), Error> + Sync) -> Result<(), Error> {
+fn threads_without(
+    lost: usize,
+    ranks: usize,
+    end: impl Fn() -> Result<(), Error> + Sync,
+) -> Result<(), Error> {
     let survivors = Mutex::new(Vec::new());
     let result = World::run(ranks, |comm| {
         comm.barrier()?;

@@ -26,7 +26,8 @@ pub fn survive(comm: &dyn Communicator, lost: usize) -> Result<Arc<dyn Communica
             Err(error) => break error,
         }
     };
-    let is_named = |error: &Error| matches!(error, Error::PeerLost { rank, .. } if *rank == comm.ranks()[lost]);
+    let is_named =
+        |error: &Error| matches!(error, Error::PeerLost { rank, .. } if *rank == comm.ranks()[lost]);
     assert!(is_named(&told), "{told}");
     let group = comm.rebuild(LIMIT)?;
     let left: Vec<usize> = comm.ranks().iter().copied().filter(|rank| *rank != comm.ranks()[lost]).collect();

@@ -89,7 +89,8 @@ impl Shm {
             return Ok(Some(operation));
         };
         // One whose call has failed already has its buffer back; the group's verdict says why.
-        let all_lend = |shm: &Self| loan.taken_back(&shm.segment).map_or(Ok(()), |peer| Err(Fault::Lost(peer)));
+        let all_lend =
+            |shm: &Self| loan.taken_back(&shm.segment).map_or(Ok(()), |peer| Err(Fault::Lost(peer)));
         all_lend(self)?;
         match operation {
             Operation::AllReduce { data, op } => {
