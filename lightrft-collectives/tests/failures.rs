@@ -348,6 +348,43 @@ fn rank_beside_a_stopped_one() {
 }
 
 #[test]
+fn a_rank_that_was_seen_to_come_is_not_missing_though_it_cannot_say_so() {
+    run("rank_beside_one_that_came_and_was_stopped", 3, &[]);
+}
+
+#[test]
+#[ignore = "a rank of the test above"]
+fn rank_beside_one_that_came_and_was_stopped() {
+    let rank = Rank::join(Duration::from_secs(2));
+    rank.world.barrier().unwrap();
+    if rank.is(1) {
+        rank.put("comes");
+    }
+    if rank.is(0) {
+        let pid = rank.await_note("comes");
+        let begin = Instant::now();
+        // It says for whom it waits once it has shown the others that it has come.
+        let waits = |group: &flight::GroupState| group.waiting_for.contains(&2);
+        while !flight::read(pid).unwrap().iter().flat_map(|flight| &flight.groups).any(waits) {
+            assert!(begin.elapsed() < LONG);
+        }
+        signal(pid, Signal::STOP);
+    }
+    if rank.is(2) {
+        await_file(&rank.note("told-0"));
+    }
+    let error = rank.world.barrier().unwrap_err();
+    assert!(matches!(&error, Error::Timeout { missing, .. } if missing == &[2]), "{error}");
+    rank.was_told(&verdict(&error));
+    if rank.is(0) {
+        signal(rank.await_note("comes"), Signal::CONT);
+        // Its connections must stay until the stopped one has heard.
+        await_file(&rank.note("told-1"));
+    }
+    await_file(&rank.note("told-2"));
+}
+
+#[test]
 fn a_skipped_call_is_named_at_the_deadline_with_what_its_rank_does_instead() {
     run("rank_that_may_skip", 3, &[]);
 }
