@@ -19,7 +19,7 @@ use super::control::{Control, Sent};
 use super::fate::Fate;
 use super::hello::{Gate, Purpose, Strangers};
 use super::note::Note;
-use super::pulse::{Pulse, RHYTHM};
+use super::pulse::{Pulse, RHYTHM, Rhythm};
 use super::verdict::Court;
 use crate::acceptor::Acceptor;
 use crate::error::Loss;
@@ -200,12 +200,16 @@ pub(super) struct Watcher {
 
 impl Watcher {
     pub(super) fn start(shared: Arc<Shared>, listener: TcpListener, gate: Gate) -> io::Result<()> {
+        Watcher::start_with(RHYTHM, shared, listener, gate)
+    }
+
+    fn start_with(rhythm: Rhythm, shared: Arc<Shared>, listener: TcpListener, gate: Gate) -> io::Result<()> {
         let world = shared.world;
         let watcher = Watcher {
             shared,
             acceptor: Acceptor::new(Arc::new(listener))?,
             strangers: Strangers::new(gate),
-            pulse: Pulse::new(RHYTHM, world),
+            pulse: Pulse::new(rhythm, world),
             hearing: (0..world).map(|_| Hearing::default()).collect(),
         };
         std::thread::Builder::new().name("lightrft-watcher".into()).spawn(move || watcher.run()).map(drop)
@@ -218,6 +222,13 @@ impl Watcher {
                 let open = peers.iter().enumerate().filter(|(rank, _)| !self.hearing[*rank].closed);
                 open.filter_map(|(rank, peer)| Some((rank, peer.clone()?))).collect()
             };
+            // From the first look at a peer on, before anything has come from it: perhaps nothing ever does.
+            let now = Instant::now();
+            for (rank, _) in peers.iter().filter(|(_, peer)| matches!(peer.place, Place::Elsewhere)) {
+                if !self.shared.fate.is_lost(*rank) {
+                    self.pulse.expect(*rank, now);
+                }
+            }
             let mut fds = vec![
                 PollFd::from_borrowed_fd(self.shared.wake.as_fd(), PollFlags::IN),
                 self.acceptor.poll_fd(),
@@ -311,15 +322,11 @@ impl Watcher {
 
     /// Sends and reads what is ready of one rank.
     fn attend(&mut self, rank: usize, peer: &Peer, ready: PollFlags, ended: bool) {
-        let now = Instant::now();
-        if matches!(peer.place, Place::Elsewhere) {
-            self.pulse.expect(rank, now);
-        }
         if ready.contains(PollFlags::OUT) {
             peer.control.flush();
         }
         if ended {
-            self.hearing[rank].ended.get_or_insert(now);
+            self.hearing[rank].ended.get_or_insert_with(Instant::now);
         }
         // What it said before it ended comes first.
         if ended || !(ready & !PollFlags::OUT).is_empty() {
@@ -391,8 +398,29 @@ impl Watcher {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
     use crate::host::note::Cause;
+
+    #[test]
+    fn a_rank_elsewhere_from_which_nothing_has_ever_come_is_lost_in_time() {
+        let (shared, rhythm) = (
+            Shared::new(0, 2, 0).unwrap(),
+            Rhythm { every: Duration::from_millis(100), silence: Duration::from_millis(350) },
+        );
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let gate = Gate::new(0, 0, 2, None);
+        Watcher::start_with(rhythm, shared.clone(), listener, gate).unwrap();
+        shared.fate.enter(7, &[0, 1]).unwrap();
+        // A connection of no rank, for a way to it.
+        let beside = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let _silent = TcpStream::connect(beside.local_addr().unwrap()).unwrap();
+        shared.watch(1, beside.accept().unwrap().0, Place::Elsewhere).unwrap();
+        let cause = shared.fate.await_agreement(7, Duration::from_secs(20));
+        assert_eq!(cause, Some(Cause::Lost { rank: 1, how: Loss::Silent }));
+        shared.leave();
+    }
 
     #[test]
     fn nobody_here_learns_of_a_death_before_the_others_are_told() {
