@@ -5,9 +5,9 @@
 //! [`agreement`](super::agreement), and all decide for the same [`Cause`]. Only then do the callers of that group hear of
 //! it. So two deaths at one time, or a death that races with a deadline, give the same error everywhere.
 //!
-//! Promised is: all members that answer within [`SETTLE`] return the same cause, whoever dies meanwhile. A member
-//! that does not answer, because it is stopped for instance, is not waited for longer; it is bound by what the others
-//! decided when it goes on.
+//! Promised is: all members that answer within [`PATIENCE`] return the same cause, whoever dies meanwhile. A member
+//! that does not answer is not waited for longer, and one that is seen to be stopped not even that long; it is bound by what
+//! the others decided when it goes on.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{MutexGuard, PoisonError};
@@ -18,8 +18,15 @@ use super::note::{Absent, Cause, Note, Said};
 use super::watcher::Shared;
 use crate::error::Loss;
 
-/// How long one round of an agreement may take. A member that lives answers at once, from its watcher.
+/// How long one round of an agreement takes at most where all that live run. They answer at once, from their watchers.
 pub(super) const SETTLE: Duration = Duration::from_millis(250);
+
+/// How long a round may take. On a machine that is very busy a watcher may not run for a while, and a verdict without it
+/// may not be the one that it comes to.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often it is looked whether those that do not answer are stopped.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// An agreement under way, or done.
 #[derive(Debug)]
@@ -224,13 +231,20 @@ impl Shared {
     pub(super) fn court_rest(&self, now: Instant) -> Option<Duration> {
         let court = self.court();
         let since = court.verdicts.values().filter_map(|case| case.round_since).min()?;
-        Some((since + SETTLE).saturating_duration_since(now))
+        let rest = (since + SETTLE).saturating_duration_since(now);
+        Some(if rest.is_zero() { LOOK } else { rest })
     }
 
     /// Goes on without those who have not answered in time.
     pub(super) fn court_sits(&self, now: Instant) {
         let mut court = self.court();
-        let late = |case: &Case<Cause>| case.round_since.is_some_and(|since| now >= since + SETTLE);
+        let late = |case: &Case<Cause>| {
+            let waited = case.round_since.map(|since| now.saturating_duration_since(since));
+            waited.is_some_and(|waited| {
+                let stopped = || case.agreement.silent().into_iter().all(|rank| self.is_stopped(rank));
+                waited >= PATIENCE || waited >= SETTLE && stopped()
+            })
+        };
         let all: Vec<u64> =
             court.verdicts.iter().filter(|(_, case)| late(case)).map(|(group, _)| *group).collect();
         for group in all {
@@ -293,7 +307,9 @@ mod tests {
     fn connect(shared: &Shared, rank: usize) -> std::net::TcpStream {
         let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).unwrap();
         let theirs = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        shared.watch(rank, listener.accept().unwrap().0, super::super::watcher::Place::Here(None)).unwrap();
+        shared
+            .watch(rank, listener.accept().unwrap().0, super::super::watcher::Place::Here(1, None))
+            .unwrap();
         theirs
     }
 
@@ -347,6 +363,8 @@ mod tests {
         assert!(!alarm.is_rung() && shared.court_rest(now).is_some_and(|rest| rest <= SETTLE));
         // Rank 2 is silent in one round.
         shared.court_sits(now + SETTLE);
+        assert!(!alarm.is_rung() && shared.court_rest(now + SETTLE).is_some_and(|rest| rest <= LOOK));
+        shared.court_sits(now + PATIENCE);
         assert_eq!(shared.fate.cause(7), Some(lost(1)));
         assert!(shared.court_rest(now).is_none());
     }

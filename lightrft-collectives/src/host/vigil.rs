@@ -52,7 +52,8 @@ struct Account {
 }
 
 /// What is known of a rank's process.
-enum Condition {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Condition {
     Lives,
     Stopped,
     Ended,
@@ -201,7 +202,13 @@ impl<'a> Vigil<'a> {
         if !self.is_here(rank) {
             return if status.is_some() { Condition::Lives } else { Condition::Silent };
         }
-        let pid = self.cards.get(rank).map_or(0, |card| card.pid);
+        Condition::of(self.cards.get(rank).map_or(0, |card| card.pid))
+    }
+}
+
+impl Condition {
+    /// Of a process of this machine.
+    pub(super) fn of(pid: u32) -> Self {
         let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return Condition::Ended };
         // The state comes after the program's name, which is in parentheses and may hold some itself.
         match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
@@ -210,7 +217,9 @@ impl<'a> Vigil<'a> {
             _ => Condition::Lives,
         }
     }
+}
 
+impl Vigil<'_> {
     /// What the missing ranks do, and those that they wait for, and so on.
     fn inquire(&self, missing: &[usize]) -> Known {
         let mut known = Known::new();

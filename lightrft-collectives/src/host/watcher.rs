@@ -21,6 +21,7 @@ use super::hello::{Gate, Purpose, Strangers};
 use super::note::Note;
 use super::pulse::{Pulse, RHYTHM, Rhythm};
 use super::verdict::Court;
+use super::vigil::Condition;
 use crate::acceptor::Acceptor;
 use crate::error::Loss;
 use crate::flight::memory::Read;
@@ -33,8 +34,8 @@ const LAST_WORDS: Duration = Duration::from_millis(10);
 /// Where a rank is, as seen from this one.
 #[derive(Debug)]
 pub(super) enum Place {
-    /// On this machine, with a descriptor that tells the end of its process, where the kernel has such.
-    Here(Option<OwnedFd>),
+    /// On this machine: its process, and a descriptor that tells the end of it, where the kernel has such.
+    Here(u32, Option<OwnedFd>),
     /// On another machine.
     Elsewhere,
 }
@@ -114,6 +115,15 @@ impl Shared {
     /// Whether there is, or was, a control connection to a rank.
     pub(super) fn is_watched(&self, rank: usize) -> bool {
         rank == self.rank || self.peers().get(rank).is_none_or(Option::is_some)
+    }
+
+    /// Whether a rank is known to be stopped, which only one of this machine can be.
+    pub(super) fn is_stopped(&self, rank: usize) -> bool {
+        let peer = self.peers().get(rank).cloned().flatten();
+        peer.is_some_and(|peer| match peer.place {
+            Place::Here(pid, _) => Condition::of(pid) == Condition::Stopped,
+            Place::Elsewhere => false,
+        })
     }
 
     /// Keeps the recorders of the other ranks of this machine, by rank. Once.
@@ -239,7 +249,7 @@ impl Watcher {
                 fds.push(PollFd::from_borrowed_fd(peer.control.fd(), events));
                 // A place is kept for those without a descriptor: the poll then looks at the waker once more.
                 let (process, events) = match &peer.place {
-                    Place::Here(Some(process)) if self.hearing[*rank].ended.is_none() => {
+                    Place::Here(_, Some(process)) if self.hearing[*rank].ended.is_none() => {
                         (process.as_fd(), PollFlags::IN)
                     }
                     _ => (self.shared.wake.as_fd(), PollFlags::empty()),

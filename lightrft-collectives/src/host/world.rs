@@ -95,7 +95,7 @@ pub(crate) fn node_name() -> String {
 }
 
 /// How long the members of a group may take to agree on why it is dead.
-pub(super) const AGREEMENT: Duration = Duration::from_secs(3);
+pub(super) const AGREEMENT: Duration = Duration::from_secs(5);
 
 /// The id of the world's group while it is being joined; no other group has it.
 const JOINING: u64 = 0;
@@ -214,7 +214,7 @@ impl World {
         // Without a descriptor, the end of the connection tells.
         let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         let path = format!("/proc/{}/fd/{}", card.pid, card.flight);
-        (Some(Place::Here(process)), flight::open(path.as_ref()).ok())
+        (Some(Place::Here(card.pid, process)), flight::open(path.as_ref()).ok())
     }
 
     pub(super) fn rank(&self) -> usize {
