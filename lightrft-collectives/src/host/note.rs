@@ -250,6 +250,14 @@ mod tests {
         }
 
         #[test]
+        fn a_death_comes_before_whoever_left_because_of_it(dead in 0usize..5, other in 0usize..5) {
+            let died = Cause::Lost { rank: dead, how: Loss::Died };
+            for how in [Loss::Left, Loss::LeftAfter { lost: dead }, Loss::Failed] {
+                prop_assert_eq!(joined(Cause::Lost { rank: other, how }, &died), died.clone());
+            }
+        }
+
+        #[test]
         fn notes_survive_and_garbage_does_not_panic(cause in cause(), round: Option<u32>, garbage: Vec<u8>) {
             let said = Said { group: 7, members: vec![0, 3], round, value: cause.clone() };
             let bytes = Note::Verdict(said).encode();

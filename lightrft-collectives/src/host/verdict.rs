@@ -350,6 +350,8 @@ mod tests {
         let shared = hear_of_a_death_and_a_departure();
         shared.fate.enter(9, &[0, 2]).unwrap();
         shared.examine(9, &[0, 2]);
+        // Too late: the cause is known.
+        shared.declare(9, Cause::Lost { rank: 0, how: Loss::Failed });
         shared.declare_lost(2, Loss::Died);
         assert_eq!(shared.fate.cause(9), Some(lost(2)));
     }

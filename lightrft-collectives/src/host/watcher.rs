@@ -426,6 +426,8 @@ mod tests {
         // A connection of no rank, for a way to it.
         let beside = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let _silent = TcpStream::connect(beside.local_addr().unwrap()).unwrap();
+        // Let the watcher come to rest with nobody to listen for. Nothing tells that it has; if it has not, less is tested.
+        std::thread::sleep(Duration::from_millis(50));
         shared.watch(1, beside.accept().unwrap().0, Place::Elsewhere).unwrap();
         let cause = shared.fate.await_agreement(7, Duration::from_secs(20));
         assert_eq!(cause, Some(Cause::Lost { rank: 1, how: Loss::Silent }));
