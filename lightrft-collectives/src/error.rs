@@ -21,6 +21,10 @@ pub enum Loss {
     Died,
     /// It dropped its communicator while others still needed it.
     Left,
+    /// As [`Left`](Loss::Left), since rank `lost` of the world, which need not be in this group, had been lost: the end of
+    /// that rank is the cause.
+    #[allow(missing_docs)]
+    LeftAfter { lost: usize },
     /// Its function returned an error or panicked (ranks as threads), or a call failed on its side alone.
     Failed,
     /// It is on another machine and has given no sign of life for seconds.
@@ -29,12 +33,13 @@ pub enum Loss {
 
 impl std::fmt::Display for Loss {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Loss::Died => "died",
-            Loss::Left => "left the group",
-            Loss::Failed => "failed",
-            Loss::Silent => "does not answer",
-        })
+        match self {
+            Loss::Died => f.write_str("died"),
+            Loss::Left => f.write_str("left the group"),
+            Loss::LeftAfter { lost } => write!(f, "left the group after rank {lost} was lost"),
+            Loss::Failed => f.write_str("failed"),
+            Loss::Silent => f.write_str("does not answer"),
+        }
     }
 }
 

@@ -205,3 +205,29 @@ pub(crate) fn check_members<C: Communicator + ?Sized>(parent: &C, ranks: &[usize
     }
     Ok(())
 }
+
+/// The name of the group in the place of `name`: `world`, `world~1`, `world~2`.
+pub(crate) fn next_name(name: &str) -> String {
+    match name.rsplit_once('~').map(|(stem, number)| (stem, number.parse::<u64>())) {
+        Some((stem, Ok(number))) => format!("{stem}~{}", number + 1),
+        _ => format!("{name}~1"),
+    }
+}
+
+/// The error of a second [`rebuild`](Communicator::rebuild).
+pub(crate) fn rebuilt_before<C: Communicator + ?Sized>(dead: &C) -> Error {
+    Error::NoRebuild { group: dead.name().into(), why: "that was done, or tried, before" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_go_on() {
+        assert_eq!(next_name("world"), "world~1");
+        assert_eq!(next_name("world~9"), "world~10");
+        assert_eq!(next_name("world/3~1"), "world/3~2");
+        assert_eq!(next_name("world~1/0"), "world~1/0~1");
+    }
+}

@@ -211,10 +211,15 @@ impl Blocks {
     }
 }
 
+/// Ranks made different calls, which the collective that both began with has not noticed: the group is dead, as it would be
+/// then.
 fn mismatch<C: Communicator + ?Sized>(
     comm: &C,
     (rank, mine): (usize, Signature),
     (other, theirs): (usize, Signature),
 ) -> Error {
-    Error::Mismatch { group: comm.name().into(), rank, mine: Box::new(mine), other, theirs: Box::new(theirs) }
+    let (group, mine, theirs) = (comm.name().into(), Box::new(mine), Box::new(theirs));
+    let error = Error::Mismatch { group, rank, mine, other, theirs };
+    comm.poison(&error);
+    error
 }

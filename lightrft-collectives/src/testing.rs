@@ -5,12 +5,14 @@
 
 mod derived;
 mod device;
+mod survivors;
 
 use std::sync::Arc;
 
 use half::{bf16, f16};
 
 pub use self::device::{Block, Memory, OnDevice};
+pub use self::survivors::survive;
 use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Result};
 use crate::op::{Element, ReduceOp};
@@ -449,6 +451,22 @@ pub fn mismatch(comm: &dyn Communicator, case: Mismatch) {
             comm.all_to_all_v(&input, &send, &mut output, &recv)
         }
         Mismatch::Members => comm.subgroup(if odd { &[0] } else { &[1] }).map(drop),
+        // These begin with the same collective: what it carries tells them apart.
+        Mismatch::Objects => {
+            if odd {
+                comm.all_gather_object(&1u8).map(drop)
+            } else {
+                comm.gather_object(&1u8, 0).map(drop)
+            }
+        }
+        Mismatch::Fused => {
+            let (mut a, mut b) = ([1f32; 3], [1i64; 2]);
+            if odd {
+                comm.all_reduce_many([(&mut a[..]).into(), (&mut b[..]).into()], ReduceOp::Sum)
+            } else {
+                comm.broadcast_many([(&mut a[..]).into(), (&mut b[..]).into()], 0)
+            }
+        }
     };
     match result {
         Err(Error::Mismatch { rank, mine, other, theirs, .. }) => {
@@ -472,11 +490,13 @@ pub enum Mismatch {
     Root,
     Pair,
     Members,
+    Objects,
+    Fused,
 }
 
 impl Mismatch {
     /// All cases.
-    pub const ALL: [Mismatch; 7] = [
+    pub const ALL: [Mismatch; 9] = [
         Mismatch::Call,
         Mismatch::Dtype,
         Mismatch::Count,
@@ -484,5 +504,7 @@ impl Mismatch {
         Mismatch::Root,
         Mismatch::Pair,
         Mismatch::Members,
+        Mismatch::Objects,
+        Mismatch::Fused,
     ];
 }

@@ -1,11 +1,15 @@
 //! Ranks as threads pass the suite, and a rank that fails ends the others
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use lightrft_collectives::local::World;
-use lightrft_collectives::testing::{Mismatch, conformance, mismatch};
+use lightrft_collectives::testing::{Mismatch, conformance, mismatch, survive};
 use lightrft_collectives::{CommunicatorExt, Error, Loss, ReduceOp};
+
+/// Longer than anything here takes on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn threads_conform() {
@@ -86,4 +90,101 @@ fn a_message_does_not_come_through_a_dead_group() {
         Ok(())
     })
     .unwrap();
+}
+
+/// The survivors of threads go on; `launch` returns what became of the lost one.
+fn threads_without(
+    lost: usize,
+    ranks: usize,
+    end: impl Fn() -> Result<(), Error> + Sync,
+) -> Result<(), Error> {
+    let survivors = Mutex::new(Vec::new());
+    let result = World::run(ranks, |comm| {
+        comm.barrier()?;
+        if comm.rank() == lost {
+            return end();
+        }
+        let group = survive(&*comm, lost)?;
+        survivors.lock().unwrap().push(group.name().to_owned());
+        Ok(())
+    });
+    assert_eq!(survivors.into_inner().unwrap(), vec!["world~1"; ranks - 1]);
+    result.map(drop)
+}
+
+#[test]
+fn threads_go_on_without_one_that_panicked_failed_or_returned() {
+    for ranks in [2, 3, 5] {
+        let result = threads_without(1, ranks, || panic!("one too many"));
+        assert!(matches!(result, Err(Error::Panicked { rank: 1, .. })), "{result:?}");
+        let result = threads_without(0, ranks, || Err(Error::Taken));
+        assert!(matches!(result, Err(Error::Taken)), "{result:?}");
+        threads_without(ranks - 1, ranks, || Ok(())).unwrap();
+    }
+}
+
+#[test]
+fn threads_come_together_although_others_end_while_they_do() {
+    let result = World::run(4, |comm| {
+        if comm.rank() == 3 {
+            return Err(Error::Taken);
+        }
+        assert!(comm.barrier().is_err());
+        if comm.rank() == 0 {
+            // The others may wait for it in the first group that they make, or find it gone before.
+            return Err(Error::Taken);
+        }
+        let mut group = comm.rebuild(LIMIT)?;
+        while let Err(error) = group.barrier() {
+            assert!(matches!(error, Error::PeerLost { rank: 0, how: Loss::Failed, .. }), "{error}");
+            group = group.rebuild(LIMIT)?;
+        }
+        assert_eq!(group.ranks(), [1, 2]);
+        Ok(())
+    });
+    assert!(matches!(result, Err(Error::Taken)), "{result:?}");
+}
+
+#[test]
+fn a_thread_that_does_not_come_in_time_is_left_behind_and_told_so() {
+    let done = Barrier::new(3);
+    World::run(3, |comm| {
+        if comm.rank() == 2 {
+            done.wait();
+            let result = comm.rebuild(LIMIT);
+            assert!(matches!(result, Err(Error::PeerLost { rank: 2, how: Loss::Silent, .. })), "{result:?}");
+            return Ok(());
+        }
+        let group = comm.rebuild(Duration::from_millis(100))?;
+        assert_eq!(group.ranks(), [0, 1]);
+        group.barrier()?;
+        done.wait();
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn groups_without_the_lost_thread_go_on_and_those_who_leave_them_say_after_whom() {
+    let (failed, checked) = (Barrier::new(2), Barrier::new(2));
+    let result = World::run(3, |comm| {
+        let pair = comm.subgroup(&[0, 1])?;
+        if comm.rank() == 2 {
+            return Err(Error::Taken);
+        }
+        let pair = pair.unwrap();
+        let named = |error: Error| matches!(error, Error::PeerLost { rank: 2, how: Loss::Failed, .. });
+        assert!(comm.barrier().is_err_and(named));
+        failed.wait();
+        pair.barrier()?;
+        checked.wait();
+        if comm.rank() == 1 {
+            return Ok(());
+        }
+        let error = pair.barrier().unwrap_err();
+        let after = matches!(error, Error::PeerLost { rank: 1, how: Loss::LeftAfter { lost: 2 }, .. });
+        assert!(after, "{error}");
+        Ok(())
+    });
+    assert!(matches!(result, Err(Error::Taken)), "{result:?}");
 }

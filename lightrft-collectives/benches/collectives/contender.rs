@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use lightrft_collectives::launch::{Launcher, Outcome};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::failure::Fault;
+
 /// How long ranks may take to start: torch alone takes seconds, four at a time on two cores.
 const START: Duration = Duration::from_secs(60);
 
@@ -84,6 +86,7 @@ pub(crate) struct Conditions {
 }
 
 /// The program of a contender's ranks.
+#[derive(Clone)]
 pub(crate) struct Program {
     /// As in the table.
     pub(crate) label: &'static str,
@@ -203,24 +206,38 @@ impl Contender {
         Ok(if slowest.is_empty() { Answer::Unsupported } else { Answer::Times(slowest) })
     }
 
-    /// Lets all ranks call again and again, kills the last one, and waits until the others have noticed: the time to the last
-    /// of them, and whether all of them named the one that was killed.
-    pub(crate) fn lose_a_rank(mut self) -> Result<(Duration, bool), Box<dyn Error>> {
+    /// Lets all ranks call again and again, lets the last one fail, and waits until those who must be told have been: the time
+    /// to the last of them, and whether all of them named the one at fault.
+    pub(crate) fn suffer(mut self, fault: Fault) -> Result<(Duration, bool), Box<dyn Error>> {
         let victim = self.ranks.len() - 1;
+        let order = if fault == Fault::Mismatch { fault.name() } else { "failure" };
         for rank in &mut self.ranks {
-            rank.stream.write_all(b"failure f32 0 0 0\n")?;
+            writeln!(rank.stream, "{order} f32 0 0 0")?;
         }
         // In the midst of calls: they are at work long before.
         thread::sleep(Duration::from_millis(200));
         let begin = Instant::now();
-        kill_process(self.ranks[victim].pid.ok_or("no process id")?, Signal::KILL)?;
+        let pid = self.ranks[victim].pid.ok_or("no process id")?;
+        match fault {
+            Fault::Kill => kill_process(pid, Signal::KILL)?,
+            Fault::Silence => kill_process(pid, Signal::STOP)?,
+            Fault::Mismatch => {}
+        }
+        let told = if fault == Fault::Mismatch { victim + 1 } else { victim };
         let (mut last, mut named) = (Duration::ZERO, true);
-        for rank in &mut self.ranks[..victim] {
+        for rank in &mut self.ranks[..told] {
             let line = rank.line(begin + ORDER)?;
-            last = begin.elapsed();
             let words: Vec<&str> = line.splitn(3, ' ').collect();
-            let ["lost", who, _] = words[..] else { return Err(format!("no loss: `{line}`").into()) };
+            let ["lost", who, what] = words[..] else { return Err(format!("no loss: `{line}`").into()) };
             named &= who == victim.to_string();
+            last = match fault {
+                Fault::Mismatch => last.max(Duration::from_nanos(what.parse()?)),
+                Fault::Kill | Fault::Silence => begin.elapsed(),
+            };
+        }
+        if fault == Fault::Silence {
+            // It would not end by itself.
+            kill_process(pid, Signal::KILL)?;
         }
         Ok((last, named))
     }

@@ -18,7 +18,8 @@
 //! where the kernel or other threads have work to do on some core. Results of our ranks are checked, once per case. The peers need `--peers`: Gloo a Python with torch (`LIGHTRFT_PYTHON`, else `python3`), Open
 //! MPI its `mpicc` and `mpirun`; one that cannot be started is left out aloud.
 //!
-//! `--what failure` also kills a rank of a job, several times, and measures how long the others take to notice.
+//! `--what failure` measures, several times each, how long ranks take to learn that one of them was killed, fell silent on
+//! another machine, or made another call; it prints the worst beside the median.
 //!
 //! Printed: a table for each number of ranks, and as the last line all of it as one JSON object. With `--check` a missed
 //! target is an exit code of 1.
@@ -36,6 +37,7 @@ use std::process::{Command, ExitCode};
 
 use cases::Case;
 use contender::{Answer, Conditions, Contender, Pin, Priority, Program};
+use failure::Fault;
 use lexopt::{Arg, Parser, ValueExt};
 use rank::Way;
 use report::{Column, Measured, Row, Setting};
@@ -188,8 +190,11 @@ fn bench(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
             table.push(Row { case, measured });
         }
         drop(contenders);
-        if options.what.iter().any(|what| failure::NAME.contains(what.as_str())) {
-            table.push(failure::measure(&programs, ranks, setting.conditions, folder.path(), &mut failed));
+        for fault in Fault::ALL {
+            if options.what.iter().any(|what| fault.name().contains(what.as_str())) {
+                let (conditions, folder) = (setting.conditions, folder.path());
+                table.push(failure::measure(fault, &programs, ranks, conditions, folder, &mut failed));
+            }
         }
         report::print(&table);
         println!();

@@ -17,6 +17,7 @@ use lightrft_collectives::{
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::cases::Type;
+use crate::failure::Fault;
 
 type Comm = Arc<dyn Communicator>;
 
@@ -75,6 +76,10 @@ pub(crate) fn serve(way: Way) -> Result<(), Box<dyn Error>> {
     for line in orders.lines() {
         let line = line?;
         let (buffers, warmup, iterations) = parse(&line).ok_or_else(|| format!("no order: `{line}`"))?;
+        if buffers.starts_with(Fault::Mismatch.name()) {
+            writeln!(answers, "{}", reduce_until_they_differ(&comm))?;
+            return Ok(());
+        }
         if buffers.starts_with("failure") {
             writeln!(answers, "{}", reduce_until_lost(&comm))?;
             return Ok(());
@@ -148,6 +153,25 @@ fn reduce_until_lost(comm: &Comm) -> String {
             Err(error) => return format!("lost - {error}"),
         }
     }
+}
+
+/// Calls until the last rank makes another call than the others; then `lost RANK NANOSECONDS` of the call that failed, with `-`
+/// for the rank if the error does not name it.
+fn reduce_until_they_differ(comm: &Comm) -> String {
+    let mut data = vec![1f32; 1 << 10];
+    let culprit = comm.world_size() - 1;
+    for call in 0.. {
+        let other = call == 100 && comm.rank() == culprit;
+        let begin = Instant::now();
+        match comm.all_reduce(&mut data, if other { ReduceOp::Min } else { ReduceOp::Max }) {
+            Ok(()) => {}
+            Err(Failure::Mismatch { rank, other, .. }) if rank == culprit || other == culprit => {
+                return format!("lost {culprit} {}", begin.elapsed().as_nanos());
+            }
+            Err(_) => break,
+        }
+    }
+    "lost - 0".into()
 }
 
 /// Buffers and call for `OP DTYPE COUNT`, its results checked once; `None` if there is no such thing.

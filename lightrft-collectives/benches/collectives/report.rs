@@ -112,6 +112,7 @@ impl Row {
             ("reduce_scatter/f32/1MiB", _) => vec![faster(Shm, OpenMpi, 2.0)],
             ("barrier", 2) => vec![below(Shm, 0.5)],
             ("failure/sigkill", _) => vec![below(Shm, 100e3), below(Tcp, 100e3)],
+            ("failure/silence", _) => vec![below(Tcp, 5e6)],
             ("subgroup", 4) => vec![below(Shm, 5000.0), below(Tcp, 5000.0)],
             _ => vec![],
         };

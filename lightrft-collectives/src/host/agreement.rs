@@ -106,14 +106,20 @@ impl<V: Agreed> Agreement<V> {
         words
     }
 
-    /// Takes all for dead that have not been heard in this round. That is no certain knowledge: if such a member is
-    /// merely slow, it is bound by the others' decision when it hears of it, unless it has decided before.
-    pub(super) fn give_up_on(&mut self) -> Vec<Word<V>> {
+    /// Those that have neither been heard in this round nor lost, while there is one under way.
+    pub(super) fn silent(&self) -> Vec<usize> {
         if !self.has_begun() || self.decided.is_some() {
             return Vec::new();
         }
         let heard = self.rounds.get(&self.round).map(|round| round.heard.clone()).unwrap_or_default();
-        let silent: Vec<usize> = self.members.difference(&heard).copied().collect();
+        let known = |member: &usize| heard.contains(member) || self.lost.contains(member);
+        self.members.iter().copied().filter(|member| !known(member)).collect()
+    }
+
+    /// Takes all for dead that have not been heard in this round. That is no certain knowledge: if such a member is
+    /// merely slow, it is bound by the others' decision when it hears of it, unless it has decided before.
+    pub(super) fn give_up_on(&mut self) -> Vec<Word<V>> {
+        let silent = self.silent();
         let mut words = Vec::new();
         self.lost.extend(silent.into_iter().filter(|member| *member != self.me));
         self.advance(&mut words);

@@ -66,8 +66,8 @@ pub(super) enum Fault {
     Mismatch(usize, Option<Signature>),
     /// Two ranks, by rank in the group, made calls that do not fit together; every rank has found the same two.
     Disagree { one: (usize, Signature), other: (usize, Signature) },
-    /// Nothing moved for this long, and these ranks were waited for.
-    Deadline(Duration, Vec<usize>),
+    /// Nothing moved for this long; `missing` were waited for, `come` were heard of.
+    Deadline { waited: Duration, missing: Vec<usize>, come: Vec<usize> },
     /// The system refused something.
     System(io::Error),
 }
@@ -299,7 +299,7 @@ impl Links {
         let idle = idle.elapsed();
         let rest = wait.timeout.saturating_sub(idle);
         if rest.is_zero() {
-            return Err(Fault::Deadline(idle, self.missing()));
+            return Err(Fault::Deadline { waited: idle, missing: self.missing(), come: self.come() });
         }
         // Only who sleeps pays for this list: it is small beside being woken.
         let mut fds = vec![PollFd::from_borrowed_fd(wait.alarm.fd().as_fd(), PollFlags::IN)];
@@ -324,6 +324,12 @@ impl Links {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(e) => Err(Fault::System(e.into())),
         }
+    }
+
+    /// Who has shown that it makes this call, with the header of a frame.
+    fn come(&self) -> Vec<usize> {
+        let shown = |lane: &&Lane| lane.to_receive > 0 && lane.received >= HEADER_BYTES && !lane.mismatch;
+        self.lanes.iter().flatten().filter(shown).map(|lane| lane.peer).collect()
     }
 
     /// Who has not come: the ranks without a header, or, if all have come, those that have not finished.

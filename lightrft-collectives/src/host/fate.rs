@@ -1,6 +1,6 @@
 //! What has gone wrong in this world, and the alarms that tell whoever waits
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,6 +44,8 @@ impl Alarm {
 struct Membership {
     ranks: Vec<usize>,
     alarm: Weak<Alarm>,
+    /// Who had been lost when this rank entered it: nothing here follows from that.
+    bygone: BTreeSet<usize>,
 }
 
 #[derive(Debug, Default)]
@@ -53,6 +55,8 @@ struct Inner {
     verdicts: HashMap<u64, Cause>,
     /// Ranks that died, which kills every group that they are in.
     lost: BTreeMap<usize, Loss>,
+    /// Ranks that others have declared lost. This rank's own connection to such a one may still bring its last words.
+    reported: BTreeMap<usize, Loss>,
     /// Ranks that said goodbye, which kills a group only when somebody waits for them.
     left: HashSet<usize>,
     /// Ranks that dropped their end of a group.
@@ -76,7 +80,8 @@ impl Fate {
     pub(super) fn enter(&self, group: u64, ranks: &[usize]) -> io::Result<Arc<Alarm>> {
         let alarm = Arc::new(Alarm::new()?);
         let mut inner = self.lock();
-        let membership = Membership { ranks: ranks.to_vec(), alarm: Arc::downgrade(&alarm) };
+        let bygone = inner.lost.keys().chain(inner.reported.keys()).copied().collect();
+        let membership = Membership { ranks: ranks.to_vec(), alarm: Arc::downgrade(&alarm), bygone };
         inner.groups.insert(group, membership);
         if inner.verdicts.contains_key(&group) {
             alarm.ring();
@@ -102,6 +107,29 @@ impl Fate {
         is_new
     }
 
+    /// Records that another rank has declared `rank` lost, if that is news.
+    pub(super) fn record_report(&self, rank: usize, how: Loss) -> bool {
+        let mut inner = self.lock();
+        if inner.lost.contains_key(&rank) || inner.reported.contains_key(&rank) {
+            return false;
+        }
+        inner.reported.insert(rank, how);
+        true
+    }
+
+    /// How `rank`, which is not in `group` any more, is to be called lost: where another rank of the world was lost since the
+    /// group was made, that came first.
+    pub(super) fn departure(&self, rank: usize, group: u64) -> Loss {
+        let inner = self.lock();
+        let none = BTreeSet::new();
+        let bygone = inner.groups.get(&group).map_or(&none, |of| &of.bygone);
+        let mut lost = inner.lost.keys().chain(inner.reported.keys()).copied();
+        match lost.find(|lost| *lost != rank && !bygone.contains(lost)) {
+            Some(lost) => Loss::LeftAfter { lost },
+            None => Loss::Left,
+        }
+    }
+
     /// The groups that this rank shares with `rank` and that are not known to be dead, with their members.
     pub(super) fn groups_with(&self, rank: usize) -> Vec<(u64, Vec<usize>)> {
         let inner = self.lock();
@@ -110,10 +138,11 @@ impl Fate {
         live.map(|(group, of)| (*group, of.ranks.clone())).collect()
     }
 
-    /// The first of these ranks that died, and how.
+    /// The first of these ranks that died, by this rank's own knowledge or by another's word, and how.
     pub(super) fn loss_among(&self, ranks: &[usize]) -> Option<(usize, Loss)> {
         let inner = self.lock();
-        inner.lost.iter().find(|(rank, _)| ranks.contains(rank)).map(|(rank, how)| (*rank, *how))
+        let known = inner.lost.iter().chain(&inner.reported).find(|(rank, _)| ranks.contains(rank));
+        known.map(|(rank, how)| (*rank, *how))
     }
 
     pub(super) fn is_lost(&self, rank: usize) -> bool {

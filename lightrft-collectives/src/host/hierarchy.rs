@@ -337,8 +337,9 @@ fn of_group(fault: Fault, first: usize) -> Fault {
         Fault::Disagree { one, other } => {
             Fault::Disagree { one: (first + one.0, one.1), other: (first + other.0, other.1) }
         }
-        Fault::Deadline(waited, missing) => {
-            Fault::Deadline(waited, missing.into_iter().map(|rank| first + rank).collect())
+        Fault::Deadline { waited, missing, come } => {
+            let of_group = |ranks: Vec<usize>| ranks.into_iter().map(|rank| first + rank).collect();
+            Fault::Deadline { waited, missing: of_group(missing), come: of_group(come) }
         }
         fault @ (Fault::Alarm | Fault::System(_)) => fault,
     }

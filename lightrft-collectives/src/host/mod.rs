@@ -56,7 +56,7 @@ use crate::buffer::AlignedBytes;
 use crate::communicator::{Communicator, CommunicatorExt, GroupOptions, Sharing};
 use crate::error::{Error, Loss, Result};
 use crate::flight::recorder::{Outcome, Slot};
-use crate::group::check_members;
+use crate::group::{check_members, rebuilt_before};
 use crate::live::Made;
 use crate::memory::GroupMemory;
 use crate::op::ReduceOp;
@@ -83,6 +83,8 @@ struct Group {
     slot: Slot,
     /// Whether another group has been made, or tried to be, in the place of this one.
     is_rebuilt: AtomicBool,
+    /// Whether this rank has declared it dead, though the members may not have agreed yet.
+    is_poisoned: AtomicBool,
 }
 
 /// What calls go through. One call at a time.
@@ -162,9 +164,22 @@ impl Group {
         let rank = ranks.iter().position(|r| *r == world.rank()).unwrap_or_default();
         let (id, groups) = (group_id(&name), AtomicUsize::new(0));
         let channels = Mutex::new(Channels { links, staging: AlignedBytes::default(), path: Path::Flat });
-        let (slot, is_rebuilt) =
-            (world.shared.recorder.enter(id, &name, ranks.len()), AtomicBool::new(false));
-        Ok(Group { name, id, rank, ranks, timeout, world, alarm, channels, groups, slot, is_rebuilt })
+        let slot = world.shared.recorder.enter(id, &name, ranks.len());
+        let (is_rebuilt, is_poisoned) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Group {
+            name,
+            id,
+            rank,
+            ranks,
+            timeout,
+            world,
+            alarm,
+            channels,
+            groups,
+            slot,
+            is_rebuilt,
+            is_poisoned,
+        })
     }
 
     fn channels(&self) -> MutexGuard<'_, Channels> {
@@ -182,6 +197,9 @@ impl Group {
         let Channels { links, staging, path } = &mut *channels;
         let (alarm, shared, cards) = (&*self.alarm, &*self.world.shared, &self.world.cards);
         let timeout = timeout.unwrap_or(self.timeout);
+        if self.is_poisoned.load(Ordering::Relaxed) {
+            shared.fate.await_agreement(self.id, AGREEMENT);
+        }
         if alarm.is_rung()
             && let Some(cause) = shared.fate.cause(self.id)
         {
@@ -218,7 +236,7 @@ impl Group {
                 let rank = world_rank(peer);
                 let known = fate.await_cause(self.id, rank, VERDICT);
                 // Its process lives, or the watcher would know better: it has dropped its communicator.
-                known.is_none().then_some(Cause::Lost { rank, how: Loss::Left })
+                known.is_none().then(|| Cause::Lost { rank, how: fate.departure(rank, self.id) })
             }
             Fault::Mismatch(peer, theirs) => {
                 let Some(theirs) = theirs.filter(|theirs| *theirs != mine) else {
@@ -246,7 +264,7 @@ impl Group {
                 };
                 Some(cause)
             }
-            Fault::Deadline(waited, missing) => Some(vigil.lateness(waited, &missing)),
+            Fault::Deadline { waited, missing, come } => Some(vigil.lateness(waited, &missing, &come)),
         };
         if let Some(cause) = &cause {
             shared.declare(self.id, cause.clone());
@@ -330,8 +348,7 @@ impl Communicator for Group {
 
     fn rebuild(&self, timeout: Duration) -> Result<Arc<dyn Communicator>> {
         if self.is_rebuilt.swap(true, Ordering::Relaxed) {
-            let why = "that was done, or tried, before";
-            return Err(Error::NoRebuild { group: self.name.clone(), why });
+            return Err(rebuilt_before(self));
         }
         rebuild::rebuild(self, timeout)
     }
@@ -361,6 +378,7 @@ impl Communicator for Group {
             }),
             _ => Cause::Lost { rank: reporter, how: Loss::Failed },
         };
+        self.is_poisoned.store(true, Ordering::Relaxed);
         self.world.shared.declare(self.id, cause);
     }
 

@@ -32,7 +32,7 @@ pub(super) struct Lateness {
     pub(super) step: u64,
     /// Whom those that waited had not heard from.
     pub(super) missing: BTreeSet<usize>,
-    /// Who says to have come to this step.
+    /// Who says to have come to this step, or was seen there.
     pub(super) present: BTreeSet<usize>,
     /// The rank that wrote `report`.
     pub(super) reporter: usize,
@@ -65,13 +65,26 @@ impl Lateness {
 }
 
 impl Cause {
-    /// Which of several causes that nobody can put in order of time is the one: the smallest. Mistakes come first,
-    /// since losses and delays may follow from them; of equal ones, that of the lowest rank.
-    fn place(&self) -> (u8, usize, usize, u8) {
+    /// Which of several causes that nobody can put in order of time is the one: the smallest. Mistakes come first, then
+    /// deaths, then whoever left, since each may follow from those before; of equal ones, that of the lowest rank. No two
+    /// causes have one place, but for delays, which are joined: else members would keep different ones.
+    fn place(&self) -> [u64; 9] {
         match self {
-            Cause::Mismatch { rank, other, .. } => (0, *rank, *other, 0),
-            Cause::Lost { rank, how } => (1, *rank, 0, *how as u8),
-            Cause::Timeout(_) => (2, 0, 0, 0),
+            Cause::Mismatch { rank, mine, other, theirs } => {
+                let ([a, b, c], [d, e, f]) = (mine.encode(), theirs.encode());
+                [0, *rank as u64, *other as u64, a, b, c, d, e, f]
+            }
+            Cause::Lost { rank, how } => {
+                let (order, after) = match how {
+                    Loss::Died => (0, 0),
+                    Loss::Silent => (1, 0),
+                    Loss::Failed => (2, 0),
+                    Loss::LeftAfter { lost } => (3, *lost as u64),
+                    Loss::Left => (4, 0),
+                };
+                [1, order, *rank as u64, after, 0, 0, 0, 0, 0]
+            }
+            Cause::Timeout(_) => [2, 0, 0, 0, 0, 0, 0, 0, 0],
         }
     }
 
@@ -204,14 +217,20 @@ mod tests {
     use proptest::prelude::*;
 
     fn cause() -> impl Strategy<Value = Cause> {
-        let how = prop_oneof![Just(Loss::Died), Just(Loss::Left), Just(Loss::Failed), Just(Loss::Silent)];
+        let how = prop_oneof![
+            Just(Loss::Died),
+            Just(Loss::Left),
+            Just(Loss::Failed),
+            Just(Loss::Silent),
+            (0usize..3).prop_map(|lost| Loss::LeftAfter { lost }),
+        ];
         let ranks = || proptest::collection::btree_set(0usize..5, 0..4);
         let late = (0u64..3, 0u64..4, ranks(), ranks(), 0usize..4);
         prop_oneof![
             (0usize..4, how).prop_map(|(rank, how)| Cause::Lost { rank, how }),
-            (0usize..4, 4usize..6).prop_map(|(rank, other)| {
+            (0usize..4, 4usize..6, 0u64..3).prop_map(|(rank, other, count)| {
                 let signature = Signature::bare(Call::Barrier);
-                Cause::Mismatch { rank, mine: signature, other, theirs: signature }
+                Cause::Mismatch { rank, mine: signature, other, theirs: Signature { count, ..signature } }
             }),
             late.prop_map(|(waited, step, missing, present, reporter)| {
                 let (waited, report) = (Duration::from_secs(waited), format!("by {reporter}"));
@@ -231,6 +250,14 @@ mod tests {
             prop_assert_eq!(joined(a.clone(), &b), joined(b.clone(), &a));
             prop_assert_eq!(joined(joined(a.clone(), &b), &c), joined(a.clone(), &joined(b, &c)));
             prop_assert_eq!(joined(a.clone(), &a), a);
+        }
+
+        #[test]
+        fn a_death_comes_before_whoever_left_because_of_it(dead in 0usize..5, other in 0usize..5) {
+            let died = Cause::Lost { rank: dead, how: Loss::Died };
+            for how in [Loss::Left, Loss::LeftAfter { lost: dead }, Loss::Failed] {
+                prop_assert_eq!(joined(Cause::Lost { rank: other, how }, &died), died.clone());
+            }
         }
 
         #[test]

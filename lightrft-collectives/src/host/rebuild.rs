@@ -12,16 +12,9 @@ use super::Group;
 use super::world::group_id;
 use crate::communicator::Communicator;
 use crate::error::{Error, Loss, Result};
+use crate::group::next_name;
 use crate::operation::Call;
 use crate::single::Single;
-
-/// The name of the group in the place of `name`: `world`, `world~1`, `world~2`.
-fn next_name(name: &str) -> String {
-    match name.rsplit_once('~').map(|(stem, number)| (stem, number.parse::<u64>())) {
-        Some((stem, Ok(number))) => format!("{stem}~{}", number + 1),
-        _ => format!("{name}~1"),
-    }
-}
 
 /// Makes the group of those members of `dead` who call this within `timeout` and live.
 pub(super) fn rebuild(dead: &Group, timeout: Duration) -> Result<Arc<dyn Communicator>> {
@@ -67,18 +60,5 @@ pub(super) fn rebuild(dead: &Group, timeout: Duration) -> Result<Arc<dyn Communi
         if !matches!(error, Error::PeerLost { .. }) || rest().is_zero() {
             return Err(error);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_go_on() {
-        assert_eq!(next_name("world"), "world~1");
-        assert_eq!(next_name("world~9"), "world~10");
-        assert_eq!(next_name("world/3~1"), "world/3~2");
-        assert_eq!(next_name("world~1/0"), "world~1/0~1");
     }
 }

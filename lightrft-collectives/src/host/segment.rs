@@ -4,7 +4,7 @@
 //! it ends. It holds [`CELLS`] cells and [`SLOTS`] slots per rank:
 //!
 //! ```text
-//! | nonce | cells of rank 0 | cells of rank 1 | ... | rank 0: slot 0, slot 1 | rank 1: slot 0, slot 1 | ...
+//! | nonce | cells of rank 0 | cells of rank 1 | ... | loans of rank 0 | ... | rank 0: slot 0, slot 1 | rank 1: slot 0, slot 1 | ...
 //! ```
 //!
 //! # Protocol
@@ -17,7 +17,7 @@
 //! - A cell is used again [`CELLS`] steps later.
 //!
 //! Where ranks read each other's own memory instead of slots, a further step ends the call: until then its
-//! owner must not touch it.
+//! owner must not touch it. What becomes of it when the call fails is said in `shm/lend.rs`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -53,6 +53,17 @@ pub(super) struct Cell {
     pub(super) signature: [AtomicU64; 3],
     /// Whatever goes with it.
     pub(super) payload: [AtomicU64; PAYLOAD],
+}
+
+/// What a rank shows of the buffers that it lends, and of those that are lent to it; each on a line of its own, since the
+/// one is written in every such call and the other only when one fails.
+#[repr(C, align(64))]
+pub(super) struct Loans {
+    /// The step whose loans this rank is at work on; 0 for none.
+    pub(super) at_work: AtomicU32,
+    _to_the_next_line: [u8; 60],
+    /// The last step whose loan this rank took back, its call having failed; 0 for none.
+    pub(super) taken_back: AtomicU32,
 }
 
 /// Bytes before the first cell.
@@ -131,8 +142,18 @@ pub(super) struct Segment {
     rank: usize,
 }
 
+/// Bytes before the first of the ranks' loans.
+fn loans(world: usize) -> usize {
+    HEAD + world * CELLS * size_of::<Cell>()
+}
+
+/// Bytes before the first slot.
+fn slots(world: usize) -> usize {
+    loans(world) + world * size_of::<Loans>()
+}
+
 fn size(world: usize) -> usize {
-    HEAD + world * (CELLS * size_of::<Cell>() + SLOTS * SLOT)
+    slots(world) + world * SLOTS * SLOT
 }
 
 impl Segment {
@@ -178,11 +199,21 @@ impl Segment {
         unsafe { cell.as_ref() }
     }
 
+    /// What `rank` shows of its loans.
+    pub(super) fn loans(&self, rank: usize) -> &Loans {
+        assert!(rank < self.world, "rank {rank} of {}", self.world);
+        let at = loans(self.world) + rank * size_of::<Loans>();
+        let loans = self.mapping.at(at, size_of::<Loans>()).cast::<Loans>();
+        // SAFETY: within the mapping (checked by `at`), aligned (page-aligned base, `HEAD` and the sizes of cells and loans
+        // are multiples of 64), and all fields that are used are atomics, for which any bytes are valid and which other
+        // processes may change at any time.
+        unsafe { loans.as_ref() }
+    }
+
     /// Where `range` of a slot begins, checked to lie in it.
     fn slot(&self, rank: usize, slot: usize, range: &Range<usize>) -> NonNull<u8> {
         assert!(rank < self.world && slot < SLOTS && range.start <= range.end && range.end <= SLOT);
-        let slots = HEAD + self.world * CELLS * size_of::<Cell>();
-        self.mapping.at(slots + (rank * SLOTS + slot) * SLOT + range.start, range.len())
+        self.mapping.at(slots(self.world) + (rank * SLOTS + slot) * SLOT + range.start, range.len())
     }
 
     /// Bytes of a slot of any rank, after the step that published them.
@@ -242,5 +273,6 @@ mod tests {
     fn a_payload_of_four_words_travels_with_its_signature_in_one_cache_line() {
         assert_eq!(std::mem::offset_of!(Cell, payload) + 4 * 8, 64);
         assert_eq!(size_of::<Cell>(), 128);
+        assert_eq!((size_of::<Loans>(), std::mem::offset_of!(Loans, taken_back)), (128, 64));
     }
 }

@@ -5,9 +5,9 @@
 //! [`agreement`](super::agreement), and all decide for the same [`Cause`]. Only then do the callers of that group hear of
 //! it. So two deaths at one time, or a death that races with a deadline, give the same error everywhere.
 //!
-//! Promised is: all members that answer within [`SETTLE`] return the same cause, whoever dies meanwhile. A member
-//! that does not answer, because it is stopped for instance, is not waited for longer; it is bound by what the others
-//! decided when it goes on.
+//! Promised is: all members that answer within [`PATIENCE`] return the same cause, whoever dies meanwhile. A member
+//! that does not answer is not waited for longer, and one that is seen to be stopped not even that long; it is bound by what
+//! the others decided when it goes on.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{MutexGuard, PoisonError};
@@ -18,8 +18,15 @@ use super::note::{Absent, Cause, Note, Said};
 use super::watcher::Shared;
 use crate::error::Loss;
 
-/// How long one round of an agreement may take. A member that lives answers at once, from its watcher.
+/// How long one round of an agreement takes at most where all that live run. They answer at once, from their watchers.
 pub(super) const SETTLE: Duration = Duration::from_millis(250);
+
+/// How long a round may take. On a machine that is very busy a watcher may not run for a while, and a verdict without it
+/// may not be the one that it comes to.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often it is looked whether those that do not answer are stopped.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// An agreement under way, or done.
 #[derive(Debug)]
@@ -102,6 +109,20 @@ impl Shared {
         }
     }
 
+    /// Another rank has declared a rank of the world lost: that is the failure of every group that it is in, before
+    /// whatever may follow from it, such as that others leave. Nobody is taken for dead on another's word, though: the
+    /// agreements must first hear what the rank itself said last.
+    fn hear_of_loss(&self, rank: usize, how: Loss) {
+        let mut court = self.court();
+        if rank == self.rank || !self.fate.record_report(rank, how) {
+            return;
+        }
+        for (group, members) in self.fate.groups_with(rank) {
+            let cause = Cause::Lost { rank, how };
+            self.judge(&mut court, group, &members, |agreement| agreement.propose(cause));
+        }
+    }
+
     /// A group was entered: it may have failed before.
     pub(super) fn examine(&self, group: u64, members: &[usize]) {
         if let Some((rank, how)) = self.fate.loss_among(members) {
@@ -132,11 +153,13 @@ impl Shared {
         }
         let (group, members) = (said.group, said.members.clone());
         let mut mine = said.value.clone();
-        if let Cause::Lost { rank, how: Loss::Died } = mine
-            && !self.is_watched(rank)
-        {
-            // It died before it connected to this rank, which would wait for it.
-            self.declare_lost(rank, Loss::Died);
+        if let Cause::Lost { rank, how: how @ (Loss::Died | Loss::Silent) } = mine {
+            if how == Loss::Died && !self.is_watched(rank) {
+                // It died before it connected to this rank, which would wait for it.
+                self.declare_lost(rank, how);
+            } else {
+                self.hear_of_loss(rank, how);
+            }
         }
         if let Cause::Timeout(late) = &mut mine
             && late.step > 0
@@ -208,13 +231,20 @@ impl Shared {
     pub(super) fn court_rest(&self, now: Instant) -> Option<Duration> {
         let court = self.court();
         let since = court.verdicts.values().filter_map(|case| case.round_since).min()?;
-        Some((since + SETTLE).saturating_duration_since(now))
+        let rest = (since + SETTLE).saturating_duration_since(now);
+        Some(if rest.is_zero() { LOOK } else { rest })
     }
 
     /// Goes on without those who have not answered in time.
     pub(super) fn court_sits(&self, now: Instant) {
         let mut court = self.court();
-        let late = |case: &Case<Cause>| case.round_since.is_some_and(|since| now >= since + SETTLE);
+        let late = |case: &Case<Cause>| {
+            let waited = case.round_since.map(|since| now.saturating_duration_since(since));
+            waited.is_some_and(|waited| {
+                let stopped = || case.agreement.silent().into_iter().all(|rank| self.is_stopped(rank));
+                waited >= PATIENCE || waited >= SETTLE && stopped()
+            })
+        };
         let all: Vec<u64> =
             court.verdicts.iter().filter(|(_, case)| late(case)).map(|(group, _)| *group).collect();
         for group in all {
@@ -273,6 +303,59 @@ mod tests {
         assert!(later.is_rung());
     }
 
+    /// A control connection to `rank`, and its other end.
+    fn connect(shared: &Shared, rank: usize) -> std::net::TcpStream {
+        let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let theirs = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        shared
+            .watch(rank, listener.accept().unwrap().0, super::super::watcher::Place::Here(1, None))
+            .unwrap();
+        theirs
+    }
+
+    /// Rank 2 has died and rank 1, which has seen it and left, was faster to say so than rank 2's connection to close.
+    fn hear_of_a_death_and_a_departure() -> std::sync::Arc<Shared> {
+        let shared = Shared::new(0, 3, 0).unwrap();
+        let _connections = [connect(&shared, 1), connect(&shared, 2)];
+        for (group, members) in [(6, &[0, 1, 2][..]), (7, &[0, 1, 2]), (8, &[0, 1])] {
+            shared.fate.enter(group, members).unwrap();
+        }
+        shared.hear_verdict(1, Said::new(6, vec![0, 1, 2], Word::Decided(lost(2))));
+        assert_eq!(shared.fate.cause(6), Some(lost(2)));
+        shared.hear_goodbye(1, None);
+        shared
+    }
+
+    #[test]
+    fn a_rank_that_left_because_of_a_death_is_not_blamed_where_the_dead_one_was_a_member() {
+        let shared = hear_of_a_death_and_a_departure();
+        // What a call on that group finds: the connection to rank 1 is closed, and it has said goodbye.
+        shared.declare(7, Cause::Lost { rank: 1, how: shared.fate.departure(1, 7) });
+        assert!(!shared.fate.is_lost(2), "its last words may be on the way");
+        shared.declare_lost(2, Loss::Died);
+        assert_eq!(shared.fate.cause(7), Some(lost(2)));
+    }
+
+    #[test]
+    fn a_rank_that_left_because_of_a_death_is_said_to_elsewhere() {
+        let shared = hear_of_a_death_and_a_departure();
+        assert_eq!(shared.fate.departure(1, 8), Loss::LeftAfter { lost: 2 });
+        // A group that was made since then has nothing to do with it.
+        shared.fate.enter(9, &[0, 1]).unwrap();
+        assert_eq!(shared.fate.departure(1, 9), Loss::Left);
+    }
+
+    #[test]
+    fn a_death_that_another_rank_has_seen_is_known_to_groups_that_are_made_later() {
+        let shared = hear_of_a_death_and_a_departure();
+        shared.fate.enter(9, &[0, 2]).unwrap();
+        shared.examine(9, &[0, 2]);
+        // Too late: the cause is known.
+        shared.declare(9, Cause::Lost { rank: 0, how: Loss::Failed });
+        shared.declare_lost(2, Loss::Died);
+        assert_eq!(shared.fate.cause(9), Some(lost(2)));
+    }
+
     #[test]
     fn who_does_not_answer_is_not_waited_for() {
         let shared = Shared::new(0, 3, 0).unwrap();
@@ -282,6 +365,8 @@ mod tests {
         assert!(!alarm.is_rung() && shared.court_rest(now).is_some_and(|rest| rest <= SETTLE));
         // Rank 2 is silent in one round.
         shared.court_sits(now + SETTLE);
+        assert!(!alarm.is_rung() && shared.court_rest(now + SETTLE).is_some_and(|rest| rest <= LOOK));
+        shared.court_sits(now + PATIENCE);
         assert_eq!(shared.fate.cause(7), Some(lost(1)));
         assert!(shared.court_rest(now).is_none());
     }

@@ -53,7 +53,8 @@ struct Account {
 }
 
 /// What is known of a rank's process.
-enum Condition {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Condition {
     Lives,
     Stopped,
     Ended,
@@ -124,9 +125,10 @@ impl<'a> Vigil<'a> {
         members.iter().filter_map(|member| self.ranks.get(*member).copied()).collect()
     }
 
-    /// The cause that a deadline passed; `missing` are ranks of the group.
-    pub(super) fn lateness(&self, waited: Duration, missing: &[usize]) -> Cause {
-        let missing = self.of_world(missing);
+    /// The cause that a deadline passed. Ranks are those of the group; `come` have been seen to make this call: they may be too
+    /// slow to say so themselves before the others agree on who is missing.
+    pub(super) fn lateness(&self, waited: Duration, missing: &[usize], come: &[usize]) -> Cause {
+        let (missing, come) = (self.of_world(missing), self.of_world(come));
         self.shared.recorder.waits_for(self.ticket, &missing);
         let account = self.account(waited, &missing);
         account.mismatch.unwrap_or_else(|| {
@@ -134,7 +136,7 @@ impl<'a> Vigil<'a> {
                 waited,
                 step: self.step,
                 missing: missing.into_iter().collect(),
-                present: BTreeSet::from([self.shared.rank]),
+                present: come.into_iter().chain([self.shared.rank]).collect(),
                 reporter: self.shared.rank,
                 report: account.text,
             })
@@ -204,7 +206,13 @@ impl<'a> Vigil<'a> {
         if !self.is_here(rank) {
             return if status.is_some() { Condition::Lives } else { Condition::Silent };
         }
-        let pid = self.cards.get(rank).map_or(0, |card| card.pid);
+        Condition::of(self.cards.get(rank).map_or(0, |card| card.pid))
+    }
+}
+
+impl Condition {
+    /// Of a process of this machine.
+    pub(super) fn of(pid: u32) -> Self {
         let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return Condition::Ended };
         // The state comes after the program's name, which is in parentheses and may hold some itself.
         match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
@@ -213,7 +221,9 @@ impl<'a> Vigil<'a> {
             _ => Condition::Lives,
         }
     }
+}
 
+impl Vigil<'_> {
     /// What the missing ranks do, and those that they wait for, and so on.
     fn inquire(&self, missing: &[usize]) -> Known {
         let mut known = Known::new();

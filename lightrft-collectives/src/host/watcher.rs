@@ -20,8 +20,9 @@ use super::fate::Fate;
 use super::hello::{Gate, Purpose, Strangers};
 use super::ledger::{Ledgers, Told};
 use super::note::Note;
-use super::pulse::{Pulse, RHYTHM};
+use super::pulse::{Pulse, RHYTHM, Rhythm};
 use super::verdict::Court;
+use super::vigil::Condition;
 use crate::acceptor::Acceptor;
 use crate::error::Loss;
 use crate::flight::memory::Read;
@@ -34,8 +35,8 @@ const LAST_WORDS: Duration = Duration::from_millis(10);
 /// Where a rank is, as seen from this one.
 #[derive(Debug)]
 pub(super) enum Place {
-    /// On this machine, with a descriptor that tells the end of its process, where the kernel has such.
-    Here(Option<OwnedFd>),
+    /// On this machine: its process, and a descriptor that tells the end of it, where the kernel has such.
+    Here(u32, Option<OwnedFd>),
     /// On another machine.
     Elsewhere,
 }
@@ -124,6 +125,15 @@ impl Shared {
         rank == self.rank || self.peers().get(rank).is_none_or(Option::is_some)
     }
 
+    /// Whether a rank is known to be stopped, which only one of this machine can be.
+    pub(super) fn is_stopped(&self, rank: usize) -> bool {
+        let peer = self.peers().get(rank).cloned().flatten();
+        peer.is_some_and(|peer| match peer.place {
+            Place::Here(pid, _) => Condition::of(pid) == Condition::Stopped,
+            Place::Elsewhere => false,
+        })
+    }
+
     /// Keeps the recorders of the other ranks of this machine, by rank. Once.
     pub(super) fn keep_flights(&self, flights: Vec<Option<Read>>) {
         let _ = self.flights.set(flights);
@@ -208,12 +218,16 @@ pub(super) struct Watcher {
 
 impl Watcher {
     pub(super) fn start(shared: Arc<Shared>, listener: TcpListener, gate: Gate) -> io::Result<()> {
+        Watcher::start_with(RHYTHM, shared, listener, gate)
+    }
+
+    fn start_with(rhythm: Rhythm, shared: Arc<Shared>, listener: TcpListener, gate: Gate) -> io::Result<()> {
         let world = shared.world;
         let watcher = Watcher {
             shared,
             acceptor: Acceptor::new(Arc::new(listener))?,
             strangers: Strangers::new(gate),
-            pulse: Pulse::new(RHYTHM, world),
+            pulse: Pulse::new(rhythm, world),
             hearing: (0..world).map(|_| Hearing::default()).collect(),
         };
         std::thread::Builder::new().name("lightrft-watcher".into()).spawn(move || watcher.run()).map(drop)
@@ -226,6 +240,13 @@ impl Watcher {
                 let open = peers.iter().enumerate().filter(|(rank, _)| !self.hearing[*rank].closed);
                 open.filter_map(|(rank, peer)| Some((rank, peer.clone()?))).collect()
             };
+            // From the first look at a peer on, before anything has come from it: perhaps nothing ever does.
+            let now = Instant::now();
+            for (rank, _) in peers.iter().filter(|(_, peer)| matches!(peer.place, Place::Elsewhere)) {
+                if !self.shared.fate.is_lost(*rank) {
+                    self.pulse.expect(*rank, now);
+                }
+            }
             let mut fds = vec![
                 PollFd::from_borrowed_fd(self.shared.wake.as_fd(), PollFlags::IN),
                 self.acceptor.poll_fd(),
@@ -236,7 +257,7 @@ impl Watcher {
                 fds.push(PollFd::from_borrowed_fd(peer.control.fd(), events));
                 // A place is kept for those without a descriptor: the poll then looks at the waker once more.
                 let (process, events) = match &peer.place {
-                    Place::Here(Some(process)) if self.hearing[*rank].ended.is_none() => {
+                    Place::Here(_, Some(process)) if self.hearing[*rank].ended.is_none() => {
                         (process.as_fd(), PollFlags::IN)
                     }
                     _ => (self.shared.wake.as_fd(), PollFlags::empty()),
@@ -319,15 +340,11 @@ impl Watcher {
 
     /// Sends and reads what is ready of one rank.
     fn attend(&mut self, rank: usize, peer: &Peer, ready: PollFlags, ended: bool) {
-        let now = Instant::now();
-        if matches!(peer.place, Place::Elsewhere) {
-            self.pulse.expect(rank, now);
-        }
         if ready.contains(PollFlags::OUT) {
             peer.control.flush();
         }
         if ended {
-            self.hearing[rank].ended.get_or_insert(now);
+            self.hearing[rank].ended.get_or_insert_with(Instant::now);
         }
         // What it said before it ended comes first.
         if ended || !(ready & !PollFlags::OUT).is_empty() {
@@ -402,8 +419,31 @@ impl Watcher {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
     use crate::host::note::Cause;
+
+    #[test]
+    fn a_rank_elsewhere_from_which_nothing_has_ever_come_is_lost_in_time() {
+        let (shared, rhythm) = (
+            Shared::new(0, 2, 0).unwrap(),
+            Rhythm { every: Duration::from_millis(100), silence: Duration::from_millis(350) },
+        );
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let gate = Gate::new(0, 0, 2, None);
+        Watcher::start_with(rhythm, shared.clone(), listener, gate).unwrap();
+        shared.fate.enter(7, &[0, 1]).unwrap();
+        // A connection of no rank, for a way to it.
+        let beside = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let _silent = TcpStream::connect(beside.local_addr().unwrap()).unwrap();
+        // Let the watcher come to rest with nobody to listen for. Nothing tells that it has; if it has not, less is tested.
+        std::thread::sleep(Duration::from_millis(50));
+        shared.watch(1, beside.accept().unwrap().0, Place::Elsewhere).unwrap();
+        let cause = shared.fate.await_agreement(7, Duration::from_secs(20));
+        assert_eq!(cause, Some(Cause::Lost { rank: 1, how: Loss::Silent }));
+        shared.leave();
+    }
 
     #[test]
     fn nobody_here_learns_of_a_death_before_the_others_are_told() {

@@ -95,7 +95,7 @@ pub(crate) fn node_name() -> String {
 }
 
 /// How long the members of a group may take to agree on why it is dead.
-pub(super) const AGREEMENT: Duration = Duration::from_secs(3);
+pub(super) const AGREEMENT: Duration = Duration::from_secs(5);
 
 /// The id of the world's group while it is being joined; no other group has it.
 const JOINING: u64 = 0;
@@ -214,7 +214,7 @@ impl World {
         // Without a descriptor, the end of the connection tells.
         let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         let path = format!("/proc/{}/fd/{}", card.pid, card.flight);
-        (Some(Place::Here(process)), flight::open(path.as_ref()).ok())
+        (Some(Place::Here(card.pid, process)), flight::open(path.as_ref()).ok())
     }
 
     pub(super) fn rank(&self) -> usize {
@@ -328,16 +328,16 @@ impl World {
         waited: Duration,
         failure: io::Error,
     ) -> Error {
-        use io::ErrorKind::{ConnectionRefused, ConnectionReset, TimedOut, WouldBlock};
+        use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, TimedOut, WouldBlock};
         let (id, fate, call) = (purpose.group(), &self.shared.fate, Call::Subgroup);
         let error = |cause: Cause| cause.error(call, group, ranks, &self.cards);
         if let Some(cause) = fate.await_cause(id, peer, Duration::from_secs(1)) {
             return error(cause);
         }
         let cause = match failure.kind() {
-            _ if fate.has_left(peer, id) => Cause::Lost { rank: peer, how: Loss::Left },
+            _ if fate.has_left(peer, id) => Cause::Lost { rank: peer, how: fate.departure(peer, id) },
             // A rank listens for as long as it is in the world.
-            ConnectionRefused | ConnectionReset => {
+            ConnectionRefused | ConnectionReset | BrokenPipe => {
                 self.shared.declare_lost(peer, Loss::Died);
                 Cause::Lost { rank: peer, how: Loss::Died }
             }

@@ -1,11 +1,12 @@
 //! The board of a group of threads: contributions pinned up, taken when all have come
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::buffer::AlignedBytes;
 use crate::error::{Error, Loss, Result};
+use crate::group::next_name;
 use crate::operation::{Call, Signature};
 
 /// One rank's contribution to one call.
@@ -28,12 +29,27 @@ impl Fates {
         self.boards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The first rank that failed, whoever waits for it, since those after it may have failed because of it;
-    /// else the first of the `missing` ranks that has left.
-    fn first_loss_that_matters(&self, missing: &[usize]) -> Option<(usize, Loss)> {
-        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        let failed = lost.iter().find(|(_, how)| *how == Loss::Failed);
-        failed.or_else(|| lost.iter().find(|(rank, _)| missing.contains(rank))).copied()
+    fn lost(&self) -> MutexGuard<'_, Vec<(usize, Loss)>> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The loss that ends a group of these members, some of which are `missing`: that of the first that failed, whoever waits
+    /// for it, since those after it may have failed because of it; else of the first missing one that has left. `bygone` are
+    /// losses from before there was this group.
+    fn loss_that_matters(
+        &self,
+        members: &[usize],
+        missing: &[usize],
+        bygone: usize,
+    ) -> Option<(usize, Loss)> {
+        let lost = self.lost();
+        let failed = |(rank, how): &&(usize, Loss)| *how == Loss::Failed && members.contains(rank);
+        let left = || lost.iter().position(|(rank, _)| missing.contains(rank));
+        // Of a rank that failed elsewhere it is not known whether the others ended because of it, but that they did after it.
+        let before = |at: usize| lost[bygone.min(at)..at].iter().find(|(_, how)| *how == Loss::Failed);
+        let at = lost.iter().position(|loss| failed(&loss)).or_else(left)?;
+        let (rank, how) = lost[at];
+        Some((rank, before(at).map_or(how, |(lost, _)| Loss::LeftAfter { lost: *lost })))
     }
 }
 
@@ -51,6 +67,10 @@ struct State {
     failure: Option<Error>,
     /// Boards of groups below for which not all members have come yet, and how many have.
     new: HashMap<String, (Arc<Board>, usize)>,
+    /// Who has come to make a group in the place of this one, by rank in this one.
+    survivors: BTreeSet<usize>,
+    /// That group, and who is in it.
+    successor: Option<(Arc<Board>, BTreeSet<usize>)>,
 }
 
 #[derive(Debug)]
@@ -59,6 +79,8 @@ pub(super) struct Board {
     ranks: Vec<usize>,
     timeout: Duration,
     fates: Arc<Fates>,
+    /// How many ranks had been lost when this board was made.
+    bygone: usize,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -67,7 +89,8 @@ impl Board {
     pub(super) fn new(name: String, ranks: Vec<usize>, timeout: Duration, fates: Arc<Fates>) -> Arc<Self> {
         let state = State { arrived: ranks.iter().map(|_| None).collect(), ..State::default() };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        let board = Arc::new(Board { name, ranks, timeout, fates, state, changed });
+        let bygone = fates.lost().len();
+        let board = Arc::new(Board { name, ranks, timeout, fates, bygone, state, changed });
         let mut boards = board.fates.boards();
         boards.retain(|board| board.strong_count() > 0);
         boards.push(Arc::downgrade(&board));
@@ -91,6 +114,18 @@ impl Board {
         self.lock().failure.is_some()
     }
 
+    /// Why the group is dead, if it is.
+    pub(super) fn death(&self) -> Option<Error> {
+        self.lock().failure.clone()
+    }
+
+    /// Ends the group, unless it is dead already, and wakes all who wait in it.
+    pub(super) fn die(&self, error: Error) -> Error {
+        let error = self.lock().failure.get_or_insert(error).clone();
+        self.changed.notify_all();
+        error
+    }
+
     /// The board of a new group; the first member to come makes it.
     pub(super) fn child(&self, name: String, ranks: Vec<usize>, timeout: Duration) -> Arc<Board> {
         let mut state = self.lock();
@@ -105,13 +140,48 @@ impl Board {
 
     /// Marks a rank of the world as gone and wakes all that may wait for it, in any group.
     pub(super) fn lose(&self, world_rank: usize, how: Loss) {
-        self.fates.lost.lock().unwrap_or_else(PoisonError::into_inner).push((world_rank, how));
+        self.fates.lost().push((world_rank, how));
         let boards: Vec<Arc<Board>> = self.fates.boards().iter().filter_map(Weak::upgrade).collect();
         for board in boards {
             // Whoever is about to wait holds the lock: it has seen the loss, or hears this.
             drop(board.lock());
             board.changed.notify_all();
         }
+    }
+
+    /// The board of the group that takes the place of this one: of the members that come here within `timeout`, or within
+    /// that of another who came earlier, and live.
+    pub(super) fn successor(&self, rank: usize, timeout: Duration) -> Result<Arc<Board>> {
+        let begin = Instant::now();
+        let mut state = self.lock();
+        if state.successor.is_none() {
+            state.survivors.insert(rank);
+            self.changed.notify_all();
+        }
+        loop {
+            if let Some((board, members)) = &state.successor {
+                // Who comes later was left behind.
+                let late = || self.peer_lost(Call::Rebuild, self.ranks[rank], Loss::Silent);
+                return if members.contains(&rank) { Ok(board.clone()) } else { Err(late()) };
+            }
+            let rest = timeout.saturating_sub(begin.elapsed());
+            let lost: Vec<usize> = self.fates.lost().iter().map(|(rank, _)| *rank).collect();
+            let living = (0..self.ranks.len()).filter(|member| !lost.contains(&self.ranks[*member]));
+            let members: BTreeSet<usize> = living.clone().filter(|m| state.survivors.contains(m)).collect();
+            if members.len() == living.count() || rest.is_zero() {
+                let ranks = members.iter().map(|member| self.ranks[*member]).collect();
+                let board = Board::new(next_name(&self.name), ranks, self.timeout, self.fates.clone());
+                state.successor = Some((board, members));
+                self.changed.notify_all();
+            } else {
+                state = self.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+    }
+
+    fn peer_lost(&self, call: Call, rank: usize, how: Loss) -> Error {
+        let (pid, host) = (std::process::id(), crate::host::node_name());
+        Error::PeerLost { call, group: self.name.clone(), rank, pid, host, how }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -228,9 +298,8 @@ impl Board {
         if let Some(error) = &state.failure {
             return Some(error.clone());
         }
-        if let Some((rank, how)) = self.fates.first_loss_that_matters(&missing) {
-            let (pid, host) = (std::process::id(), crate::host::node_name());
-            return Some(Error::PeerLost { call, group: group(), rank, pid, host, how });
+        if let Some((rank, how)) = self.fates.loss_that_matters(&self.ranks, &missing, self.bygone) {
+            return Some(self.peer_lost(call, rank, how));
         }
         let report = String::from("they have not called");
         (waited >= timeout).then(|| Error::Timeout { call, group: group(), waited, missing, report })
@@ -238,8 +307,7 @@ impl Board {
 
     /// Ends the group because two ranks, by rank in the group, made calls that do not fit together.
     pub(super) fn disagree(&self, one: (usize, Signature), other: (usize, Signature)) -> Error {
-        let error = self.mismatch(one, other);
-        self.lock().failure.get_or_insert(error).clone()
+        self.die(self.mismatch(one, other))
     }
 
     fn mismatch(&self, one: (usize, Signature), other: (usize, Signature)) -> Error {

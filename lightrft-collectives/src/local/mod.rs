@@ -7,15 +7,15 @@ mod board;
 mod world;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use self::board::{Board, Posted};
 pub use self::world::World;
 use crate::buffer::{AlignedBytes, element_bytes};
 use crate::communicator::{Communicator, GroupOptions, Sharing};
-use crate::error::Result;
-use crate::group::check_members;
+use crate::error::{Error, Result};
+use crate::group::{check_members, rebuilt_before};
 use crate::live::{LiveGroups, Made};
 use crate::operation::{Call, Exchange, HostOperation, Operation, Signature, digest};
 use crate::reduce::fold_bytes;
@@ -29,6 +29,8 @@ struct Local {
     groups: AtomicUsize,
     /// The groups of this rank that others may share: one table in a world.
     live: Arc<LiveGroups<Local>>,
+    /// Whether another group has been made, or tried to be, in the place of this one.
+    is_rebuilt: AtomicBool,
 }
 
 /// Bytes `index` of `of` equal parts.
@@ -39,7 +41,8 @@ fn part(bytes: &[u8], index: usize, of: usize) -> &[u8] {
 
 impl Local {
     fn new(board: Arc<Board>, rank: usize, live: Arc<LiveGroups<Local>>) -> Arc<Self> {
-        Arc::new(Local { board, rank, groups: AtomicUsize::new(0), live })
+        let (groups, is_rebuilt) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Arc::new(Local { board, rank, groups, live, is_rebuilt })
     }
 
     /// This rank's result from everyone's contribution.
@@ -162,6 +165,28 @@ impl Communicator for Local {
                 Ok(())
             }
         }
+    }
+
+    /// A rank whose thread has returned or panicked counts as dead.
+    fn rebuild(&self, timeout: Duration) -> Result<Arc<dyn Communicator>> {
+        if self.is_rebuilt.swap(true, Ordering::Relaxed) {
+            return Err(rebuilt_before(self));
+        }
+        let board = self.board.successor(self.rank, timeout)?;
+        let me = self.ranks()[self.rank];
+        if board.ranks() == [me] {
+            return Ok(Single::group(board.name().into(), me));
+        }
+        let rank = board.ranks().iter().position(|rank| *rank == me).unwrap_or_default();
+        Ok(Local::new(board, rank, self.live.clone()))
+    }
+
+    fn failure(&self, _call: Call) -> Option<Error> {
+        self.board.death()
+    }
+
+    fn poison(&self, error: &Error) {
+        self.board.die(error.clone());
     }
 
     fn subgroup_with(

@@ -35,7 +35,8 @@ impl World {
     /// Runs `rank_main` on `ranks` ranks and returns their values in rank order.
     ///
     /// # Errors
-    /// That of the rank that failed first. A rank that fails or panics poisons the world, so the others end too.
+    /// That of the rank that failed first. A rank that fails or panics poisons the groups that it is in, so the others end
+    /// too, unless they [rebuild](Communicator::rebuild) those without it.
     pub fn run<T: Send>(
         ranks: usize,
         rank_main: impl Fn(Arc<dyn Communicator>) -> Result<T> + Sync,

@@ -98,7 +98,7 @@ impl Plan {
         };
         let second = loop {
             let call = schedule.collective(size);
-            if call.kind != first.kind {
+            if to_others(call.kind) != to_others(first.kind) {
                 break call;
             }
         };
@@ -144,9 +144,23 @@ fn fits(fault: Fault, kind: Kind) -> bool {
     }
 }
 
+/// The kind as the other ranks see it: whether a rank works in place is its own affair.
+fn to_others(kind: Kind) -> Kind {
+    match kind {
+        Kind::AllReduceInto => Kind::AllReduce,
+        Kind::ReduceScatterInPlace => Kind::ReduceScatter,
+        Kind::AllGatherInPlace => Kind::AllGather,
+        kind => kind,
+    }
+}
+
 fn change(call: Call, fault: Fault, size: usize, random: &mut Random) -> Call {
     let mut other = call;
-    while other == call || (fault == Fault::OtherCall && !other.kind.is_one_collective()) {
+    let is_another = |other: &Call| match fault {
+        Fault::OtherCall => other.kind.is_one_collective() && to_others(other.kind) != to_others(call.kind),
+        _ => *other != call,
+    };
+    while !is_another(&other) {
         match fault {
             Fault::OtherDtype => other.dtype = *random.pick(&DTYPES),
             Fault::OtherCount => other.count = call.count + 1 + random.below(1000),

@@ -3,7 +3,8 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::heap::Shared;
-use super::{Call, DIRECT, Shm, peer_memory, unreadable};
+use super::lend::Loan;
+use super::{Call, DIRECT, Shm, Watch, peer_memory, unreadable};
 use crate::buffer::element_bytes;
 use crate::host::exchange::Fault;
 use crate::op::{Dtype, ReduceOp};
@@ -59,11 +60,38 @@ impl Shm {
         }
         let length = shown.len().max(piece);
         let (region, offset) = self.heap.find(shown).unwrap_or((0, 0));
-        self.publish(call, &[region, offset as u64, shown.as_ptr() as u64]);
+        let place = [region, offset as u64, shown.as_ptr() as u64];
+        let loan = Loan::begin(&self.segment, self.step.wrapping_add(1));
+        self.publish(call, &place);
         // While the others come.
         keep_own(&mut operation, rank, world);
+        let result = self.on_loan(call, loan, operation, |shm| shm.reach(region, length, through_kernel));
+        if result.is_err() {
+            let Watch { fate, ranks, group, .. } = call.watch;
+            let gone = |peer: usize| fate.is_lost(ranks[peer]) || fate.has_left(ranks[peer], *group);
+            loan.take_back(&self.segment, gone);
+        }
+        result
+    }
+
+    /// Makes the call, once all others have come and lent their buffers; gives it back if those cannot be reached.
+    fn on_loan<'o>(
+        &mut self,
+        call: &Call<'_>,
+        loan: Loan,
+        operation: HostOperation<'o>,
+        reach: impl FnOnce(&Self) -> Option<Reach>,
+    ) -> Result<Option<HostOperation<'o>>, Fault> {
+        let (rank, world) = (self.segment.rank(), self.segment.world());
         self.await_all(call)?;
-        let Some(reach) = self.reach(region, length, through_kernel) else { return Ok(Some(operation)) };
+        let Some(reach) = reach(self) else {
+            loan.done(&self.segment);
+            return Ok(Some(operation));
+        };
+        // One whose call has failed already has its buffer back; the group's verdict says why.
+        let all_lend =
+            |shm: &Self| loan.taken_back(&shm.segment).map_or(Ok(()), |peer| Err(Fault::Lost(peer)));
+        all_lend(self)?;
         match operation {
             Operation::AllReduce { data, op } => {
                 let (dtype, total) = (data.dtype(), data.bytes().len());
@@ -128,6 +156,9 @@ impl Shm {
             // Sent back above.
             _ => {}
         }
+        // What was read since may be something else by now.
+        all_lend(self)?;
+        loan.done(&self.segment);
         // The others' buffers are theirs again when everyone has read them.
         self.step(call, &[])?;
         Ok(None)

@@ -10,6 +10,7 @@
 
 mod direct;
 mod heap;
+mod lend;
 mod peer_memory;
 mod staged;
 mod wait;

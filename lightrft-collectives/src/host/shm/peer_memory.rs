@@ -23,7 +23,7 @@ pub(super) fn read(pid: u32, from: u64, to: &mut [u8]) -> io::Result<()> {
 /// Copies `from` to the address `to` of process `pid`.
 ///
 /// The caller must have been told by that process, in a call that it has not returned from, that it waits for just these
-/// bytes there.
+/// bytes there: see [`lend`](super::lend) for how it knows.
 pub(super) fn write(pid: u32, to: u64, from: &[u8]) -> io::Result<()> {
     whole(from.len(), |done| {
         let rest = &from[done..];

@@ -198,7 +198,9 @@ impl Step<'_> {
             };
             let waited = begin.elapsed();
             if waited >= watch.timeout {
-                return Err(Fault::Deadline(waited, missing()));
+                let come = |r: &usize| self.has_come(segment.cell(*r, self.number));
+                let come = (0..segment.world()).filter(come).collect();
+                return Err(Fault::Deadline { waited, missing: missing(), come });
             }
             watch.vigil.still_waiting(waited, missing);
             self.sleep(cell, NAP.min(watch.timeout));
