@@ -204,8 +204,10 @@ fn a_gradient_that_never_came_has_no_view_and_a_frozen_model_none_at_all() {
     let frozen = Mutex::new(0);
     World::new(1)
         .launch(|comm| {
-            let units = ShardedUnits::new(Arc::clone(&plan), Arc::clone(&comm), Mode::Train)?;
+            let mut units = ShardedUnits::new(Arc::clone(&plan), Arc::clone(&comm), Mode::Train)?;
             assert!(ParamViews::new(&units)?.grad("p0.weight")?.is_none());
+            units.offload()?;
+            assert!(matches!(ParamViews::new(&units)?.param("p0.weight"), Err(Error::Offloaded { .. })));
             let units = ShardedUnits::new(Arc::clone(&plan), comm, Mode::Frozen)?;
             let views = ParamViews::new(&units)?;
             assert!(matches!(views.grad("p0.weight"), Err(Error::Frozen { .. })));
