@@ -1,9 +1,9 @@
 //! Do all ranks mean the same model, or the same tensor? Asked once, before anything is cut.
 
-use lightrft_collectives::{Communicator, CommunicatorExt as _};
+use lightrft_collectives::{Communicator, CommunicatorExt as _, Dtype};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::dtensor::DTensorSpec;
+use crate::dtensor::Layout;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, UnitSpec};
 use crate::policy::Policy;
@@ -40,14 +40,14 @@ pub(crate) fn on_plan(plan: &Plan, policy: &Policy, comm: &dyn Communicator) -> 
 }
 
 /// Returns an error, the same on every rank, unless all ranks of `comm` mean the same tensor and each brings as many
-/// elements as it shall (`got`, `expected`).
+/// elements as it shall (`got`, `expected`). The layout need not be one that the shape can have: a rank whose shape is
+/// wrong must not leave the others waiting.
 pub(crate) fn on_tensor(
-    spec: &DTensorSpec,
-    got: usize,
-    expected: usize,
+    (dtype, shape, layout): (Dtype, &[usize], &Layout),
+    (got, expected): (usize, usize),
     comm: &dyn Communicator,
 ) -> Result<()> {
-    let tensor = format!("{:?} {:?} as {}", spec.dtype(), spec.shape(), spec.layout());
+    let tensor = format!("{dtype:?} {shape:?} as {layout}");
     if comm.world_size() == 1 {
         return if got == expected {
             Ok(())
@@ -56,7 +56,7 @@ pub(crate) fn on_tensor(
         };
     }
     // The text shows the first of many cut points; a number stands for all of them.
-    let print = xxh3_64(format!("{:?}", spec.layout().placements()).as_bytes());
+    let print = xxh3_64(format!("{:?}", layout.placements()).as_bytes());
     let claim = (tensor, print, got, expected);
     let claims =
         comm.all_gather_object(&claim).map_err(Error::collective("comparison", "a distributed tensor"))?;

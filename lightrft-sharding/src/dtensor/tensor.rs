@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use lightrft_collectives::{CommunicatorExt as _, Element, MeshGroups};
+use lightrft_collectives::{CommunicatorExt as _, Dtype, Element, MeshGroups};
 
 use super::exchange::{Sides, copy, elems};
 use super::layout::Layout;
@@ -64,22 +64,29 @@ impl<T: Element> DTensor<T> {
     ///
     /// # Errors
     /// On every rank, before values are sent: [`Error::TensorMismatch`] when the ranks ask for different layouts, shapes
-    /// or types; [`Error::LocalLength`] when `full` is missing or of another length. [`Error::ForeignMesh`],
-    /// [`Error::InvalidLayout`], [`Error::Redistribute`] before anything is sent; [`Error::Collective`].
+    /// or types; [`Error::LocalLength`] when `full` is missing or of another length; [`Error::InvalidLayout`],
+    /// [`Error::Redistribute`]. Before anything is sent: [`Error::ForeignMesh`]. Else [`Error::Collective`].
     pub fn distribute(
         groups: &Arc<MeshGroups>,
         layout: &Layout,
         shape: &[usize],
         full: Option<&[T]>,
     ) -> Result<Self> {
-        let (cut, rest) = parts_of_whole(groups, layout, shape, T::DTYPE)?;
+        check_mesh(groups, layout)?;
+        let planned = parts_of_whole(layout, shape, T::DTYPE);
         let world = groups.world();
         let (rank, ranks) = (world.rank(), world.world_size());
         let root = groups.mesh().ranks().first().copied().unwrap_or(0);
         let full = full.filter(|_| rank == root);
-        // Only the root brings values.
-        let brought = if rank == root { cut.elems() } else { 0 };
-        agree::on_tensor(&cut, full.map_or(0, <[T]>::len), brought, &**world)?;
+        let got = full.map_or(0, <[T]>::len);
+        let expected = match &planned {
+            Ok((cut, _)) if rank == root => cut.elems(),
+            // Only the root brings values.
+            Ok(_) => 0,
+            Err(_) => got,
+        };
+        agree::on_tensor((T::DTYPE, shape, layout), (got, expected), &**world)?;
+        let (cut, rest) = planned?;
 
         let failed = Error::collective("distribution", "a tensor");
         let boxes: Vec<Vec<Region>> = (0..ranks).map(|rank| cut.boxes(rank).unwrap_or_default()).collect();
@@ -125,7 +132,8 @@ impl<T: Element> DTensor<T> {
     /// # Errors
     /// [`Error::Length`], [`Error::ForeignMesh`], [`Error::InvalidLayout`], [`Error::Redistribute`].
     pub fn from_full(groups: &Arc<MeshGroups>, layout: &Layout, shape: &[usize], full: &[T]) -> Result<Self> {
-        let (cut, rest) = parts_of_whole(groups, layout, shape, T::DTYPE)?;
+        check_mesh(groups, layout)?;
+        let (cut, rest) = parts_of_whole(layout, shape, T::DTYPE)?;
         check_length("the full tensor", full.len(), &cut)?;
         let boxes = cut.boxes(groups.world().rank()).unwrap_or_default();
         let mut local = fill(elems(&boxes));
@@ -138,8 +146,8 @@ impl<T: Element> DTensor<T> {
     ///
     /// # Errors
     /// On every rank: [`Error::TensorMismatch`], with both, when ranks have different layouts, shapes or types;
-    /// [`Error::LocalLength`] when `local` of any rank is not as long as its part. Before anything is sent, on this rank:
-    /// [`Error::ForeignMesh`], [`Error::InvalidLayout`].
+    /// [`Error::LocalLength`] when `local` of any rank is not as long as its part; [`Error::InvalidLayout`]. Before anything
+    /// is sent: [`Error::ForeignMesh`].
     pub fn from_local(
         groups: &Arc<MeshGroups>,
         layout: &Layout,
@@ -147,9 +155,11 @@ impl<T: Element> DTensor<T> {
         shape: &[usize],
     ) -> Result<Self> {
         check_mesh(groups, layout)?;
-        let spec = DTensorSpec::new(layout.clone(), shape, T::DTYPE)?;
-        let expected = spec.local_elems(groups.world().rank()).unwrap_or(0);
-        agree::on_tensor(&spec, local.len(), expected, &**groups.world())?;
+        let spec = DTensorSpec::new(layout.clone(), shape, T::DTYPE);
+        let rank = groups.world().rank();
+        let expected = spec.as_ref().map_or(local.len(), |spec| spec.local_elems(rank).unwrap_or(0));
+        agree::on_tensor((T::DTYPE, shape, layout), (local.len(), expected), &**groups.world())?;
+        let spec = spec?;
         Ok(Self { local, spec: Arc::new(spec), groups: Arc::clone(groups) })
     }
 
@@ -353,13 +363,7 @@ fn redistribute<T: Element>(
 
 /// The layout that a tensor known whole can be cut to (partial axes replicated), and what then follows without a word
 /// between ranks. Checks that it does.
-fn parts_of_whole(
-    groups: &Arc<MeshGroups>,
-    layout: &Layout,
-    shape: &[usize],
-    dtype: lightrft_collectives::Dtype,
-) -> Result<(DTensorSpec, Layout)> {
-    check_mesh(groups, layout)?;
+fn parts_of_whole(layout: &Layout, shape: &[usize], dtype: Dtype) -> Result<(DTensorSpec, Layout)> {
     DTensorSpec::new(layout.clone(), shape, dtype)?;
     let mut cut = layout.clone();
     for (axis, placement) in layout.placements().iter().enumerate() {

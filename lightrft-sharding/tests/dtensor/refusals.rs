@@ -110,10 +110,14 @@ fn shapes_that_disagree_are_an_error_on_every_rank_that_shows_both() {
         let cuts = if rank == 2 { ragged(&[0, 1, 2, 6]) } else { ragged(&[0, 2, 2, 6]) };
         let ragged = rows.placed([cuts])?;
         let four = DTensor::from_local(groups, &ragged, vec![0f32; 6], &[6]).unwrap_err();
-        Ok([one, two, three, four])
+        // A shape that the layout cannot have is no reason to leave the others waiting.
+        let shape = [if rank == 2 { 7 } else { 6 }];
+        let five =
+            DTensor::from_local(groups, &rows.placed([self::ragged(&[0, 2, 4, 6])])?, vec![0f32; 2], &shape);
+        Ok([one, two, three, four, five.unwrap_err()])
     });
-    for [one, two, three, four] in errors {
-        for error in [&one, &two, &three, &four] {
+    for [one, two, three, four, five] in errors {
+        for error in [&one, &two, &three, &four, &five] {
             assert!(matches!(error, Error::TensorMismatch { rank: 0, peer: 2, .. }), "{error}");
         }
         let text = one.to_string();
