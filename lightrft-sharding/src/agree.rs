@@ -1,8 +1,9 @@
-//! Do all ranks mean the same model? Asked once, before anything is cut.
+//! Do all ranks mean the same model, or the same tensor? Asked once, before anything is cut.
 
-use lightrft_collectives::{Communicator, CommunicatorExt as _};
-use xxhash_rust::xxh3::Xxh3;
+use lightrft_collectives::{Communicator, CommunicatorExt as _, Dtype};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use crate::dtensor::Layout;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, UnitSpec};
 use crate::policy::Policy;
@@ -33,6 +34,43 @@ pub(crate) fn on_plan(plan: &Plan, policy: &Policy, comm: &dyn Communicator) -> 
         let difference = first_different(policy, peer_policy).or_else(|| first_difference(units, peer_units));
         if let Some((ours, theirs)) = difference {
             return Err(Error::PlanMismatch { rank: 0, ours, peer: peer + 1, theirs });
+        }
+    }
+    Ok(())
+}
+
+/// Returns an error, the same on every rank, unless all ranks of `comm` mean the same tensor and each brings as many
+/// elements as it shall (`got`, `expected`). The layout need not be one that the shape can have: a rank whose shape is
+/// wrong must not leave the others waiting.
+pub(crate) fn on_tensor(
+    (dtype, shape, layout): (Dtype, &[usize], &Layout),
+    (got, expected): (usize, usize),
+    comm: &dyn Communicator,
+) -> Result<()> {
+    let tensor = format!("{dtype:?} {shape:?} as {layout}");
+    if comm.world_size() == 1 {
+        return if got == expected {
+            Ok(())
+        } else {
+            Err(Error::LocalLength { rank: 0, tensor, got, expected })
+        };
+    }
+    // The text shows the first of many cut points; a number stands for all of them.
+    let print = xxh3_64(format!("{:?}", layout.placements()).as_bytes());
+    let claim = (tensor, print, got, expected);
+    let claims =
+        comm.all_gather_object(&claim).map_err(Error::collective("comparison", "a distributed tensor"))?;
+    let Some((ours, ours_print, ..)) = claims.first() else { return Ok(()) };
+    for (peer, (theirs, print, ..)) in claims.iter().enumerate() {
+        if ours != theirs || ours_print != print {
+            let other_cuts = if ours == theirs { " with other cut points" } else { "" };
+            let (ours, theirs) = (ours.clone(), format!("{theirs}{other_cuts}"));
+            return Err(Error::TensorMismatch { rank: 0, ours, peer, theirs });
+        }
+    }
+    for (rank, (tensor, _, got, expected)) in claims.into_iter().enumerate() {
+        if got != expected {
+            return Err(Error::LocalLength { rank, tensor, got, expected });
         }
     }
     Ok(())

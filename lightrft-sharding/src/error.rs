@@ -2,6 +2,7 @@
 
 use lightrft_collectives::Error as CollectiveError;
 
+use crate::dtensor::Placement;
 use crate::state::StateKind;
 
 /// Any error that a model, or a reader of weights, may return into this crate.
@@ -209,6 +210,70 @@ pub enum Error {
     AlreadySummed {
         /// The unit.
         unit: String,
+    },
+    /// A layout that cannot be, or not for this tensor.
+    #[error("{what}: expected {expected}")]
+    InvalidLayout {
+        /// The layout, and the tensor where it has to do with it.
+        what: String,
+        /// What would do.
+        expected: String,
+    },
+    /// A tensor cannot go from one mesh to another: save and load it.
+    #[error("the tensor's mesh is {from}, that of the layout {to}")]
+    ForeignMesh {
+        /// The mesh that the tensor, or the group, is on.
+        from: String,
+        /// The mesh of the layout.
+        to: String,
+    },
+    /// An axis cannot go from one placement to another. Nothing was sent.
+    #[error("`{axis}` cannot go from {from} to {to}: {why}")]
+    Redistribute {
+        /// The axis.
+        axis: String,
+        /// Its placement.
+        from: Placement,
+        /// What it was to become.
+        to: Placement,
+        /// Why not, or by what way.
+        why: &'static str,
+    },
+    /// Ranks disagree about a tensor. Every rank returns this, with the same two.
+    #[error("ranks disagree about a tensor: rank {rank} has {ours}, rank {peer} has {theirs}")]
+    TensorMismatch {
+        /// The lower rank.
+        rank: usize,
+        /// Type, shape and layout there.
+        ours: String,
+        /// The other rank.
+        peer: usize,
+        /// Type, shape and layout there.
+        theirs: String,
+    },
+    /// A rank's values are not as many as its part of a tensor. Every rank returns this.
+    #[error("rank {rank} gave {got} elements for its part of {tensor}, expected {expected}")]
+    LocalLength {
+        /// The first rank of which this is so.
+        rank: usize,
+        /// Type, shape and layout.
+        tensor: String,
+        /// Elements given.
+        got: usize,
+        /// Elements needed.
+        expected: usize,
+    },
+    /// Contributions to a tensor were to be saved or loaded as if they were its values. Replicate or shard it first.
+    #[error("the values of {layout} are contributions to a tensor, not the tensor: redistribute it first")]
+    PartialValues {
+        /// The layout.
+        layout: String,
+    },
+    /// A parameter was named that the plan does not have.
+    #[error("parameter `{name}` does not exist in the plan")]
+    NoSuchParam {
+        /// The name.
+        name: String,
     },
 }
 

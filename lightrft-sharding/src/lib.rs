@@ -58,12 +58,17 @@
 //! bytes for the norm, but in stage 0; with replicas (HSDP) also all-reduces of the shards of gradients. In a group of one
 //! rank nothing is sent.
 //!
-//! Not here: tensors, automatic differentiation and learning-rate schedules; files (`lightrft-ckpt`); the groups
+//! Any tensor of a mesh of ranks, and each parameter, gradient and state of units ([`ParamViews`]), is a [`DTensor`]: its
+//! [`Layout`] says how it lies (replicated, sharded, ragged, or as contributions to a sum), and
+//! [`redistribute`](DTensor::redistribute) makes it lie otherwise.
+//!
+//! Not here: tensor operations, automatic differentiation and learning-rate schedules; files (`lightrft-ckpt`); the groups
 //! themselves (`lightrft-collectives`).
 
 mod agree;
 mod buffers;
 mod compute;
+mod dtensor;
 mod error;
 mod exchange;
 mod flat;
@@ -83,6 +88,7 @@ mod unit;
 
 pub use buffers::{FullUnit, Lease, TransientBytes};
 pub use compute::{StageGrads, StageSpec, StagedModel};
+pub use dtensor::{Cuts, DTensor, DTensorSpec, DTensorView, Layout, ParamViews, Placement, Region};
 pub use error::{BoxError, Error, Result};
 pub use flat::{FlatParam, FlatUnit, Owned};
 pub use model::{ShardedModel, Tape};

@@ -36,7 +36,11 @@ fn policy(world: usize, choices: &[usize; 12]) -> Policy {
         shard_size: ShardSize::Ranks(ranks),
         reshard_after_forward,
         prefetch: choices[4] % 3,
-        overlap: if stage >= Stage::Zero2 && choices[5].is_multiple_of(2) { Overlap::On } else { Overlap::Off },
+        overlap: if stage >= Stage::Zero2 && choices[5].is_multiple_of(2) {
+            Overlap::On
+        } else {
+            Overlap::Off
+        },
         reduce_bucket_elems: 1 + choices[6] % 60,
         param_dtype: precision(choices[7]),
         reduce_dtype: precision(choices[8]),
