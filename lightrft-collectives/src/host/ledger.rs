@@ -263,7 +263,7 @@ mod tests {
         shared.tell_calls(8, &[3, 1], 80, &[Told::by_all(&reduce(1))]);
         shared.hear_calls(1, 8, 80, [Told::by_all(&reduce(2))]);
         // Nobody answers the round of the agreement here.
-        shared.court_sits(std::time::Instant::now() + super::super::verdict::SETTLE);
+        shared.court_sits(std::time::Instant::now() + super::super::verdict::PATIENCE);
         let expected = Cause::Mismatch { rank: 1, mine: reduce(2), other: 3, theirs: reduce(1) };
         assert_eq!(shared.fate.cause(8), Some(expected));
         shared.close_ledger(90);

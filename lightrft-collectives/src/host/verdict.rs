@@ -23,7 +23,7 @@ pub(super) const SETTLE: Duration = Duration::from_millis(250);
 
 /// How long a round may take. On a machine that is very busy a watcher may not run for a while, and a verdict without it
 /// may not be the one that it comes to.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How often it is looked whether those that do not answer are stopped.
 const LOOK: Duration = Duration::from_millis(50);
