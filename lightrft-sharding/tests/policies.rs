@@ -162,6 +162,28 @@ fn each_stage_and_each_way_to_cut_equals_one_rank() {
 }
 
 #[test]
+fn ranks_whose_batches_use_different_units_meet_in_every_collective() {
+    // In pass 0 the first stage has work for rank 1 alone, the second for both.
+    let [text_only, with_image] = [0, 1].map(|rank| Batch { round: 0, rank, pass: 0 });
+    for (prefetch, overlap) in [(0, Overlap::Off), (1, Overlap::On)] {
+        let policy = Policy { prefetch, overlap, ..Policy::default() };
+        let ranks = World::new(2).timeout(Duration::from_secs(60)).launch(|comm| {
+            let batch = if comm.rank() == 0 { text_only } else { with_image };
+            let probe = Probe::with_stages(&[vec![vec![4]], vec![vec![2]]], vec![vec![0], vec![1]]);
+            let mut model = ShardedModel::new(probe, comm, policy.clone())?;
+            model.units_mut().load(probe::start)?;
+            let (stages_run, tape) = model.forward(&batch)?;
+            model.backward(tape, stages_run)?;
+            let missing: Vec<String> = model.params_without_gradient().map(str::to_owned).collect();
+            Ok::<_, Error>((stages_run, missing, model.units().grad(0)?.unwrap().to_vec()))
+        });
+        let image = probe::gradient("u0.p0", &with_image, 4);
+        let expected = [(1, vec!["u0.p0".to_owned()], image[..2].to_vec()), (2, vec![], image[2..].to_vec())];
+        assert_eq!(ranks.unwrap(), expected);
+    }
+}
+
+#[test]
 fn backward_begins_from_what_was_saved_where_that_is_asked_for() {
     for (activations, kept) in [(Activations::Recompute, 0), (Activations::Keep, 2)] {
         let mut model = ShardedModel::new(
