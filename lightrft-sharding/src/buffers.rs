@@ -105,6 +105,8 @@ pub(crate) struct Whole {
 #[derive(Debug)]
 pub(crate) struct Pool {
     meter: Arc<Meter>,
+    /// Buffers of each type that are kept.
+    most: usize,
     f32: Idle<f32>,
     bf16: Idle<bf16>,
     f16: Idle<f16>,
@@ -119,9 +121,6 @@ impl<T> Default for Idle<T> {
         Self(Vec::new())
     }
 }
-
-/// A gathered unit, one on its way, and a gradient: what one stage holds at a time.
-const MAX_IDLE: usize = 3;
 
 impl<T: Copy + Default> Idle<T> {
     /// `elems` elements of any value.
@@ -150,6 +149,9 @@ impl<T: Copy + Default> Idle<T> {
     /// The smallest idle buffer that holds `elems` elements; idle buffers that are all too small are dropped, since
     /// the run has moved on to larger units.
     fn pop(&mut self, elems: usize) -> Option<Vec<T>> {
+        if elems == 0 {
+            return None;
+        }
         let fits = self.0.iter().enumerate().filter(|(_, (values, _))| values.capacity() >= elems);
         let best = fits.min_by_key(|(_, (values, _))| values.capacity()).map(|(index, _)| index);
         match best {
@@ -161,8 +163,8 @@ impl<T: Copy + Default> Idle<T> {
         }
     }
 
-    fn put(&mut self, values: Vec<T>, meter: &Arc<Meter>) {
-        if self.0.len() < MAX_IDLE && values.capacity() > 0 {
+    fn put(&mut self, values: Vec<T>, most: usize, meter: &Arc<Meter>) {
+        if self.0.len() < most && values.capacity() > 0 {
             let lease = meter.lease(values.capacity() * size_of::<T>());
             self.0.push((values, lease));
         }
@@ -170,8 +172,15 @@ impl<T: Copy + Default> Idle<T> {
 }
 
 impl Pool {
-    pub(crate) fn new() -> Self {
-        Self { meter: Arc::default(), f32: Idle::default(), bf16: Idle::default(), f16: Idle::default() }
+    /// Keeps at most so many buffers of each type: those that are in use at once.
+    pub(crate) fn new(most: usize) -> Self {
+        Self {
+            meter: Arc::default(),
+            most,
+            f32: Idle::default(),
+            bf16: Idle::default(),
+            f16: Idle::default(),
+        }
     }
 
     pub(crate) fn meter(&self) -> &Arc<Meter> {
@@ -202,9 +211,9 @@ impl Pool {
 
     pub(crate) fn put(&mut self, values: UnitValues) {
         match values {
-            UnitValues::F32(values) => self.f32.put(values, &self.meter),
-            UnitValues::Bf16(values) => self.bf16.put(values, &self.meter),
-            UnitValues::F16(values) => self.f16.put(values, &self.meter),
+            UnitValues::F32(values) => self.f32.put(values, self.most, &self.meter),
+            UnitValues::Bf16(values) => self.bf16.put(values, self.most, &self.meter),
+            UnitValues::F16(values) => self.f16.put(values, self.most, &self.meter),
         }
     }
 

@@ -92,12 +92,21 @@ impl Plan {
     /// as `policy` says. Of a model that does not train, nothing is told apart.
     ///
     /// # Errors
-    /// As [`with_alignment`](Self::with_alignment).
+    /// As [`with_alignment`](Self::with_alignment), and [`Error::Contradiction`] for a model that trains and of which
+    /// nothing learns, as by a slip in a name.
     pub fn with_policy(units: Vec<UnitSpec>, ranks: usize, policy: &Policy) -> Result<Self> {
         let Policy { mode, alignment, persistence_threshold, trainable, .. } = policy;
         let rules = Rules { alignment: *alignment, persistence_threshold: *persistence_threshold };
-        let trainable = if *mode == Mode::Frozen { &Trainable::All } else { trainable };
-        Self::lay_out(units, ranks, rules, |name| trainable.includes(name))
+        let learning = if *mode == Mode::Frozen { &Trainable::All } else { trainable };
+        let plan = Self::lay_out(units, ranks, rules, |name| learning.includes(name))?;
+        if plan.elems() > 0 && plan.trainable_shard_elems() == 0 {
+            return Err(Error::Contradiction {
+                first: "mode = train".to_owned(),
+                second: format!("trainable = {trainable:?}"),
+                why: "no parameter learns",
+            });
+        }
+        Ok(plan)
     }
 
     fn lay_out(

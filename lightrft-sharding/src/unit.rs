@@ -16,7 +16,7 @@ use crate::gather::NearShard;
 use crate::gradient::Gradient;
 use crate::groups::{self, Groups};
 use crate::plan::{Plan, UnitSpec};
-use crate::policy::Policy;
+use crate::policy::{Overlap, Policy, ShardSize};
 use crate::precision::UnitValues;
 use crate::state::StateKind;
 
@@ -116,7 +116,7 @@ impl ShardedUnits {
     ) -> Result<Self> {
         let mesh = groups::two_axes(mesh, &*world)?;
         let ranks = mesh.sizes()[1];
-        let policy = Policy { shard_size: crate::policy::ShardSize::Ranks(ranks), ..policy.clone() };
+        let policy = Policy { shard_size: ShardSize::Ranks(ranks), ..policy.clone() };
         policy.validate(world.world_size())?;
         Self::on_two_axes(units, world, &mesh, &policy)
     }
@@ -142,12 +142,14 @@ impl ShardedUnits {
             near: None,
         };
         let stores = plan.units().iter().map(store).collect();
+        // A unit that is used, those that are gathered ahead, its gradient, and one that is exchanged beside.
+        let buffers = 2 + policy.prefetch + usize::from(policy.overlap == Overlap::On);
         Self {
             plan,
             groups,
             rank,
             stores,
-            pool: Pool::new(),
+            pool: Pool::new(buffers),
             backlog: Backlog::default(),
             version: next_version(),
             offloaded: false,

@@ -4,13 +4,15 @@
 
 mod probe;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lightrft_collectives::local::World;
 use lightrft_sharding::{
-    Activations, AdamW, AdamWConfig, Error, Overlap, ParamSpec, Policy, Precision, ReshardAfterForward,
-    ShardSize, ShardedModel, ShardedUnits, Stage, Trainable, UnitSpec,
+    Activations, AdamW, AdamWConfig, AdamWCounters, Error, Overlap, ParamSpec, Policy, Precision,
+    ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage, StateKind, Trainable, UnitSpec,
+    load_state, state_parts,
 };
 use probe::{Batch, Probe, Seen};
 use proptest::prelude::*;
@@ -107,7 +109,14 @@ proptest! {
     fn any_policy_on_any_number_of_ranks_equals_one_rank_bit_for_bit_where_sums_are_exact(
         shapes in shapes(), world in 1usize..9, choices in prop::array::uniform12(0usize..1000),
     ) {
-        let policy = policy(world, &choices);
+        let mut policy = policy(world, &choices);
+        let learns = |(u, unit): (usize, &Vec<Vec<usize>>)| {
+            let named = |p: usize| policy.trainable.includes(&format!("u{u}.p{p}"));
+            unit.iter().enumerate().any(|(p, shape)| named(p) && !shape.contains(&0))
+        };
+        if !shapes.iter().enumerate().any(learns) {
+            policy.trainable = Trainable::All;
+        }
         // What is computed in and what learns is part of the model, not of how it is cut.
         let alone = Policy {
             param_dtype: policy.param_dtype,
@@ -158,6 +167,99 @@ fn each_stage_and_each_way_to_cut_equals_one_rank() {
         Probe::start_of("u1.p0", &mut frozen);
         let stays = last[&(0, "u1.p0".to_owned())] == probe::bits(&frozen);
         assert_eq!(stays, !policy.trainable.includes("u1.p0"), "what is frozen stays");
+    }
+}
+
+/// Everything that a checkpoint holds, put together over ranks.
+type Saved = HashMap<(StateKind, String), Vec<f32>>;
+
+/// One round of all eight batches on `world` ranks under `policy`, from what was saved, and what is saved then.
+fn round(
+    shapes: &[Vec<Vec<usize>>],
+    world: usize,
+    policy: &Policy,
+    round: usize,
+    from: Option<&Saved>,
+) -> Saved {
+    const BATCHES: usize = 8;
+    let saved = Mutex::new(Saved::new());
+    let ranks = World::new(world).timeout(Duration::from_secs(60)).launch(|comm| {
+        let rank = comm.rank();
+        let mut model = ShardedModel::new(Probe::new(shapes), comm, policy.clone())?;
+        model.units_mut().load(probe::start)?;
+        let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
+        if let Some(from) = from {
+            load_state(model.units_mut(), Some(&mut adamw), |kind, param, range, out| {
+                out.copy_from_slice(&from[&(kind, param.name().to_owned())][range]);
+                Ok::<_, Error>(())
+            })?;
+            adamw.set_counters(AdamWCounters { steps: round as u64, skipped: 0 });
+        }
+        for rank in rank * BATCHES / world..(rank + 1) * BATCHES / world {
+            let batch = Batch { round, rank, pass: 0 };
+            let (output, tape) = model.forward(&batch)?;
+            model.backward(tape, output)?;
+        }
+        adamw.step(model.units_mut(), 0.1)?;
+        let mut saved = saved.lock().unwrap();
+        for part in state_parts(model.units(), Some(&adamw)) {
+            let whole = saved.entry((part.kind, part.param.name().to_owned())).or_default();
+            whole.resize(part.param.elems(), f32::NAN);
+            assert!(whole[part.range.clone()].iter().all(|value| value.is_nan()), "saved twice");
+            whole[part.range].copy_from_slice(part.values);
+        }
+        Ok::<_, Error>(())
+    });
+    ranks.unwrap();
+    let saved = saved.into_inner().unwrap();
+    assert!(saved.values().flatten().all(|value| !value.is_nan()), "every element is saved");
+    saved
+}
+
+#[test]
+fn what_one_policy_saves_any_other_loads_on_any_number_of_ranks() {
+    let shapes = [vec![vec![5, 3], vec![7], vec![]], vec![vec![4, 4], vec![3]], vec![vec![2, 9], vec![1]]];
+    let trainable = Trainable::ExceptPrefixes(vec!["u1.p0".to_owned()]);
+    let default = || Policy { trainable: trainable.clone(), ..Policy::default() };
+    let ways = [
+        (8, default()),
+        (4, Policy { stage: Stage::Zero0, ..default() }),
+        (8, Policy { stage: Stage::Zero1, shard_size: ShardSize::Ranks(4), ..default() }),
+        (2, Policy { stage: Stage::Zero2, ..default() }),
+        (4, Policy { shard_size: ShardSize::Ranks(2), persistence_threshold: 20, ..default() }),
+        (1, default()),
+    ];
+    let first = round(&shapes, 1, &default(), 0, None);
+    let second = round(&shapes, 1, &default(), 1, Some(&first));
+    assert_ne!(first, second);
+    for (world, policy) in &ways {
+        assert_eq!(round(&shapes, *world, policy, 0, None), first, "{world} ranks, {policy:?}");
+        assert_eq!(round(&shapes, *world, policy, 1, Some(&first)), second, "{world} ranks, {policy:?}");
+    }
+    // Of a frozen parameter its values alone are saved.
+    let kinds = |name: &str| first.keys().filter(|(_, other)| other == name).count();
+    assert_eq!((kinds("u1.p0"), kinds("u1.p1")), (1, 3));
+}
+
+#[test]
+fn ranks_whose_batches_use_different_units_meet_in_every_collective() {
+    // In pass 0 the first stage has work for rank 1 alone, the second for both.
+    let [text_only, with_image] = [0, 1].map(|rank| Batch { round: 0, rank, pass: 0 });
+    for (prefetch, overlap) in [(0, Overlap::Off), (1, Overlap::On)] {
+        let policy = Policy { prefetch, overlap, ..Policy::default() };
+        let ranks = World::new(2).timeout(Duration::from_secs(60)).launch(|comm| {
+            let batch = if comm.rank() == 0 { text_only } else { with_image };
+            let probe = Probe::with_stages(&[vec![vec![4]], vec![vec![2]]], vec![vec![0], vec![1]]);
+            let mut model = ShardedModel::new(probe, comm, policy.clone())?;
+            model.units_mut().load(probe::start)?;
+            let (stages_run, tape) = model.forward(&batch)?;
+            model.backward(tape, stages_run)?;
+            let missing: Vec<String> = model.params_without_gradient().map(str::to_owned).collect();
+            Ok::<_, Error>((stages_run, missing, model.units().grad(0)?.unwrap().to_vec()))
+        });
+        let image = probe::gradient("u0.p0", &with_image, 4);
+        let expected = [(1, vec!["u0.p0".to_owned()], image[..2].to_vec()), (2, vec![], image[2..].to_vec())];
+        assert_eq!(ranks.unwrap(), expected);
     }
 }
 

@@ -278,6 +278,9 @@ fn choices_that_do_not_go_together_are_named_both() {
         let Error::Contradiction { first: one, second: other, .. } = &error else { panic!("{error}") };
         assert!(one.contains(first) && other.contains(second), "{error}");
     }
+    let slip = Policy { trainable: Trainable::OnlyContaining(vec!["lorra".to_owned()]), ..default() };
+    let error = ShardedModel::new(MODEL, Single::world(), slip).map(drop).unwrap_err().to_string();
+    assert!(error.contains("mode = train") && error.contains("lorra"), "{error}");
     for (policy, setting) in [
         (Policy { reduce_bucket_elems: 0, ..default() }, "reduce_bucket_elems"),
         (Policy { alignment: 0, ..default() }, "alignment"),

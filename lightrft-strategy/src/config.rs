@@ -172,7 +172,10 @@ impl StrategyConfig {
             }
         }
         if self.zero_stage > 3 {
-            return Err(Error::config(format!("zero_stage = {}", self.zero_stage), "0, 1, 2 or 3 was expected"));
+            return Err(Error::config(
+                format!("zero_stage = {}", self.zero_stage),
+                "0, 1, 2 or 3 was expected",
+            ));
         }
         let product = |a: usize, b: usize, fields: &str| {
             a.checked_mul(b)

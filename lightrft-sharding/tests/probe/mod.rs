@@ -94,7 +94,7 @@ fn value_at(seed: usize, at: usize) -> f32 {
 }
 
 /// A gradient of small whole numbers, which f32, bf16 and f16 add without rounding.
-fn gradient(name: &str, batch: &Batch, elems: usize) -> Vec<f32> {
+pub fn gradient(name: &str, batch: &Batch, elems: usize) -> Vec<f32> {
     let seed = name.bytes().map(usize::from).sum::<usize>() + 3 * batch.rank + 5 * batch.pass + batch.round;
     (0..elems).map(|at| ((seed + 7 * at) % 5) as f32 - 2.0).collect()
 }
