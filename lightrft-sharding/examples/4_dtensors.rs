@@ -1,5 +1,5 @@
 //! A tensor on eight ranks: distributed from one, laid out otherwise, saved in parts, and loaded by four ranks.
-//! `cargo run -p lightrft-sharding --example 3_dtensors`   prints who holds what, and ends with `four ranks have it`
+//! `cargo run -p lightrft-sharding --example 4_dtensors`   prints who holds what, and ends with `four ranks have it`
 
 use std::sync::Arc;
 
