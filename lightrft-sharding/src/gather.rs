@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use lightrft_collectives::{Communicator, Pending};
+use lightrft_collectives::{Communicator, CommunicatorExt as _, Pending};
 
 use crate::buffers::{FullUnit, Lease, Whole};
 use crate::error::{Error, Result};
@@ -39,14 +39,28 @@ impl ShardedUnits {
     /// # Errors
     /// [`Error::NoSuchUnit`], [`Error::Offloaded`], [`Error::Collective`].
     pub fn gather(&mut self, unit: usize) -> Result<FullUnit> {
+        Ok(FullUnit::new(self.gather_now(unit)?))
+    }
+
+    /// The whole unit in f32. The group reads the shard where it lies: to put it into its place first would be one more
+    /// pass over it, which takes some 7% of the time of a gather between two ranks.
+    fn gather_now(&mut self, unit: usize) -> Result<Whole> {
         let plan = Arc::clone(&self.plan);
         let layout = plan.unit(unit)?;
-        let mut whole = self.filled(unit, Precision::F32)?;
-        for range in self.cut_ranges(layout) {
-            let gathered = whole.values.all_gather(range, &*self.groups.shard);
-            gathered.map_err(Error::collective("gather", layout.name()))?;
+        if !self.is_remote(layout) {
+            return self.filled(unit, Precision::F32);
         }
-        Ok(FullUnit::new(whole))
+        self.check_loaded(layout)?;
+        let mut whole = self.pool.take(Precision::F32, layout.padded_elems());
+        if let UnitValues::F32(values) = &mut whole.values {
+            let shard = &self.stores[unit].param;
+            for part in layout.parts() {
+                let (own, all) = (&shard[layout.shard_part(part)], &mut values[layout.segment(part)]);
+                let gathered = self.groups.shard.all_gather(own, all);
+                gathered.map_err(Error::collective("gather", layout.name()))?;
+            }
+        }
+        Ok(whole)
     }
 
     /// Begins to make a unit whole in the precision it is computed in. *Collective*, in the order of these calls.
@@ -55,6 +69,9 @@ impl ShardedUnits {
         let layout = plan.unit(unit)?;
         let near = self.near_whole(unit, layout)?;
         let is_near = near.is_some();
+        if !is_near && self.groups.gathers.is_none() && self.policy.param_dtype == Precision::F32 {
+            return Ok(Gathering::Done(self.gather_now(unit)?));
+        }
         let mut whole = match near {
             Some(whole) => whole,
             None => self.filled(unit, self.policy.param_dtype)?,

@@ -12,9 +12,9 @@ use counted::Counted;
 use half::{bf16, f16};
 use lightrft_collectives::{Communicator, Single, local::World};
 use lightrft_sharding::{
-    AdamW, AdamWConfig, CopyOut, Decay, Ema, EmaConfig, EmaUpdate, Error, Mode, Offload as _, ParamSpec, Plan,
-    Policy, Precision, ShardSize, ShardedUnits, Stage, StateKind, Trainable, UnitSpec, Update, decay_by_name,
-    grad_norm, loss_scale,
+    AdamW, AdamWConfig, CopyOut, Decay, Ema, EmaConfig, EmaUpdate, Error, Mode, Offload as _, ParamSpec,
+    Plan, Policy, Precision, ShardSize, ShardedUnits, Stage, StateKind, Trainable, UnitSpec, Update,
+    decay_by_name, grad_norm, loss_scale,
 };
 use proptest::prelude::*;
 
