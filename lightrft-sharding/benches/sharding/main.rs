@@ -12,12 +12,15 @@
 //! median over rounds. GB/s counts what a pass must at least read and write: 28 bytes a parameter for AdamW, 30 with a
 //! copy in bf16. AdamW is timed without the norm, as the peers' are: it is a case of its own.
 //!
-//! Gathers and reduces are between two processes of this program, in turns with the bare collective of the same bytes.
+//! Gathers and reduces are between two processes of this program, in turns with the bare collective of the same bytes. So
+//! are the forward passes of a model that computes nothing for a set time, with and without the next unit gathered
+//! meanwhile.
 //!
 //! `--peers` needs a Python with torch (`LIGHTRFT_PYTHON`, else `python3`), and DeepSpeed in it for that one; what cannot be
 //! had is left out aloud. The last line is everything as one JSON object. With `--check` a missed target is an exit code of 1.
 
 mod cases;
+mod overlap;
 mod peer;
 mod ranks;
 mod report;
