@@ -301,6 +301,28 @@ fn norm_step_and_average_are_those_of_one_rank_under_every_policy() {
 }
 
 #[test]
+fn a_step_with_another_models_norm_still_sums_its_own_gradients_over_ranks() {
+    let step = |world: usize, stage: Stage| {
+        let ranks = World::new(world).launch(|comm| {
+            let mut other = unit(&[4], Arc::clone(&comm), Mode::Train, 1)?;
+            other.reduce_gradient(0, vec![1.0; 4])?;
+            let norm = grad_norm([&mut other])?;
+            let specs = vec![UnitSpec::new("u", [ParamSpec::new("w", [8])])];
+            let mut units = ShardedUnits::with_policy(specs, comm, &Policy { stage, ..Policy::default() })?;
+            let mut adamw = AdamW::new(AdamWConfig { max_norm: 0.0, ..LAWS }, &units)?;
+            units.reduce_gradient(0, vec![4.0 / world as f32; 8])?;
+            adamw.step_with_norm(&mut units, 0.1, norm)?;
+            Ok::<_, Error>(adamw.exp_avg(0).unwrap().to_vec())
+        });
+        ranks.unwrap().concat()[..8].to_vec()
+    };
+    let one = step(1, Stage::Zero3);
+    for stage in [Stage::Zero0, Stage::Zero1, Stage::Zero2, Stage::Zero3] {
+        assert_eq!(bits(&step(2, stage)), bits(&one), "{stage:?}");
+    }
+}
+
+#[test]
 fn an_average_follows_the_formula_and_rests_where_parameters_rest() {
     let mut units = unit(&[100], Single::world(), Mode::Train, 1).unwrap();
     let mut ema = Ema::new(EmaConfig::lightrft(1), &units).unwrap();
