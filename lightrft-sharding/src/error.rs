@@ -275,6 +275,15 @@ pub enum Error {
         /// The name.
         name: String,
     },
+    /// A step was asked of an optimizer whose state had been given up.
+    #[error("the optimizer's state is offloaded: reload it before a step")]
+    OptimizerOffloaded,
+    /// An average and the units it is asked to follow are not of one plan and rank.
+    #[error("the average was made for another plan: {what}")]
+    ForeignAverage {
+        /// What differs.
+        what: String,
+    },
 }
 
 impl Error {

@@ -92,8 +92,11 @@ pub use dtensor::{Cuts, DTensor, DTensorSpec, DTensorView, Layout, ParamViews, P
 pub use error::{BoxError, Error, Result};
 pub use flat::{FlatParam, FlatUnit, Owned};
 pub use model::{ShardedModel, Tape};
-pub use offload::OffloadReport;
-pub use optim::{AdamW, AdamWConfig, AdamWCounters, Decay, StepReport, Update, decay_by_name};
+pub use offload::{Offload, OffloadReport};
+pub use optim::{
+    AdamW, AdamWConfig, AdamWCounters, CopyOut, Decay, Ema, EmaConfig, EmaCounters, EmaUpdate, GradNorm,
+    StepReport, Update, decay_by_name, grad_norm, loss_scale,
+};
 pub use plan::{ParamSpec, Plan, UnitSpec};
 pub use policy::{Activations, Overlap, Policy, ReshardAfterForward, ShardSize, Stage, Trainable};
 pub use precision::{Precision, UnitValues};

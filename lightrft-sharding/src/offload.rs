@@ -11,22 +11,44 @@ use crate::unit::ShardedUnits;
 /// What giving memory up, or taking it again, came to on this rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OffloadReport {
-    /// Bytes that were freed, or taken again.
+    /// Bytes that were moved away or freed, or brought back or taken again.
     pub bytes: usize,
-    /// Bytes that the units still hold: of units in host memory the shards of parameters, which exist nowhere else.
+    /// Bytes that are still held where they were: of what is in host memory, all that exists nowhere else.
     pub kept_bytes: usize,
     /// How long it took.
     pub elapsed: Duration,
 }
 
-impl ShardedUnits {
-    /// Gives up all memory but what exists nowhere else: buffers, what hpZ keeps, and gradients, if they are zero as
-    /// between steps. Gradients that hold something stay. Until [`reload`](Self::reload), whatever would gather or
-    /// reduce returns [`Error::Offloaded`](crate::Error::Offloaded). Sends nothing.
+/// Something whose memory can be given up between its uses, as around generation: LightRFT's `offload_model` and
+/// `reload_model`, `maybe_offload_optimizer` and `maybe_load_optimizer`.
+///
+/// # Contract
+/// - Neither call sends anything to another rank, and either may be made twice: the second does nothing.
+/// - In between, whatever would use what is gone returns an error that says so; nothing is reloaded behind the caller's
+///   back, since the memory may be in use.
+/// - After `reload` every bit that counts is as it was before `offload`.
+pub trait Offload {
+    /// Gives up what can be given up.
     ///
     /// # Errors
-    /// None for units in host memory.
-    pub fn offload(&mut self) -> Result<OffloadReport> {
+    /// The implementation's; it is then not offloaded. None for what is in host memory.
+    fn offload(&mut self) -> Result<OffloadReport>;
+
+    /// Takes it again.
+    ///
+    /// # Errors
+    /// The implementation's; it is then still offloaded. None for what is in host memory.
+    fn reload(&mut self) -> Result<OffloadReport>;
+
+    /// Whether it is given up now.
+    fn is_offloaded(&self) -> bool;
+}
+
+/// Gives up all memory but what exists nowhere else: buffers, what hpZ keeps, and gradients, if they are zero as between
+/// steps. Gradients that hold something stay. Meanwhile whatever would gather or reduce returns
+/// [`Error::Offloaded`](crate::Error::Offloaded).
+impl Offload for ShardedUnits {
+    fn offload(&mut self) -> Result<OffloadReport> {
         let start = Instant::now();
         let mut bytes = self.pool.clear();
         for store in &mut self.stores {
@@ -37,11 +59,7 @@ impl ShardedUnits {
         Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
     }
 
-    /// Takes again what training needs. Sends nothing.
-    ///
-    /// # Errors
-    /// None for units in host memory.
-    pub fn reload(&mut self) -> Result<OffloadReport> {
+    fn reload(&mut self) -> Result<OffloadReport> {
         let start = Instant::now();
         let mut bytes = 0;
         for (unit, store) in self.plan.units().iter().zip(&mut self.stores) {
@@ -50,14 +68,15 @@ impl ShardedUnits {
         self.offloaded = false;
         Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
     }
+
+    fn is_offloaded(&self) -> bool {
+        self.offloaded
+    }
 }
 
-impl<M: StagedModel> ShardedModel<M> {
-    /// Frees every unit that is gathered, then as [`ShardedUnits::offload`]. Sends nothing.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn offload(&mut self) -> Result<OffloadReport> {
+/// Frees every unit that is gathered, then as [`ShardedUnits`]. Units are gathered again when they are used.
+impl<M: StagedModel> Offload for ShardedModel<M> {
+    fn offload(&mut self) -> Result<OffloadReport> {
         let start = Instant::now();
         let before = self.units().transient_bytes().now;
         self.reshard();
@@ -67,11 +86,11 @@ impl<M: StagedModel> ShardedModel<M> {
         Ok(OffloadReport { bytes: freed + report.bytes, elapsed: start.elapsed(), ..report })
     }
 
-    /// As [`ShardedUnits::reload`]: units are gathered again when they are used.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn reload(&mut self) -> Result<OffloadReport> {
+    fn reload(&mut self) -> Result<OffloadReport> {
         self.units_mut().reload()
+    }
+
+    fn is_offloaded(&self) -> bool {
+        self.units().is_offloaded()
     }
 }

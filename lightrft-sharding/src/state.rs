@@ -17,15 +17,18 @@ pub enum StateKind {
     ExpAvg,
     /// AdamW's running mean of squared gradients.
     ExpAvgSq,
+    /// The moving average of the parameter's values, of an [`Ema`](crate::Ema).
+    Ema,
 }
 
 impl StateKind {
-    /// torch's word for it: `param`, `exp_avg`, `exp_avg_sq`.
+    /// torch's word for it: `param`, `exp_avg`, `exp_avg_sq`; and `ema`.
     pub fn as_str(self) -> &'static str {
         match self {
             StateKind::Param => "param",
             StateKind::ExpAvg => "exp_avg",
             StateKind::ExpAvgSq => "exp_avg_sq",
+            StateKind::Ema => "ema",
         }
     }
 }

@@ -34,8 +34,9 @@ pub enum Mode {
 /// One unit as this rank holds it.
 #[derive(Debug)]
 pub(crate) struct Store {
-    /// The shard of the master parameters: trainable ones, then frozen ones.
-    pub(crate) param: Vec<f32>,
+    /// The shard of the master parameters: trainable ones, then frozen ones. A gather that runs ahead reads it too; whoever
+    /// changes it meanwhile (as after a pass that failed) gets a copy.
+    pub(crate) param: Arc<Vec<f32>>,
     /// `None` in a model that does not train.
     pub(crate) grad: Option<Gradient>,
     /// What hpZ keeps.
@@ -137,7 +138,7 @@ impl ShardedUnits {
         let (rank, ranks) = (groups.shard.rank(), groups.shard.world_size());
         let replicas = groups.replicate.world_size();
         let store = |unit: &FlatUnit| Store {
-            param: vec![0.0; unit.shard_elems()],
+            param: Arc::new(vec![0.0; unit.shard_elems()]),
             grad: (policy.mode == Mode::Train).then(|| Gradient::new(unit, &policy, rank, ranks, replicas)),
             near: None,
         };
@@ -236,7 +237,13 @@ impl ShardedUnits {
     ) -> Result<()> {
         self.params_changed();
         for (unit, store) in self.plan.units().iter().zip(&mut self.stores) {
-            read_parts(unit, self.rank, StateKind::Param, &mut store.param, &mut read)?;
+            read_parts(
+                unit,
+                self.rank,
+                StateKind::Param,
+                Arc::make_mut(&mut store.param).as_mut_slice(),
+                &mut read,
+            )?;
         }
         Ok(())
     }
@@ -258,7 +265,7 @@ impl ShardedUnits {
             for (index, owned) in layout.owned_parts(self.rank) {
                 let start = layout.params()[index].range().start;
                 let from = start + owned.param.start..start + owned.param.end;
-                store.param[owned.shard].copy_from_slice(&full[from]);
+                Arc::make_mut(&mut store.param)[owned.shard].copy_from_slice(&full[from]);
             }
         }
         Ok(())
@@ -359,14 +366,14 @@ impl ShardedUnits {
         self.stores.iter_mut().map(|Store { param, grad, .. }| {
             let grad = grad.as_mut().map_or(&[][..], Gradient::sum_or_zeros);
             let learns = grad.len().min(param.len());
-            (&mut param[..learns], grad)
+            (&mut Arc::make_mut(param)[..learns], grad)
         })
     }
 
     /// This rank's shard of a unit's parameters, to be overwritten.
     pub(crate) fn param_shards_mut(&mut self) -> impl Iterator<Item = &mut [f32]> + '_ {
         self.params_changed();
-        self.stores.iter_mut().map(|store| store.param.as_mut_slice())
+        self.stores.iter_mut().map(|store| Arc::make_mut(&mut store.param).as_mut_slice())
     }
 
     /// The gradient shards that are not zero, and that no other rank of the shard group counts.

@@ -6,7 +6,9 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use lightrft_collectives::{Communicator, GroupOptions, Operation, Result as GroupResult, local::World};
+use lightrft_collectives::{
+    Communicator, Dtype, Elements as _, GroupOptions, Operation, Result as GroupResult, local::World,
+};
 use lightrft_sharding::{
     Error, FlatUnit, Overlap, ParamSpec, Policy, ShardedModel, StageGrads, StageSpec, StagedModel, UnitSpec,
     UnitValues,
@@ -73,6 +75,8 @@ impl Communicator for Hooked {
 
     fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> GroupResult<()> {
         let [before, after] = match &operation {
+            // The comparison of plans is of bytes.
+            Operation::AllGather { input, .. } if input.dtype() != Dtype::U8 => ["gather", "gathered"],
             Operation::AllGatherInPlace { .. } => ["gather", "gathered"],
             Operation::ReduceScatterInPlace { .. } | Operation::ReduceScatter { .. } => ["reduce", "reduced"],
             _ => return self.inner.run_within(operation, timeout),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use lightrft_collectives::{Communicator, DeviceMesh, Single, local::World};
 use lightrft_sharding::{
-    AdamW, AdamWConfig, Error, FlatUnit, Mode, Overlap, ParamSpec, Plan, Policy, Precision,
+    AdamW, AdamWConfig, Error, FlatUnit, Mode, Offload as _, Overlap, ParamSpec, Plan, Policy, Precision,
     ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage, StageGrads, StageSpec, StagedModel,
     Trainable, UnitSpec, UnitValues, Update, load_state,
 };

@@ -6,29 +6,45 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::decay::{Decay, decay_by_name};
-use super::kernel::{self, Arrays, Scalars};
-use super::norm;
+use super::kernel::{self, Arrays, Scalars, Work};
+use super::narrow::CopyOut;
+use super::norm::{GradNorm, grad_norm};
 use crate::error::{Error, Result};
 use crate::flat::FlatUnit;
+use crate::offload::{Offload, OffloadReport};
 use crate::plan::Plan;
 use crate::unit::{Mode, ShardedUnits};
 
-/// AdamW's settings; the learning rate is given to each step.
+/// AdamW's settings; the learning rate is given to each step. The default is [`lightrft`](Self::lightrft).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdamWConfig {
-    /// Decay rates of the running means, each in `[0, 1)`. Default (0.9, 0.95).
+    /// Decay rates of the running means, each in `[0, 1)`.
     pub betas: (f64, f64),
-    /// Added to the denominator. Default 1e-8.
+    /// Added to the denominator.
     pub eps: f64,
-    /// Decoupled weight decay, times the learning rate, on parameters that decay. Default 0.
+    /// Decoupled weight decay, times the learning rate, on parameters that decay.
     pub weight_decay: f64,
-    /// Gradients are scaled down to this global norm; 0 means that they never are. Default 1.
+    /// Gradients are scaled down to this global norm; 0 means that they never are.
     pub max_norm: f64,
+}
+
+impl AdamWConfig {
+    /// LightRFT's: betas (0.9, 0.95), eps 1e-8, no weight decay (its `l2`), norm clipped to 1. Which parameters a weight
+    /// decay acts on is [`decay_by_name`]'s to say, which [`AdamW::new`] takes.
+    pub const fn lightrft() -> Self {
+        Self { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_norm: 1.0 }
+    }
+
+    /// torch's: betas (0.9, 0.999), eps 1e-8, weight decay 0.01, no clipping. torch decays every parameter; for that
+    /// give [`AdamW::with_decay`] a rule that says so.
+    pub const fn torch() -> Self {
+        Self { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01, max_norm: 0.0 }
+    }
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_norm: 1.0 }
+        Self::lightrft()
     }
 }
 
@@ -72,6 +88,7 @@ pub struct AdamW {
     rank: usize,
     states: Vec<UnitState>,
     counters: AdamWCounters,
+    offloaded: bool,
 }
 
 /// One unit's state.
@@ -112,7 +129,14 @@ impl AdamW {
             runs: runs(unit, units.rank(), &rule),
         };
         let states = plan.units().iter().map(state).collect();
-        Ok(Self { config, plan, rank: units.rank(), states, counters: AdamWCounters::default() })
+        Ok(Self {
+            config,
+            plan,
+            rank: units.rank(),
+            states,
+            counters: AdamWCounters::default(),
+            offloaded: false,
+        })
     }
 
     /// One step with learning rate `lr`, after which the gradients are zero. *Collective*: one all-reduce of eight
@@ -123,22 +147,54 @@ impl AdamW {
     ///
     /// # Errors
     /// Before anything is sent: [`Error::InvalidSetting`] for a learning rate that is negative or not finite,
-    /// [`Error::IncompleteBackward`], [`Error::ForeignOptimizer`]. Else [`Error::Collective`].
+    /// [`Error::ForeignOptimizer`], [`Error::OptimizerOffloaded`]; and those of [`grad_norm`].
     pub fn step(&mut self, units: &mut ShardedUnits, lr: f64) -> Result<StepReport> {
-        if !(lr.is_finite() && lr >= 0.0) {
-            return Err(Error::InvalidSetting {
-                setting: "lr",
-                value: lr,
-                expected: "a finite number, 0 or more",
-            });
-        }
-        self.check_plan(units)?;
-        if units.backward_incomplete() {
-            return Err(Error::IncompleteBackward);
-        }
+        self.check_step(units, lr)?;
+        let norm = grad_norm([&mut *units])?;
+        self.step_with_norm(units, lr, norm)
+    }
+
+    /// As [`step`](Self::step), with a norm that was taken before: of several models together, say, each of which is then
+    /// clipped by the norm of all, and skipped when any of them is not finite. Sends nothing, since [`grad_norm`] has
+    /// summed what there was to sum.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_with_norm(
+        &mut self,
+        units: &mut ShardedUnits,
+        lr: f64,
+        norm: GradNorm,
+    ) -> Result<StepReport> {
+        self.step_and_copy(units, lr, norm, [])
+    }
+
+    /// As [`step_with_norm`](Self::step_with_norm), and in the same pass over memory rounds the new parameters into
+    /// `copies`: one for each unit in their order, as long as the part of the shard that learns; units beyond the last
+    /// are not copied. A skipped step leaves the copies as they are.
+    ///
+    /// # Errors
+    /// As [`step_with_norm`](Self::step_with_norm), and [`Error::Length`], before anything is changed.
+    pub fn step_and_copy<'c>(
+        &mut self,
+        units: &mut ShardedUnits,
+        lr: f64,
+        norm: GradNorm,
+        copies: impl IntoIterator<Item = CopyOut<'c>>,
+    ) -> Result<StepReport> {
+        self.check_step(units, lr)?;
+        // Nothing to do where the norm was of these gradients.
         units.sync_gradients()?;
-        let grad_norm = norm::global(units)?;
-        if !grad_norm.is_finite() {
+        let copies: Vec<CopyOut<'c>> = copies.into_iter().collect();
+        for (state, (unit, copy)) in self.states.iter().zip(self.plan.units().iter().zip(&copies)) {
+            let expected = state.exp_avg.len();
+            if let Some(got) = copy.len().filter(|&got| got != expected) {
+                let name = unit.name().to_owned();
+                return Err(Error::Length { what: "the half-precision copy", name, got, expected });
+            }
+        }
+        let grad_norm = norm.value();
+        if !norm.is_finite() {
             self.counters.skipped += 1;
             units.zero_gradients();
             tracing::warn!(
@@ -149,21 +205,17 @@ impl AdamW {
             return Ok(StepReport { update: Update::Skipped, grad_norm, clip_factor: 1.0 });
         }
         self.counters.steps += 1;
-        let clip_factor = norm::clip_factor(grad_norm, self.config.max_norm as f32);
+        let clip_factor = norm.clip_factor(self.config.max_norm);
         let scalars = self.scalars(lr, clip_factor);
-        for (UnitState { exp_avg, exp_avg_sq, runs }, (param, grad)) in
-            self.states.iter_mut().zip(units.shards_mut())
-        {
-            for (range, decay) in runs.iter() {
-                let arrays = Arrays {
-                    param: &mut param[range.clone()],
-                    grad: &grad[range.clone()],
-                    exp_avg: &mut exp_avg[range.clone()],
-                    exp_avg_sq: &mut exp_avg_sq[range.clone()],
-                };
-                kernel::step(arrays, *decay, scalars);
-            }
-        }
+        let copies = copies.into_iter().chain(std::iter::repeat_with(CopyOut::default));
+        let shards = self.states.iter_mut().zip(units.shards_mut()).zip(copies);
+        let work = shards.map(|((UnitState { exp_avg, exp_avg_sq, runs }, (param, grad)), copy)| Work {
+            arrays: Arrays { param, grad, exp_avg, exp_avg_sq },
+            copy,
+            runs,
+            start: 0,
+        });
+        kernel::step_all(work.collect(), scalars);
         units.params_changed();
         units.zero_gradients();
         Ok(StepReport { update: Update::Applied, grad_norm, clip_factor })
@@ -205,6 +257,15 @@ impl AdamW {
         self.states.iter_mut().map(|state| (state.exp_avg.as_mut_slice(), state.exp_avg_sq.as_mut_slice()))
     }
 
+    fn check_step(&self, units: &ShardedUnits, lr: f64) -> Result<()> {
+        if !(lr.is_finite() && lr >= 0.0) {
+            let expected = "a finite number, 0 or more";
+            return Err(Error::InvalidSetting { setting: "lr", value: lr, expected });
+        }
+        self.check_plan(units)?;
+        if self.offloaded { Err(Error::OptimizerOffloaded) } else { Ok(()) }
+    }
+
     pub(crate) fn check_plan(&self, units: &ShardedUnits) -> Result<()> {
         let (mine, theirs) = (&self.plan, units.plan());
         if self.rank != units.rank() {
@@ -239,6 +300,25 @@ impl AdamW {
             eps: eps as f32,
             step_size: (lr / correction(beta1)) as f32,
         }
+    }
+}
+
+/// This state is in host memory already, which is where offloading would put it: it stays, [`OffloadReport::bytes`] is 0,
+/// and neither call costs anything. What differs is that between the two a step is refused, as it is for state that has
+/// left a device, so that a program which forgets to reload fails on a laptop too. Checkpoints may be written meanwhile.
+impl Offload for AdamW {
+    fn offload(&mut self) -> Result<OffloadReport> {
+        self.offloaded = true;
+        Ok(OffloadReport { kept_bytes: self.persistent_bytes(), ..OffloadReport::default() })
+    }
+
+    fn reload(&mut self) -> Result<OffloadReport> {
+        self.offloaded = false;
+        Ok(OffloadReport { kept_bytes: self.persistent_bytes(), ..OffloadReport::default() })
+    }
+
+    fn is_offloaded(&self) -> bool {
+        self.offloaded
     }
 }
 

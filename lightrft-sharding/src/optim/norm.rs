@@ -1,51 +1,123 @@
-//! The global gradient norm: one number for all units and ranks, by one all-reduce.
+//! The global gradient norm: one number for all units, all models given together and all ranks, by one all-reduce.
 
-use lightrft_collectives::{CommunicatorExt as _, ReduceOp};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use lightrft_collectives::{Communicator, CommunicatorExt as _, ReduceOp};
 use rayon::prelude::*;
 
-use super::kernel::{PARALLEL, PIECE};
+use super::kernel::{BLOCK, PARALLEL, PIECE};
+use super::simd::{self, Vectors, prefetch};
 use crate::error::{Error, Result};
 use crate::unit::ShardedUnits;
 
 /// Added to the norm before dividing by it, as torch does.
 const CLIP_EPS: f32 = 1e-6;
 
-/// The 2-norm of all gradients of all ranks, the same on every rank; not finite when any gradient is not.
+/// The 2-norm of gradients over all ranks, as [`grad_norm`] found it; the same on every rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GradNorm(f32);
+
+impl GradNorm {
+    /// The norm before clipping; NaN or infinite when any gradient of any rank is, or when it is beyond f32.
+    pub fn value(self) -> f32 {
+        self.0
+    }
+
+    /// Whether a step may be made with these gradients.
+    pub fn is_finite(self) -> bool {
+        self.0.is_finite()
+    }
+
+    /// What gradients are multiplied by so that their norm is at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`,
+    /// as torch's `clip_grad_norm_` has it. 1 when `max_norm` is 0, which means no clipping.
+    pub fn clip_factor(self, max_norm: f64) -> f32 {
+        let max_norm = max_norm as f32;
+        if max_norm > 0.0 { (max_norm / (self.0 + CLIP_EPS)).min(1.0) } else { 1.0 }
+    }
+}
+
+/// The 2-norm of all gradients of all `models` together. *Collective*: one all-reduce of eight bytes for each distinct
+/// group that the models are cut over (one, that is, unless their meshes differ), none for a group of one rank.
 ///
-/// Squares are summed in f64, in an order that depends on the lengths of the shards but not on the number of threads;
-/// the result is rounded to f32, which hides the order for all but one sum in some ten million.
-pub(super) fn global(units: &ShardedUnits) -> Result<f32> {
-    let mut sum = [units.grads().map(sum_of_squares).sum::<f64>()];
-    if units.plan().world_size() > 1 {
-        units
-            .communicator()
-            .all_reduce(&mut sum, ReduceOp::Sum)
-            .map_err(Error::collective("gradient norm", "all units"))?;
+/// Each shard counts once: the sum goes over the ranks of the shard group, so replicas of it add nothing, and units that
+/// are whole on every rank are counted by the first. To clip
+/// several models together, or one model by two optimizers, take the norm of all and give it to
+/// [`AdamW::step_with_norm`](crate::AdamW::step_with_norm) of each.
+///
+/// Squares are exact in f64 and summed in f64, in an order that depends on the lengths of the shards but not on the
+/// number of threads nor on the vectors of the machine; the result is rounded to f32, which hides the order for all but
+/// one sum in some ten million.
+///
+/// Sums over ranks first what has only accumulated so far ([`ShardedUnits::sync_gradients`]).
+///
+/// # Errors
+/// Those of [`ShardedUnits::sync_gradients`], and [`Error::Collective`].
+pub fn grad_norm<'a>(models: impl IntoIterator<Item = &'a mut ShardedUnits>) -> Result<GradNorm> {
+    let mut sums: Vec<(Arc<dyn Communicator>, f64)> = Vec::new();
+    for units in models {
+        units.sync_gradients()?;
+        let sum: f64 = units.grads().map(sum_of_squares).sum();
+        let group = units.communicator();
+        match sums.iter_mut().find(|(other, _)| other.ranks() == group.ranks()) {
+            Some((_, total)) => *total += sum,
+            None => sums.push((Arc::clone(group), sum)),
+        }
     }
-    Ok(sum[0].sqrt() as f32)
+    let mut total = 0.0;
+    for (group, sum) in sums {
+        let mut sum = [sum];
+        if group.world_size() > 1 {
+            let failed = Error::collective("gradient norm", "all units");
+            group.all_reduce(&mut sum, ReduceOp::Sum).map_err(failed)?;
+        }
+        total += sum[0];
+    }
+    Ok(GradNorm(total.sqrt() as f32))
 }
 
-/// `min(1, max_norm / (norm + 1e-6))`; 1 when `max_norm` is 0, which means no clipping.
-pub(super) fn clip_factor(norm: f32, max_norm: f32) -> f32 {
-    if max_norm > 0.0 { (max_norm / (norm + CLIP_EPS)).min(1.0) } else { 1.0 }
+/// What a rank multiplies the loss of a micro-batch by, so that the gradients that add up over `accumulation_steps`
+/// passes and `ranks` ranks are those of the mean: `1 / (accumulation_steps * ranks)`.
+///
+/// Sharding sums gradients and divides by nothing, so this is the place where it happens: scale the loss, or, which is
+/// the same, the gradient that [`ShardedModel::backward`](crate::ShardedModel::backward) begins from. It is meant for
+/// losses that are means over equally many things on each rank and pass. A loss over tokens, of which micro-batches have
+/// different numbers, is divided by the number of tokens in the whole batch instead, and by nothing else.
+///
+/// ```
+/// use std::num::NonZeroUsize;
+/// use lightrft_sharding::loss_scale;
+///
+/// let (passes, ranks) = (NonZeroUsize::new(4).unwrap(), NonZeroUsize::new(8).unwrap());
+/// assert_eq!(loss_scale(passes, ranks), 1.0 / 32.0);
+/// ```
+pub fn loss_scale(accumulation_steps: NonZeroUsize, ranks: NonZeroUsize) -> f32 {
+    (1.0 / (accumulation_steps.get() as f64 * ranks.get() as f64)) as f32
 }
 
-fn sum_of_squares(values: &[f32]) -> f64 {
+/// Sums of pieces, added in their order whoever summed each.
+pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
+    let vectors = Vectors::widest();
     if values.len() < PARALLEL || rayon::current_num_threads() == 1 {
-        return values.chunks(PIECE).map(piece).sum();
+        return values.chunks(PIECE).map(|piece| simd::squares(vectors, piece)).sum();
     }
-    let sums: Vec<f64> = values.par_chunks(PIECE).map(piece).collect();
+    let sums: Vec<f64> = values.par_chunks(PIECE).map(|piece| simd::squares(vectors, piece)).collect();
     sums.into_iter().sum()
 }
 
-/// Eight running sums, which is what vector units want.
-fn piece(values: &[f32]) -> f64 {
-    const LANES: usize = 8;
+/// The sum of squares in 16 running sums, whatever the vectors: two registers of the widest, and enough of the others
+/// that additions need not wait for each other.
+#[inline(always)]
+pub(super) fn squares(values: &[f32]) -> f64 {
+    const LANES: usize = 16;
     let mut sums = [0.0f64; LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (sum, &value) in sums.iter_mut().zip(chunk) {
-            *sum += f64::from(value) * f64::from(value);
+    let (blocks, rest) = values.as_chunks::<BLOCK>();
+    for block in blocks {
+        prefetch(block);
+        for part in block.as_chunks::<LANES>().0 {
+            for (sum, &value) in sums.iter_mut().zip(part) {
+                *sum += f64::from(value) * f64::from(value);
+            }
         }
     }
     let rest: f64 = rest.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
@@ -55,19 +127,41 @@ fn piece(values: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn clipping_never_enlarges_and_zero_turns_it_off() {
-        assert_eq!(clip_factor(0.5, 1.0), 1.0);
-        assert_eq!(clip_factor(1e9, 0.0), 1.0);
-        assert!((clip_factor(4.0, 1.0) - 0.25).abs() < 1e-6);
-        assert_eq!(clip_factor(0.0, 1.0), 1.0);
+        assert_eq!(GradNorm(0.5).clip_factor(1.0), 1.0);
+        assert_eq!(GradNorm(1e9).clip_factor(0.0), 1.0);
+        assert!((GradNorm(4.0).clip_factor(1.0) - 0.25).abs() < 1e-6);
+        assert_eq!(GradNorm(0.0).clip_factor(1.0), 1.0);
     }
 
     #[test]
     fn the_sum_does_not_depend_on_threads() {
         let values: Vec<f32> = (0..PARALLEL + 13).map(|i| (i as f32 * 0.37).sin()).collect();
-        let sequential: f64 = values.chunks(PIECE).map(piece).sum();
-        assert_eq!(sum_of_squares(&values).to_bits(), sequential.to_bits());
+        let with = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| sum_of_squares(&values)).to_bits()
+        };
+        let alone = with(1);
+        for threads in 2..5 {
+            assert_eq!(with(threads), alone, "{threads} threads");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_sum_has_the_same_bits_with_any_vectors(len in 0usize..300, skip in 0usize..16, seed: u32) {
+            let value = |i: usize| f32::from_bits((i as u32).wrapping_mul(2_654_435_761) ^ seed) % 8.0;
+            let values: Vec<f32> = (0..skip + len).map(value).map(|v| if v.is_nan() { 1.5 } else { v }).collect();
+            let values = &values[skip..];
+            let plain = simd::squares(Vectors::Plain, values);
+            for &vectors in Vectors::ALL.iter().filter(|vectors| vectors.at_hand()) {
+                prop_assert_eq!(simd::squares(vectors, values).to_bits(), plain.to_bits(), "{:?}", vectors);
+            }
+            let exact: f64 = values.iter().map(|&v| f64::from(v).powi(2)).sum();
+            prop_assert!((plain - exact).abs() <= 1e-12 * exact);
+        }
     }
 }

@@ -57,6 +57,10 @@ impl Communicator for Counted {
     fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> GroupResult<()> {
         let ranks = self.inner.world_size();
         let (op, elems, dtype) = match &operation {
+            // The comparison of plans is of bytes.
+            Operation::AllGather { input, .. } if input.dtype() != Dtype::U8 => {
+                ("gather", input.count(), input.dtype())
+            }
             Operation::AllGatherInPlace { data } => ("gather", data.count() / ranks, data.dtype()),
             Operation::ReduceScatter { input, .. } => ("reduce", input.count(), input.dtype()),
             Operation::ReduceScatterInPlace { data, .. } => ("reduce", data.count(), data.dtype()),

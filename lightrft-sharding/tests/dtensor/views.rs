@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use lightrft_collectives::{Call, Communicator, CommunicatorExt as _, ReduceOp, local::World};
 use lightrft_sharding::{
-    AdamW, AdamWConfig, DTensor, DTensorView, Error, Mode, ParamSpec, ParamViews, Placement, Plan, Policy,
-    ShardSize, ShardedUnits, Stage, Trainable, UnitSpec,
+    AdamW, AdamWConfig, DTensor, DTensorView, Error, Mode, Offload as _, ParamSpec, ParamViews, Placement,
+    Plan, Policy, ShardSize, ShardedUnits, Stage, Trainable, UnitSpec,
 };
 use proptest::prelude::*;
 
