@@ -304,6 +304,14 @@ impl Communicator for Patient {
     ) -> lightrft_collectives::Result<Option<Arc<dyn Communicator>>> {
         self.0.subgroup_with(ranks, options)
     }
+
+    fn failure(&self, call: Call) -> Option<Error> {
+        self.0.failure(call)
+    }
+
+    fn poison(&self, error: &Error) {
+        self.0.poison(error);
+    }
 }
 
 #[test]
@@ -317,8 +325,10 @@ fn two_gpus_that_disagree_learn_of_it_though_no_call_waits_for_the_others() {
 fn rank_disagrees_unawares() {
     let rank = Rank::join();
     let everyone: Vec<usize> = (0..rank.host.world_size()).collect();
-    // A barrier is the host's, and waits there for those that make a call on their GPUs.
-    for case in Mismatch::ALL.into_iter().filter(|case| *case != Mismatch::Call) {
+    // A barrier is the host's, and waits there for those that make a call on their GPUs. Objects and fused tensors begin
+    // with equal calls; who reads what those brought finds the difference, and has waited for it.
+    let waits = [Mismatch::Call, Mismatch::Objects, Mismatch::Fused];
+    for case in Mismatch::ALL.into_iter().filter(|case| !waits.contains(case)) {
         for warm in [false, true] {
             let host = rank.host.subgroup(&everyone).unwrap().unwrap();
             let options = Options::default().timeout(LIMIT);

@@ -61,6 +61,22 @@ struct Inner {
     left: HashSet<usize>,
     /// Ranks that dropped their end of a group.
     left_group: HashSet<(usize, u64)>,
+    /// Of ranks that said goodbye, whom they had been told to have lost.
+    reasons: HashMap<usize, usize>,
+    /// The rank that the first verdict of a loss was about.
+    first_loss: Option<usize>,
+}
+
+impl Inner {
+    fn has_left(&self, rank: usize, group: u64) -> bool {
+        self.left.contains(&rank) || self.left_group.contains(&(rank, group))
+    }
+
+    /// The other member of `group` because of whose loss `rank`, which left, may have done so.
+    fn reason(&self, rank: usize, group: u64) -> Option<usize> {
+        let members = &self.groups.get(&group)?.ranks;
+        self.reasons.get(&rank).copied().filter(|reason| members.contains(reason) && *reason != rank)
+    }
 }
 
 /// The failures of a world, as this rank knows them. Ranks are those of the world.
@@ -119,7 +135,7 @@ impl Fate {
 
     /// How `rank`, which is not in `group` any more, is to be called lost: where another rank of the world was lost since the
     /// group was made, that came first.
-    pub(super) fn departure(&self, rank: usize, group: u64) -> Loss {
+    fn departure(&self, rank: usize, group: u64) -> Loss {
         let inner = self.lock();
         let none = BTreeSet::new();
         let bygone = inner.groups.get(&group).map_or(&none, |of| &of.bygone);
@@ -157,6 +173,9 @@ impl Fate {
     /// Records why a group is dead, and rings its alarm.
     pub(super) fn record_verdict(&self, group: u64, cause: Cause) {
         let mut inner = self.lock();
+        if let Cause::Lost { rank, .. } = cause {
+            inner.first_loss.get_or_insert(rank);
+        }
         inner.verdicts.entry(group).or_insert(cause);
         if let Some(alarm) = inner.groups.get(&group).and_then(|of| of.alarm.upgrade()) {
             alarm.ring();
@@ -180,14 +199,41 @@ impl Fate {
 
     /// Whether `rank` has left the world or this group.
     pub(super) fn has_left(&self, rank: usize, group: u64) -> bool {
-        let inner = self.lock();
-        inner.left.contains(&rank) || inner.left_group.contains(&(rank, group))
+        self.lock().has_left(rank, group)
+    }
+
+    /// The rank that the first verdict of a loss was about, if there was one.
+    pub(super) fn first_loss(&self) -> Option<usize> {
+        self.lock().first_loss
+    }
+
+    /// Records that `rank`, which is about to say goodbye, had been told that it lost `reason`.
+    pub(super) fn record_reason(&self, rank: usize, reason: usize) {
+        self.lock().reasons.entry(rank).or_insert(reason);
+    }
+
+    /// The failure of `group` that it is that `rank` is not in it any more: where that rank left because another member
+    /// had, the other one's departure. Waits up to `timeout` for word of that.
+    pub(super) fn departed(&self, rank: usize, group: u64, timeout: Duration) -> Cause {
+        let mut first = rank;
+        let mut passed = BTreeSet::from([rank]);
+        loop {
+            let Some(reason) = self.lock().reason(first, group) else { break };
+            let heard = |inner: &Inner| inner.has_left(reason, group) || inner.lost.contains_key(&reason);
+            if let Some(verdict) = self.await_verdict(group, timeout, heard) {
+                return verdict;
+            }
+            if !self.has_left(reason, group) || !passed.insert(reason) {
+                break;
+            }
+            first = reason;
+        }
+        Cause::Lost { rank: first, how: self.departure(first, group) }
     }
 
     /// As [`cause`](Fate::cause), waiting for one up to `timeout`, unless `rank` is known to have left.
     pub(super) fn await_cause(&self, group: u64, rank: usize, timeout: Duration) -> Option<Cause> {
-        let gone = |inner: &Inner| inner.left.contains(&rank) || inner.left_group.contains(&(rank, group));
-        self.await_verdict(group, timeout, gone)
+        self.await_verdict(group, timeout, |inner| inner.has_left(rank, group))
     }
 
     /// Waits up to `timeout` for the verdict on a group that has failed.

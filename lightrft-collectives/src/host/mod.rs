@@ -49,6 +49,7 @@ use self::note::{Cause, Lateness, Note};
 pub(crate) use self::shm::HeapMemory;
 use self::shm::{Shm, Watch};
 use self::tcp::Tcp;
+use self::verdict::SETTLE;
 use self::vigil::{Subject, Vigil};
 use self::world::{AGREEMENT, World, group_id};
 pub(crate) use self::world::{Join, node_name};
@@ -236,7 +237,7 @@ impl Group {
                 let rank = world_rank(peer);
                 let known = fate.await_cause(self.id, rank, VERDICT);
                 // Its process lives, or the watcher would know better: it has dropped its communicator.
-                known.is_none().then(|| Cause::Lost { rank, how: fate.departure(rank, self.id) })
+                known.is_none().then(|| fate.departed(rank, self.id, SETTLE))
             }
             Fault::Mismatch(peer, theirs) => {
                 let Some(theirs) = theirs.filter(|theirs| *theirs != mine) else {

@@ -170,6 +170,8 @@ impl<V> Said<V> {
 pub(super) enum Note {
     /// The sender leaves the world in good order.
     Goodbye,
+    /// As `Goodbye`, of one that was told before that this rank was lost to a group of theirs: it may leave because of that.
+    GoodbyeAfter { lost: usize },
     /// The sender has dropped its end of one group.
     LeftGroup { group: u64 },
     /// The sender lives. Sent to ranks of other machines.

@@ -330,7 +330,7 @@ mod tests {
     fn a_rank_that_left_because_of_a_death_is_not_blamed_where_the_dead_one_was_a_member() {
         let shared = hear_of_a_death_and_a_departure();
         // What a call on that group finds: the connection to rank 1 is closed, and it has said goodbye.
-        shared.declare(7, Cause::Lost { rank: 1, how: shared.fate.departure(1, 7) });
+        shared.declare(7, shared.fate.departed(1, 7, SETTLE));
         assert!(!shared.fate.is_lost(2), "its last words may be on the way");
         shared.declare_lost(2, Loss::Died);
         assert_eq!(shared.fate.cause(7), Some(lost(2)));
@@ -339,10 +339,33 @@ mod tests {
     #[test]
     fn a_rank_that_left_because_of_a_death_is_said_to_elsewhere() {
         let shared = hear_of_a_death_and_a_departure();
-        assert_eq!(shared.fate.departure(1, 8), Loss::LeftAfter { lost: 2 });
+        let left = |how| Cause::Lost { rank: 1, how };
+        assert_eq!(shared.fate.departed(1, 8, SETTLE), left(Loss::LeftAfter { lost: 2 }));
         // A group that was made since then has nothing to do with it.
         shared.fate.enter(9, &[0, 1]).unwrap();
-        assert_eq!(shared.fate.departure(1, 9), Loss::Left);
+        assert_eq!(shared.fate.departed(1, 9, SETTLE), left(Loss::Left));
+    }
+
+    #[test]
+    fn of_members_that_left_one_after_another_the_first_is_named() {
+        let shared = Shared::new(0, 4, 0).unwrap();
+        let _connections = [connect(&shared, 1), connect(&shared, 2), connect(&shared, 3)];
+        shared.fate.enter(7, &[0, 1, 2]).unwrap();
+        shared.fate.enter(8, &[0, 1, 3]).unwrap();
+        // Rank 2 has left, to rank 1 in a group of theirs, which left then; this rank hears of rank 1 first.
+        shared.fate.record_reason(1, 2);
+        shared.hear_goodbye(1, None);
+        let named = std::thread::scope(|scope| {
+            let named = scope.spawn(|| shared.fate.departed(1, 7, Duration::from_secs(20)));
+            shared.hear_goodbye(2, None);
+            named.join().unwrap()
+        });
+        assert_eq!(named, Cause::Lost { rank: 2, how: Loss::Left });
+        // Not where it was no member, nor where it still is one.
+        assert_eq!(shared.fate.departed(1, 8, SETTLE), Cause::Lost { rank: 1, how: Loss::Left });
+        shared.fate.record_reason(3, 0);
+        shared.hear_goodbye(3, None);
+        assert_eq!(shared.fate.departed(3, 8, SETTLE), Cause::Lost { rank: 3, how: Loss::Left });
     }
 
     #[test]

@@ -186,7 +186,8 @@ impl Shared {
 
     /// Says goodbye and lets the watcher end. Does not wait.
     pub(super) fn leave(&self) {
-        self.tell_all(&Note::Goodbye);
+        let lost = self.fate.first_loss().filter(|lost| *lost != self.rank);
+        self.tell_all(&lost.map_or(Note::Goodbye, |lost| Note::GoodbyeAfter { lost }));
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = State::Stopping;
         self.wake();
     }
@@ -387,6 +388,10 @@ impl Watcher {
         let shared = &self.shared;
         match note {
             Note::Goodbye => shared.hear_goodbye(rank, None),
+            Note::GoodbyeAfter { lost } => {
+                shared.fate.record_reason(rank, lost);
+                shared.hear_goodbye(rank, None);
+            }
             Note::LeftGroup { group } => shared.hear_goodbye(rank, Some(group)),
             Note::Pulse => {}
             Note::Verdict(said) => shared.hear_verdict(rank, said),

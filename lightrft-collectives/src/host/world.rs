@@ -14,6 +14,7 @@ use super::hello::{Gate, Purpose};
 use super::note::{Cause, Lateness};
 use super::patience::Patience;
 use super::shm::Cores;
+use super::verdict::SETTLE;
 use super::watcher::{Place, Shared, Watcher};
 use super::{Group, Transport};
 use crate::auth::{Token, random};
@@ -335,7 +336,7 @@ impl World {
             return error(cause);
         }
         let cause = match failure.kind() {
-            _ if fate.has_left(peer, id) => Cause::Lost { rank: peer, how: fate.departure(peer, id) },
+            _ if fate.has_left(peer, id) => fate.departed(peer, id, SETTLE),
             // A rank listens for as long as it is in the world.
             ConnectionRefused | ConnectionReset | BrokenPipe => {
                 self.shared.declare_lost(peer, Loss::Died);
