@@ -72,7 +72,8 @@ pub trait StagedModel {
     fn stages(&self) -> Vec<StageSpec>;
 
     /// Whether `stage` has nothing to do for this batch, which may differ from rank to rank: it then hands its input on.
-    /// Asked in the forward pass; the answer holds for its backward.
+    /// Asked in the forward pass; the answer holds for its backward. Some stage must run on every rank, the one that gives
+    /// the output as a rule: a rank whose batch skips all has nothing to begin backward with, and fails.
     fn skips(&self, stage: usize, batch: &Self::Batch) -> bool {
         let _ = (stage, batch);
         false

@@ -174,8 +174,7 @@ impl ShardedUnits {
             .values
             .reduce_scatter(&*self.groups.shard)
             .map_err(Error::collective("gradient reduce-scatter", &name))?;
-        self.scatter(&whole.values, parts);
-        self.pool.put_whole(whole);
+        self.take_sums(whole, parts);
         Ok(())
     }
 
@@ -186,17 +185,21 @@ impl ShardedUnits {
         };
         let name = self.names(&parts);
         let values = pending.wait().map_err(Error::collective("gradient reduce-scatter", &name))?;
-        self.scatter(&values, parts);
-        self.pool.put_whole(Whole { values, lease });
+        self.take_sums(Whole { values, lease }, parts);
         Ok(())
     }
 
-    /// Adds this rank's parts of a reduced buffer to what has accumulated.
-    fn scatter(&mut self, values: &UnitValues, parts: Parts) {
+    /// Adds this rank's parts of a reduced buffer to what has accumulated. The buffer of one unit is kept for reuse; that of
+    /// several is freed, since a unit that were gathered into it would hold all of it.
+    fn take_sums(&mut self, whole: Whole, parts: Parts) {
+        let is_one = parts.len() == 1;
         for (unit, part) in parts {
             if let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) {
-                gradient.accumulate(values, part);
+                gradient.accumulate(&whole.values, part);
             }
+        }
+        if is_one {
+            self.pool.put_whole(whole);
         }
     }
 

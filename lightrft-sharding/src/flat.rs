@@ -17,7 +17,7 @@ use crate::plan::{ParamSpec, UnitSpec};
 /// interval, so an all-gather of the shards *is* the unit, and a reduce-scatter of the unit's gradient *is* the
 /// shard's gradient: neither needs a copy to put parameters in order.
 ///
-/// Padding is fewer than `world * alignment` elements (so with the default alignment of 1, fewer than `world`),
+/// Padding is fewer than `world * alignment` elements (so with the default alignment of 1, fewer than `world`) a segment,
 /// and is always zero.
 ///
 /// A unit of which some parameters learn and some are frozen has two such segments, each padded and cut on its own: the

@@ -103,7 +103,7 @@ pub(crate) fn effective_reshard(policy: &Policy, size: usize) -> ReshardAfterFor
     match policy.reshard_after_forward {
         _ if policy.stage != Stage::Zero3 => ReshardAfterForward::Always,
         ReshardAfterForward::ToGroup(1) => ReshardAfterForward::Never,
-        ReshardAfterForward::ToGroup(ranks) if ranks >= size => ReshardAfterForward::Always,
+        ReshardAfterForward::ToGroup(ranks) if ranks == size => ReshardAfterForward::Always,
         other => other,
     }
 }

@@ -11,7 +11,6 @@ use crate::error::{Error, Result};
 use crate::flat::FlatUnit;
 use crate::gather::Gathering;
 use crate::groups::effective_reshard;
-use crate::plan::UnitSpec;
 use crate::policy::{Activations, Policy, ReshardAfterForward, Stage};
 use crate::schedule::{Hold, Op, Schedule, UnitPlan};
 use crate::unit::{Mode, ShardedUnits};
@@ -64,7 +63,7 @@ impl<M: StagedModel> ShardedModel<M> {
     /// # Errors
     /// [`Error::InvalidStage`] for stages that cannot be run, and all of [`ShardedUnits::with_policy`].
     pub fn new(model: M, world: Arc<dyn Communicator>, policy: Policy) -> Result<Self> {
-        Self::cut(model, |units| ShardedUnits::with_policy(units, world, &policy))
+        Self::cut(model, world, None, &policy)
     }
 
     /// As [`new`](Self::new), on a mesh of the caller's: see [`ShardedUnits::on_mesh`]. *Collective.*
@@ -77,16 +76,20 @@ impl<M: StagedModel> ShardedModel<M> {
         mesh: &DeviceMesh,
         policy: Policy,
     ) -> Result<Self> {
-        Self::cut(model, |units| ShardedUnits::on_mesh(units, world, mesh, &policy))
+        Self::cut(model, world, Some(mesh), &policy)
     }
 
-    fn cut(model: M, units: impl FnOnce(Vec<UnitSpec>) -> Result<ShardedUnits>) -> Result<Self> {
+    fn cut(
+        model: M,
+        world: Arc<dyn Communicator>,
+        mesh: Option<&DeviceMesh>,
+        policy: &Policy,
+    ) -> Result<Self> {
         let specs = model.units();
         let stages: Arc<[StageSpec]> = model.stages().into();
-        // Before anything is asked of other ranks.
         let names = specs.iter().map(|unit| UnitPlan { name: unit.name.clone(), hold: Hold::Use, ahead: 0 });
-        Schedule::new(&stages, &names.collect::<Vec<_>>())?;
-        let units = units(specs)?;
+        let checked = Schedule::new(&stages, &names.collect::<Vec<_>>()).map(|_| &*stages);
+        let units = ShardedUnits::of_model(specs, checked, world, mesh, policy)?;
         let plans: Vec<UnitPlan> = units.plan().units().iter().map(|unit| unit_plan(unit, &units)).collect();
         let schedule = Arc::new(Schedule::new(&stages, &plans)?);
         let live = plans.iter().map(|_| None).collect();
@@ -152,16 +155,16 @@ impl<M: StagedModel> ShardedModel<M> {
     /// [`Error::AlreadySummed`] between [`sync_gradients`](ShardedUnits::sync_gradients) and the step;
     /// [`Error::Compute`] with the model's error, [`Error::Collective`], [`Error::Length`].
     pub fn backward(&mut self, tape: Tape<'_, M>, grad_output: M::Activation) -> Result<()> {
-        if tape.version != self.units.version() || tape.stages.len() != self.stages.len() {
-            return Err(Error::StaleTape);
-        }
-        if self.units.backward_incomplete() {
-            return Err(Error::IncompleteBackward);
-        }
-        self.units.check_open()?;
-        // Another pass may have ended, and freed what is never resharded; then this one gathers again.
-        self.without_gradient.clear();
         self.guarded(|this| {
+            if tape.version != this.units.version() || tape.stages.len() != this.stages.len() {
+                return Err(Error::StaleTape);
+            }
+            if this.units.backward_incomplete() {
+                return Err(Error::IncompleteBackward);
+            }
+            this.units.check_open()?;
+            this.without_gradient.clear();
+            // Another pass may have ended, and freed what is never resharded; then this one gathers again.
             this.forget_old_units();
             this.units.begin_backward();
             this.run_backward(tape, grad_output)?;
@@ -243,6 +246,7 @@ impl<M: StagedModel> ShardedModel<M> {
         let plan = Arc::clone(self.units.plan());
         let mut grads: Vec<Option<UnitGrads>> = plan.units().iter().map(|_| None).collect();
         let mut grad = Some(grad_output);
+        let mut ran_last = String::new();
         let (stages, schedule) = (Arc::clone(&self.stages), Arc::clone(&self.schedule));
         let bucket = self.units.stage_bucket();
         for &op in &schedule.backward {
@@ -267,9 +271,9 @@ impl<M: StagedModel> ShardedModel<M> {
                     let Some(grad_output) = grad.take() else {
                         let what =
                             "backward returned no gradient of its input to the stage before".to_owned();
-                        let stage = stages.get(stage + 1).map_or_else(String::new, |next| next.name.clone());
-                        return Err(Error::InvalidStage { stage, what });
+                        return Err(Error::InvalidStage { stage: ran_last, what });
                     };
+                    ran_last.clone_from(&stages[stage].name);
                     let mut sink = StageGrads::new(&stages[stage].units, plan.units(), &mut grads);
                     let (sink, input) = (&mut sink, input.as_ref());
                     let ran = match saved {
@@ -362,7 +366,7 @@ impl<M: StagedModel> ShardedModel<M> {
 }
 
 fn no_stages() -> Error {
-    Error::InvalidStage { stage: String::new(), what: "every stage skips this batch".to_owned() }
+    Error::InvalidStage { stage: "any".to_owned(), what: "every stage skips this batch".to_owned() }
 }
 
 /// How long a gathered unit stays, and how far ahead of its use it is gathered.

@@ -23,7 +23,8 @@ pub struct OffloadReport {
 /// `reload_model`, `maybe_offload_optimizer` and `maybe_load_optimizer`.
 ///
 /// # Contract
-/// - Neither call sends anything to another rank, and either may be made twice: the second does nothing.
+/// - Neither call sends anything to another rank, but all ranks make it between the same passes: what is gone is gathered
+///   again. Either may be made twice: the second does nothing.
 /// - In between, whatever would use what is gone returns an error that says so; nothing is reloaded behind the caller's
 ///   back, since the memory may be in use.
 /// - After `reload` every bit that counts is as it was before `offload`.

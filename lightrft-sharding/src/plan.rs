@@ -77,7 +77,8 @@ impl Plan {
     }
 
     /// The plan for `units` over `world` ranks, with every shard a multiple of `alignment` elements, as devices
-    /// and vector units like it. Padding is below `world * alignment` elements per unit.
+    /// and vector units like it. Padding is below `world * alignment` elements per unit,
+    /// below twice that where some of its parameters are frozen.
     ///
     /// # Errors
     /// - [`Error::InvalidPlan`] when `world` or `alignment` is zero;

@@ -169,7 +169,8 @@ pub struct Policy {
     pub prefetch: usize,
     /// Whether the reduce-scatters of stages 2 and 3 run beside backward.
     pub overlap: Overlap,
-    /// Most elements of units that stages 0 to 2 exchange in one call. A larger unit goes alone.
+    /// Most elements of units that are exchanged in one call: in stages 0 to 2, and in stage 3 between replicas and for
+    /// units that are not cut. A larger unit goes alone; several are packed, in a second buffer of their size.
     pub reduce_bucket_elems: usize,
     /// What parameters are gathered and computed in.
     pub param_dtype: Precision,

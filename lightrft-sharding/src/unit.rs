@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::agree;
 use crate::buffers::{Pool, TransientBytes};
+use crate::compute::StageSpec;
 use crate::error::{BoxError, Error, Result};
 use crate::exchange::Backlog;
 use crate::flat::{FlatParam, FlatUnit};
@@ -77,12 +78,18 @@ impl ShardedUnits {
     /// - [`Error::PlanMismatch`] on every rank when any two have different parameters, with the first difference.
     pub fn new(plan: Arc<Plan>, comm: Arc<dyn Communicator>, mode: Mode) -> Result<Self> {
         let world = comm.world_size();
-        if plan.world_size() != world {
+        let prepared = if plan.world_size() == world {
+            Ok(plan)
+        } else {
             let group = comm.name().to_owned();
-            return Err(Error::WorldMismatch { plan: plan.world_size(), group, world });
-        }
+            Err(Error::WorldMismatch { plan: plan.world_size(), group, world })
+        };
+        let plan = agree::on_model(
+            prepared,
+            |plan| [vec![format!("mode = {mode:?}")], agree::plan_lines(plan)].concat(),
+            &*comm,
+        )?;
         let policy = Policy { mode, alignment: plan.alignment(), prefetch: 0, ..Policy::default() };
-        agree::on_plan(&plan, &policy, &*comm)?;
         Ok(Self::of_groups(plan, policy, Groups::flat(comm)?))
     }
 
@@ -93,13 +100,7 @@ impl ShardedUnits {
     /// [`Error::Contradiction`] and [`Error::InvalidSetting`] for the policy; those of [`Plan::with_policy`];
     /// [`Error::PlanMismatch`] on every rank when any two differ; [`Error::Collective`].
     pub fn with_policy(units: Vec<UnitSpec>, world: Arc<dyn Communicator>, policy: &Policy) -> Result<Self> {
-        // One that cannot be counted is refused when it is laid out.
-        let size = |shape: &Vec<usize>| shape.iter().fold(1usize, |n, &dim| n.saturating_mul(dim));
-        let sizes = units.iter().flat_map(|unit| &unit.params).map(|param| size(&param.shape));
-        let elems = sizes.fold(0usize, usize::saturating_add);
-        let ranks = policy.shard_ranks(world.world_size(), elems)?;
-        let mesh = groups::mesh(world.world_size(), ranks)?;
-        Self::on_two_axes(units, world, &mesh, policy)
+        Self::of_model(units, Ok(&[]), world, None, policy)
     }
 
     /// As [`with_policy`](Self::with_policy), on a mesh of the caller's over all ranks of `world`: its one axis, or the
@@ -115,23 +116,34 @@ impl ShardedUnits {
         mesh: &DeviceMesh,
         policy: &Policy,
     ) -> Result<Self> {
-        let mesh = groups::two_axes(mesh, &*world)?;
-        let ranks = mesh.sizes()[1];
-        let policy = Policy { shard_size: ShardSize::Ranks(ranks), ..policy.clone() };
-        policy.validate(world.world_size())?;
-        Self::on_two_axes(units, world, &mesh, &policy)
+        Self::of_model(units, Ok(&[]), world, Some(mesh), policy)
     }
 
-    fn on_two_axes(
+    /// On the caller's mesh or one that the policy asks for; `stages` are compared with the other ranks' too.
+    pub(crate) fn of_model(
         units: Vec<UnitSpec>,
+        stages: Result<&[StageSpec]>,
         world: Arc<dyn Communicator>,
-        mesh: &DeviceMesh,
+        mesh: Option<&DeviceMesh>,
         policy: &Policy,
     ) -> Result<Self> {
-        let plan = Arc::new(Plan::with_policy(units, mesh.sizes()[1], policy)?);
-        agree::on_plan(&plan, policy, &*world)?;
-        let groups = Groups::new(world, mesh, policy)?;
-        Ok(Self::of_groups(plan, policy.clone(), groups))
+        let prepared = stages.and_then(|stages| {
+            let (mesh, policy) = on_two_axes(&units, &*world, mesh, policy)?;
+            Ok((Plan::with_policy(units, mesh.sizes()[1], &policy)?, mesh, policy, stages))
+        });
+        let (plan, mesh, policy, _) = agree::on_model(
+            prepared,
+            |(plan, mesh, policy, stages)| {
+                let mut lines = policy.lines();
+                lines.push(format!("mesh of {:?}, ranks {:?}", mesh.sizes(), mesh.ranks()));
+                lines.extend(agree::plan_lines(plan));
+                lines.extend(agree::stage_lines(stages));
+                lines
+            },
+            &*world,
+        )?;
+        let groups = Groups::new(world, &mesh, &policy)?;
+        Ok(Self::of_groups(Arc::new(plan), policy, groups))
     }
 
     fn of_groups(plan: Arc<Plan>, policy: Policy, groups: Groups) -> Self {
@@ -144,7 +156,7 @@ impl ShardedUnits {
         };
         let stores = plan.units().iter().map(store).collect();
         // A unit that is used, those that are gathered ahead, its gradient, and one that is exchanged beside.
-        let buffers = 2 + policy.prefetch + usize::from(policy.overlap == Overlap::On);
+        let buffers = policy.prefetch.saturating_add(2 + usize::from(policy.overlap == Overlap::On));
         Self {
             plan,
             groups,
@@ -386,6 +398,27 @@ impl ShardedUnits {
     pub(crate) fn check_loaded(&self, layout: &FlatUnit) -> Result<()> {
         if self.offloaded { Err(Error::Offloaded { unit: layout.name().to_owned() }) } else { Ok(()) }
     }
+}
+
+/// The mesh of shard groups and replicas: the caller's, to which the policy's `shard_size` gives way, or the policy's.
+fn on_two_axes(
+    units: &[UnitSpec],
+    world: &dyn Communicator,
+    mesh: Option<&DeviceMesh>,
+    policy: &Policy,
+) -> Result<(DeviceMesh, Policy)> {
+    if let Some(mesh) = mesh {
+        let mesh = groups::two_axes(mesh, world)?;
+        let policy = Policy { shard_size: ShardSize::Ranks(mesh.sizes()[1]), ..policy.clone() };
+        policy.validate(world.world_size())?;
+        return Ok((mesh, policy));
+    }
+    // A size that cannot be counted is refused when it is laid out.
+    let size = |shape: &Vec<usize>| shape.iter().fold(1usize, |n, &dim| n.saturating_mul(dim));
+    let sizes = units.iter().flat_map(|unit| &unit.params).map(|param| size(&param.shape));
+    let elems = sizes.fold(0usize, usize::saturating_add);
+    let ranks = policy.shard_ranks(world.world_size(), elems)?;
+    Ok((groups::mesh(world.world_size(), ranks)?, policy.clone()))
 }
 
 /// Reads this rank's parts of `unit` into `shard`, one call for each parameter.

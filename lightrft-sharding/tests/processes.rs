@@ -17,14 +17,17 @@ use probe::{Batch, Probe};
 const RANKS: usize = 4;
 
 fn run_ranks(transport: &str) {
+    let marks = tempfile::tempdir().unwrap();
     let outcome = Launcher::new(std::env::current_exe().unwrap())
         .args(["rank_trains", "--exact", "--ignored", "--nocapture", "--test-threads=1"])
         .env("TRANSPORT", transport)
+        .env("MARKS", marks.path().to_str().unwrap())
         .ranks(RANKS)
         .output(Output::Prefixed)
         .run()
         .unwrap();
     assert!(outcome.is_success(), "{transport}: {outcome}");
+    assert_eq!(std::fs::read_dir(marks.path()).unwrap().count(), RANKS, "ranks that ran to their end");
 }
 
 #[test]
@@ -63,14 +66,14 @@ fn train(comm: Arc<dyn Communicator>, policy: &Policy) -> Result<Vec<u32>, Error
 #[test]
 #[ignore = "a rank of the tests above"]
 fn rank_trains() {
-    let tcp = std::env::var("TRANSPORT").is_ok_and(|transport| transport == "tcp");
-    let transport = if tcp { Transport::Tcp } else { Transport::Auto };
-    let rendezvous = Rendezvous::from_env().unwrap().timeout(Duration::from_secs(60));
-    let world = rendezvous.transport(transport).init().unwrap();
-    if world.world_size() != RANKS {
+    let (Ok(transport), Ok(marks)) = (std::env::var("TRANSPORT"), std::env::var("MARKS")) else {
         println!("not started by a test above: nothing to do");
         return;
-    }
+    };
+    let transport = if transport == "tcp" { Transport::Tcp } else { Transport::Auto };
+    let rendezvous = Rendezvous::from_env().unwrap().timeout(Duration::from_secs(60));
+    let world = rendezvous.transport(transport).init().unwrap();
+    assert_eq!(world.world_size(), RANKS);
     let default = Policy::default;
     let overlapped = || Policy { prefetch: 2, overlap: Overlap::On, ..default() };
     for policy in [
@@ -86,4 +89,5 @@ fn rank_trains() {
         let alone = train(Single::world(), &Policy::default()).unwrap();
         assert_eq!(train(Arc::clone(&world), &policy).unwrap(), alone, "{policy:?}");
     }
+    std::fs::write(std::path::Path::new(&marks).join(world.rank().to_string()), "").unwrap();
 }

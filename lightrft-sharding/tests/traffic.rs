@@ -183,6 +183,7 @@ fn calls_carry_the_precision_of_the_policy() {
     let dtypes = |op| pass.iter().filter(move |call: &&Call| call.op == op).map(|call| call.dtype);
     assert!(dtypes(G).all(|dtype| dtype == Dtype::BF16) && dtypes(G).count() > 2);
     assert!(dtypes(R).all(|dtype| dtype == Dtype::F16) && dtypes(R).count() == 2);
+    assert!(!step.is_empty());
     assert!(step.iter().all(|call| call.op == A && call.dtype == Dtype::F16 && call.ranks == 2));
 }
 

@@ -36,17 +36,18 @@ impl Region {
     }
 
     /// Elements `range` of a tensor of this shape, flattened row-major, as boxes that hold them one box after another:
-    /// at most two a dim, less one. None for an empty range.
+    /// at most two a dim, less one. None for an empty range; what lies beyond the tensor's end is left out.
     pub fn of_range(range: Range<usize>, shape: &[usize]) -> Vec<Region> {
         let mut boxes = Vec::new();
-        cut(range, shape, &[], &mut boxes);
+        let elems = shape.iter().fold(1usize, |n, &dim| n.saturating_mul(dim));
+        cut(range.start..range.end.min(elems), shape, &[], &mut boxes);
         boxes
     }
 
     /// The indices in both boxes; `None` where there are none.
     pub fn intersection(&self, other: &Region) -> Option<Region> {
         let dims = self.offsets.len();
-        if dims != other.offsets.len() {
+        if [self.sizes.len(), other.offsets.len(), other.sizes.len()] != [dims; 3] {
             return None;
         }
         let mut both = Region::new(Vec::with_capacity(dims), Vec::with_capacity(dims));

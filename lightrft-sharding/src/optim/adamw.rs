@@ -155,8 +155,8 @@ impl AdamW {
     }
 
     /// As [`step`](Self::step), with a norm that was taken before: of several models together, say, each of which is then
-    /// clipped by the norm of all, and skipped when any of them is not finite. Sends nothing, since [`grad_norm`] has
-    /// summed what there was to sum.
+    /// clipped by the norm of all, and skipped when any of them is not finite. *Collective* unless [`grad_norm`] was given
+    /// these units, and has summed what there was to sum: then nothing is sent.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -171,7 +171,7 @@ impl AdamW {
 
     /// As [`step_with_norm`](Self::step_with_norm), and in the same pass over memory rounds the new parameters into
     /// `copies`: one for each unit in their order, as long as the part of the shard that learns; units beyond the last
-    /// are not copied. A skipped step leaves the copies as they are.
+    /// of them are not copied. A skipped step leaves the copies as they are.
     ///
     /// # Errors
     /// As [`step_with_norm`](Self::step_with_norm), and [`Error::Length`], before anything is changed.
@@ -186,6 +186,10 @@ impl AdamW {
         // Nothing to do where the norm was of these gradients.
         units.sync_gradients()?;
         let copies: Vec<CopyOut<'c>> = copies.into_iter().collect();
+        if copies.len() > self.states.len() {
+            let (name, expected) = ("all units".to_owned(), self.states.len());
+            return Err(Error::Length { what: "the list of copies", name, got: copies.len(), expected });
+        }
         for (state, (unit, copy)) in self.states.iter().zip(self.plan.units().iter().zip(&copies)) {
             let expected = state.exp_avg.len();
             if let Some(got) = copy.len().filter(|&got| got != expected) {
