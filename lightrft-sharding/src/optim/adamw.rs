@@ -271,23 +271,8 @@ impl AdamW {
     }
 
     pub(crate) fn check_plan(&self, units: &ShardedUnits) -> Result<()> {
-        let (mine, theirs) = (&self.plan, units.plan());
-        if self.rank != units.rank() {
-            let what = format!("it is of rank {}, the units are of rank {}", self.rank, units.rank());
-            return Err(Error::ForeignOptimizer { what });
-        }
-        if Arc::ptr_eq(mine, theirs) || mine == theirs {
-            return Ok(());
-        }
-        let describe = |plan: &Plan| {
-            format!(
-                "{} units of {} elements over {} ranks",
-                plan.units().len(),
-                plan.elems(),
-                plan.world_size()
-            )
-        };
-        Err(Error::ForeignOptimizer { what: format!("it has {}, not {}", describe(mine), describe(theirs)) })
+        let foreign = super::foreign(&self.plan, self.rank, units);
+        foreign.map_or(Ok(()), |what| Err(Error::ForeignOptimizer { what }))
     }
 
     fn scalars(&self, lr: f64, clip_factor: f32) -> Scalars {

@@ -201,19 +201,8 @@ impl Ema {
     }
 
     fn check_plan(&self, units: &ShardedUnits) -> Result<()> {
-        if self.rank != units.rank() {
-            let what = format!("it is of rank {}, the units are of rank {}", self.rank, units.rank());
-            return Err(Error::ForeignAverage { what });
-        }
-        let (mine, theirs) = (&self.plan, units.plan());
-        if Arc::ptr_eq(mine, theirs) || mine == theirs {
-            return Ok(());
-        }
-        let describe = |plan: &Plan| {
-            let (units, elems, ranks) = (plan.units().len(), plan.elems(), plan.world_size());
-            format!("{units} units of {elems} elements over {ranks} ranks")
-        };
-        Err(Error::ForeignAverage { what: format!("it has {}, not {}", describe(mine), describe(theirs)) })
+        let foreign = super::foreign(&self.plan, self.rank, units);
+        foreign.map_or(Ok(()), |what| Err(Error::ForeignAverage { what }))
     }
 }
 
