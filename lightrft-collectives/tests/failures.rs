@@ -411,6 +411,30 @@ fn rank_that_may_skip() {
 }
 
 #[test]
+fn a_large_call_with_another_count_is_a_mismatch_while_a_rank_is_still_to_come() {
+    run("rank_that_gathers_more_or_late", 4, &[]);
+}
+
+#[test]
+#[ignore = "a rank of the test above"]
+fn rank_that_gathers_more_or_late() {
+    let rank = Rank::join(LONG);
+    rank.world.barrier().unwrap();
+    // Large enough to be read where it lies.
+    let count = if rank.is(2) { 20_000 } else { 16_384 };
+    let (input, mut output) = (vec![1f32; count], vec![0f32; 4 * count]);
+    if rank.is(3) {
+        // Rank 2 waits for it first, and has not seen the others' calls.
+        (0..2).for_each(|other| drop(await_file(&rank.note(&format!("told-{other}")))));
+    }
+    let begin = Instant::now();
+    let error = rank.world.all_gather(&input, &mut output).unwrap_err();
+    assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    assert!(matches!(error, Error::Mismatch { rank: 2, .. } | Error::Mismatch { other: 2, .. }), "{error}");
+    rank.was_told(&verdict(&error));
+}
+
+#[test]
 fn a_message_that_waits_for_a_collective_call_is_a_mismatch_before_the_deadline() {
     run("rank_that_sends_or_reduces", 2, &[]);
 }

@@ -3,10 +3,11 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::heap::Shared;
-use super::lend::Loan;
+use super::lend::{Borrower, Loan};
 use super::{Call, DIRECT, Shm, Watch, peer_memory, unreadable};
 use crate::buffer::element_bytes;
 use crate::host::exchange::Fault;
+use crate::host::vigil::Condition;
 use crate::op::{Dtype, ReduceOp};
 use crate::operation::{HostOperation, Operation};
 use crate::reduce::fold_bytes_from;
@@ -14,12 +15,32 @@ use crate::reduce::fold_bytes_from;
 /// Bytes summed at a time, in the first-level cache.
 const BLOCK: usize = 8 << 10;
 
+/// Bytes written to another's memory in one kernel call, so that a rank that takes its buffer back waits for no more.
+const WRITTEN_AT_ONCE: usize = 64 << 20;
+
 /// How a rank gets at the others' buffers.
 enum Reach {
     /// All lie in one region of the heap.
     Heap(Shared),
     /// At these addresses of the others' own memory.
     Kernel(Vec<u64>),
+}
+
+/// Who writes to others' buffers in a call.
+enum Writer {
+    Nobody,
+    One(usize),
+    All,
+}
+
+impl Writer {
+    fn is(&self, rank: usize) -> bool {
+        match self {
+            Writer::Nobody => false,
+            Writer::One(one) => *one == rank,
+            Writer::All => true,
+        }
+    }
 }
 
 impl Shm {
@@ -61,15 +82,28 @@ impl Shm {
         let length = shown.len().max(piece);
         let (region, offset) = self.heap.find(shown).unwrap_or((0, 0));
         let place = [region, offset as u64, shown.as_ptr() as u64];
-        let loan = Loan::begin(&self.segment, self.step.wrapping_add(1));
+        // Those who go to work make the same call: they have compared.
+        let writer = match &operation {
+            Operation::AllReduce { .. } => Writer::All,
+            Operation::Broadcast { root, .. } => Writer::One(*root),
+            _ => Writer::Nobody,
+        };
         self.publish(call, &place);
+        let loan = Loan::of(self.step);
         // While the others come.
         keep_own(&mut operation, rank, world);
         let result = self.on_loan(call, loan, operation, |shm| shm.reach(region, length, through_kernel));
         if result.is_err() {
-            let Watch { fate, ranks, group, .. } = call.watch;
-            let gone = |peer: usize| fate.is_lost(ranks[peer]) || fate.has_left(ranks[peer], *group);
-            loan.take_back(&self.segment, gone);
+            let Watch { fate, ranks, group, timeout, .. } = call.watch;
+            loan.take_back(&self.segment, *timeout, |peer| {
+                if fate.is_lost(ranks[peer]) || fate.has_left(ranks[peer], *group) {
+                    Borrower::Gone
+                } else if writer.is(peer) && Condition::of(self.pids[peer]) != Condition::Stopped {
+                    Borrower::Writes
+                } else {
+                    Borrower::Harmless
+                }
+            });
         }
         result
     }
@@ -84,19 +118,13 @@ impl Shm {
     ) -> Result<Option<HostOperation<'o>>, Fault> {
         let (rank, world) = (self.segment.rank(), self.segment.world());
         self.await_all(call)?;
-        let Some(reach) = reach(self) else {
-            loan.done(&self.segment);
-            return Ok(Some(operation));
-        };
-        // One whose call has failed already has its buffer back; the group's verdict says why.
-        let all_lend =
-            |shm: &Self| loan.taken_back(&shm.segment).map_or(Ok(()), |peer| Err(Fault::Lost(peer)));
-        all_lend(self)?;
+        let Some(reach) = reach(self) else { return Ok(Some(operation)) };
+        loan.begin(&self.segment)?;
         match operation {
             Operation::AllReduce { data, op } => {
                 let (dtype, total) = (data.dtype(), data.bytes().len());
                 if let Reach::Heap(shared) = &reach {
-                    self.all_reduce_in_heap(shared, op, dtype, total);
+                    self.all_reduce_in_heap(loan, shared, op, dtype, total)?;
                 }
             }
             Operation::ReduceScatterInPlace { mut data, op } => {
@@ -135,7 +163,7 @@ impl Shm {
                 }
             }
             Operation::Broadcast { mut data, root } => {
-                self.broadcast(&reach, data.bytes_mut(), root)?;
+                self.broadcast(loan, &reach, data.bytes_mut(), root)?;
             }
             Operation::Gather { input, mut output, root } => {
                 let n = input.bytes().len();
@@ -157,7 +185,7 @@ impl Shm {
             _ => {}
         }
         // What was read since may be something else by now.
-        all_lend(self)?;
+        loan.holds(&self.segment)?;
         loan.done(&self.segment);
         // The others' buffers are theirs again when everyone has read them.
         self.step(call, &[])?;
@@ -192,7 +220,7 @@ impl Shm {
 
     /// The root gives each other rank the last part of its data, 1 of as many as there are ranks, while that takes the rest:
     /// so all copy the same amount.
-    fn broadcast(&self, reach: &Reach, data: &mut [u8], root: usize) -> Result<(), Fault> {
+    fn broadcast(&self, loan: Loan, reach: &Reach, data: &mut [u8], root: usize) -> Result<(), Fault> {
         let (rank, world) = (self.segment.rank(), self.segment.world());
         let Reach::Kernel(addresses) = reach else {
             return if rank == root { Ok(()) } else { self.fetch(reach, root, 0, data) };
@@ -202,8 +230,12 @@ impl Shm {
             return self.fetch(reach, root, 0, &mut data[..taken]);
         }
         for to in (rank + 1..world).chain(0..rank) {
-            peer_memory::write(self.pids[to], addresses[to] + taken as u64, &data[taken..])
-                .map_err(|error| unreadable(to, error))?;
+            let mut address = addresses[to] + taken as u64;
+            for bytes in data[taken..].chunks(WRITTEN_AT_ONCE) {
+                loan.holds(&self.segment)?;
+                peer_memory::write(self.pids[to], address, bytes).map_err(|error| unreadable(to, error))?;
+                address += bytes.len() as u64;
+            }
         }
         Ok(())
     }
@@ -226,7 +258,14 @@ impl Shm {
     }
 
     /// Sums this rank's part of the buffers and stores it in all of them.
-    fn all_reduce_in_heap(&self, shared: &Shared, op: ReduceOp, dtype: Dtype, total: usize) {
+    fn all_reduce_in_heap(
+        &self,
+        loan: Loan,
+        shared: &Shared,
+        op: ReduceOp,
+        dtype: Dtype,
+        total: usize,
+    ) -> Result<(), Fault> {
         let (rank, world) = (self.segment.rank(), self.segment.world());
         // Whole cache lines for each rank.
         let per = total.div_ceil(world).next_multiple_of(64);
@@ -236,9 +275,11 @@ impl Shm {
         while at < end {
             let n = BLOCK.min(end - at);
             fold_bytes_from(op, dtype, world, &|from| shared.bytes(from, at, n), &mut sum[..n]);
+            loan.holds(&self.segment)?;
             shared.store(at, &sum[..n]);
             at += n;
         }
+        Ok(())
     }
 }
 
