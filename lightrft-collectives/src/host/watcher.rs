@@ -10,7 +10,7 @@ use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -22,7 +22,7 @@ use super::ledger::{Ledgers, Told};
 use super::note::Note;
 use super::pulse::{Pulse, RHYTHM, Rhythm};
 use super::verdict::Court;
-use super::vigil::Condition;
+use super::vigil::{Accounts, Condition};
 use crate::acceptor::Acceptor;
 use crate::error::Loss;
 use crate::flight::memory::Read;
@@ -62,6 +62,10 @@ pub(super) struct Shared {
     flights: OnceLock<Vec<Option<Read>>>,
     /// Where to write what the recorders hold when a group fails.
     pub(super) directory: Option<PathBuf>,
+    /// What is still to be written there.
+    pub(super) accounts: Accounts,
+    /// For threads that outlive a call.
+    pub(super) own: Weak<Shared>,
     /// The last answers to questions of what ranks do, and when they came.
     answers: Mutex<HashMap<usize, (Instant, Status)>>,
     peers: Mutex<Vec<Option<Arc<Peer>>>>,
@@ -79,21 +83,25 @@ enum State {
 
 impl Shared {
     pub(super) fn new(rank: usize, world: usize, nonce: u64) -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Shared {
+        let recorder = Recorder::new(nonce, rank, world)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new_cyclic(|own| Shared {
             rank,
             world,
             nonce,
             fate: Fate::default(),
             court: Mutex::default(),
             ledgers: Mutex::default(),
-            recorder: Recorder::new(nonce, rank, world)?,
+            recorder,
             flights: OnceLock::new(),
             directory: std::env::var_os(DIRECTORY).filter(|name| !name.is_empty()).map(PathBuf::from),
+            accounts: Accounts::default(),
+            own: own.clone(),
             answers: Mutex::default(),
             peers: Mutex::new((0..world).map(|_| None).collect()),
             arrived: Mutex::default(),
             arrival: Condvar::new(),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            wake,
             state: Mutex::new(State::Running),
         }))
     }
