@@ -2,7 +2,7 @@
 //! comparison of the calls made there
 
 use std::fmt::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::ledger::Told;
 use super::watcher::Shared;
@@ -20,12 +20,14 @@ pub struct Beside {
     /// Ranks of the world.
     members: Vec<usize>,
     slot: Slot,
+    /// Calls told.
+    told: Mutex<u64>,
 }
 
 impl Beside {
     pub(super) fn new(shared: Arc<Shared>, group: u64, members: &[usize], line: u64, name: &str) -> Self {
         let slot = shared.recorder.enter(line, name, members.len());
-        Beside { shared, group, line, members: members.to_vec(), slot }
+        Beside { shared, group, line, members: members.to_vec(), slot, told: Mutex::new(0) }
     }
 
     /// Records that a call begins, from where this thread's [`site`] says. Calls begin one after the other.
@@ -43,7 +45,10 @@ impl Beside {
     /// Has calls compared with those of the other members, which tell theirs in the same order. A mismatch becomes the group's
     /// verdict. Does not wait.
     pub(crate) fn tell(&self, calls: &[Told]) {
-        self.shared.tell_calls(self.group, &self.members, self.line, calls);
+        // Held until they are sent: they go in the order of their numbers.
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.tell_calls(self.group, &self.members, (self.line, *told), calls);
+        *told += calls.len() as u64;
     }
 
     /// The members that have not begun a step, as ranks of the world, and what they do instead: those of this machine, whose

@@ -63,17 +63,36 @@ type Pair = (usize, Signature, usize, Signature);
 pub(super) struct Ledger {
     members: Vec<usize>,
     strands: HashMap<u64, Strand>,
+    /// Calls heard of each member, on all strands together.
+    heard: Vec<u64>,
     is_closed: bool,
 }
 
 impl Ledger {
     fn new(members: Vec<usize>) -> Self {
-        Ledger { members, strands: HashMap::new(), is_closed: false }
+        let heard = vec![0; members.len()];
+        Ledger { members, strands: HashMap::new(), heard, is_closed: false }
     }
 
     fn close(&mut self) {
         self.is_closed = true;
         self.strands = HashMap::new();
+    }
+
+    /// Takes down calls of member `by`, the first of which is its call number `first`.
+    fn hear_all(&mut self, by: usize, first: u64, calls: impl IntoIterator<Item = Told>) -> Option<Pair> {
+        if !self.is_closed && self.heard[by] != first {
+            // Where some are not known, none that follow can be compared.
+            tracing::warn!(
+                rank = self.members[by],
+                "some of its calls are not known: calls are not compared any more"
+            );
+            self.close();
+        }
+        calls.into_iter().find_map(|told| {
+            self.heard[by] += 1;
+            self.hear(by, told)
+        })
     }
 
     /// Takes down a call of member `by`.
@@ -125,24 +144,32 @@ impl Ledger {
 pub(super) type Ledgers = HashMap<u64, Ledger>;
 
 impl Shared {
-    /// Tells the calls that this rank has made on a line beside a group to whom compares them. Does not wait.
-    pub(super) fn tell_calls(&self, group: u64, members: &[usize], line: u64, calls: &[Told]) {
+    /// Tells the calls that this rank has made on a line beside a group, from its call number `first` there on, to whom
+    /// compares them. Does not wait.
+    pub(super) fn tell_calls(
+        &self,
+        group: u64,
+        members: &[usize],
+        (line, mut first): (u64, u64),
+        calls: &[Told],
+    ) {
         for calls in calls.chunks(TOLD) {
             if members[0] == self.rank {
-                self.hear_calls(self.rank, group, line, calls.iter().copied());
+                self.hear_calls(self.rank, group, (line, first), calls.iter().copied());
             } else {
                 let calls = calls.iter().map(|told| (told.strand, told.words)).collect();
-                self.tell([members[0]], &Note::Calls { group, line, calls });
+                self.tell([members[0]], &Note::Calls { group, line, first, calls });
             }
+            first += calls.len() as u64;
         }
     }
 
-    /// Compares the calls that a rank of the world has made on a line beside a group.
+    /// Compares the calls that a rank of the world has made on a line beside a group, from its call number `first` there on.
     pub(super) fn hear_calls(
         &self,
         from: usize,
         group: u64,
-        line: u64,
+        (line, first): (u64, u64),
         calls: impl IntoIterator<Item = Told>,
     ) {
         let mismatch = {
@@ -155,7 +182,7 @@ impl Shared {
                 }
             };
             let Some(by) = ledger.members.iter().position(|rank| *rank == from) else { return };
-            let pair = calls.into_iter().find_map(|told| ledger.hear(by, told));
+            let pair = ledger.hear_all(by, first, calls);
             pair.map(|pair| {
                 ledger.close();
                 (pair, ledger.members.clone())
@@ -253,21 +280,34 @@ mod tests {
     }
 
     #[test]
+    fn calls_of_which_some_were_lost_are_not_compared() {
+        let mut ledger = Ledger::new(vec![0, 1]);
+        let [one, two] = [1, 2].map(|count| Told::by_all(&reduce(count)));
+        assert_eq!(ledger.hear_all(0, 0, [one, two]), None);
+        assert_eq!(ledger.hear_all(1, 0, [one]), None);
+        assert!(!ledger.is_closed);
+        // The note with the second call did not come.
+        assert_eq!(ledger.hear_all(0, 2, [one]), None);
+        assert_eq!(ledger.hear_all(1, 2, [one]), None);
+        assert!(ledger.is_closed);
+    }
+
+    #[test]
     fn the_verdict_names_ranks_of_the_world_and_who_has_left_hears_no_more() {
         let shared = Shared::new(3, 4, 0).unwrap();
         let alarm = shared.fate.enter(7, &[3]).unwrap();
         shared.fate.enter(8, &[3, 1]).unwrap();
-        shared.hear_calls(2, 7, 70, [Told::by_all(&reduce(1))]);
-        shared.tell_calls(7, &[3], 70, &[Told::by_all(&reduce(1)); 2]);
+        shared.hear_calls(2, 7, (70, 0), [Told::by_all(&reduce(1))]);
+        shared.tell_calls(7, &[3], (70, 0), &[Told::by_all(&reduce(1)); 2]);
         assert!(!alarm.is_rung());
-        shared.tell_calls(8, &[3, 1], 80, &[Told::by_all(&reduce(1))]);
-        shared.hear_calls(1, 8, 80, [Told::by_all(&reduce(2))]);
+        shared.tell_calls(8, &[3, 1], (80, 0), &[Told::by_all(&reduce(1))]);
+        shared.hear_calls(1, 8, (80, 0), [Told::by_all(&reduce(2))]);
         // Nobody answers the round of the agreement here.
         shared.court_sits(std::time::Instant::now() + super::super::verdict::PATIENCE);
         let expected = Cause::Mismatch { rank: 1, mine: reduce(2), other: 3, theirs: reduce(1) };
         assert_eq!(shared.fate.cause(8), Some(expected));
         shared.close_ledger(90);
-        shared.hear_calls(1, 8, 90, [Told::by_all(&reduce(2))]);
+        shared.hear_calls(1, 8, (90, 0), [Told::by_all(&reduce(2))]);
         assert!(shared.ledgers()[&90].strands.is_empty());
     }
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::control::{Control, Sent};
+use super::control::{Control, Room, Sent};
 use super::fate::Fate;
 use super::hello::{Gate, Purpose, Strangers};
 use super::ledger::{Ledgers, Told};
@@ -177,10 +177,11 @@ impl Shared {
     /// Tells these ranks of the world, but for this one; does not wait.
     pub(super) fn tell(&self, ranks: impl IntoIterator<Item = usize>, note: &Note) {
         let bytes = note.encode();
+        let room = if matches!(note, Note::Calls { .. }) { Room::Half } else { Room::All };
         let peers = self.peers();
         let others = ranks.into_iter().filter(|rank| *rank != self.rank);
         for peer in others.filter_map(|rank| peers.get(rank)?.as_ref()) {
-            if peer.control.send(&bytes) == Sent::Later {
+            if peer.control.send(&bytes, room) == Sent::Later {
                 self.wake();
             }
         }
@@ -409,8 +410,8 @@ impl Watcher {
                     shared.tell([rank], &Note::Status(flight.status()));
                 }
             }
-            Note::Calls { group, line, calls } => {
-                shared.hear_calls(rank, group, line, calls.into_iter().map(Told::from));
+            Note::Calls { group, line, first, calls } => {
+                shared.hear_calls(rank, group, (line, first), calls.into_iter().map(Told::from));
             }
             Note::Status(status) => {
                 let mut answers = shared.answers.lock().unwrap_or_else(PoisonError::into_inner);
