@@ -71,7 +71,7 @@ impl Drop for Beside {
     fn drop(&mut self) {
         self.shared.recorder.leave(self.slot);
         if self.members[0] == self.shared.rank {
-            self.shared.close_ledger(self.line);
+            self.shared.close_ledger(self.group, self.line);
         }
     }
 }

@@ -61,6 +61,7 @@ type Pair = (usize, Signature, usize, Signature);
 /// The calls of one line of a group.
 #[derive(Debug)]
 pub(super) struct Ledger {
+    group: u64,
     members: Vec<usize>,
     strands: HashMap<u64, Strand>,
     /// Calls heard of each member, on all strands together.
@@ -69,19 +70,23 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
-    fn new(members: Vec<usize>) -> Self {
+    fn new(group: u64, members: Vec<usize>) -> Self {
         let heard = vec![0; members.len()];
-        Ledger { members, strands: HashMap::new(), heard, is_closed: false }
+        Ledger { group, members, strands: HashMap::new(), heard, is_closed: false }
     }
 
+    /// Hears no more, and keeps nothing.
     fn close(&mut self) {
         self.is_closed = true;
-        self.strands = HashMap::new();
+        (self.members, self.strands, self.heard) = Default::default();
     }
 
     /// Takes down calls of member `by`, the first of which is its call number `first`.
     fn hear_all(&mut self, by: usize, first: u64, calls: impl IntoIterator<Item = Told>) -> Option<Pair> {
-        if !self.is_closed && self.heard[by] != first {
+        if self.is_closed {
+            return None;
+        }
+        if self.heard[by] != first {
             // Where some are not known, none that follow can be compared.
             tracing::warn!(
                 rank = self.members[by],
@@ -90,7 +95,7 @@ impl Ledger {
             self.close();
         }
         calls.into_iter().find_map(|told| {
-            self.heard[by] += 1;
+            *self.heard.get_mut(by)? += 1;
             self.hear(by, told)
         })
     }
@@ -178,14 +183,15 @@ impl Shared {
                 std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
                 std::collections::hash_map::Entry::Vacant(new) => {
                     let Some(members) = self.fate.members(group) else { return };
-                    new.insert(Ledger::new(members))
+                    new.insert(Ledger::new(group, members))
                 }
             };
             let Some(by) = ledger.members.iter().position(|rank| *rank == from) else { return };
             let pair = ledger.hear_all(by, first, calls);
             pair.map(|pair| {
+                let members = std::mem::take(&mut ledger.members);
                 ledger.close();
-                (pair, ledger.members.clone())
+                (pair, members)
             })
         };
         if let Some(((one, mine, other, theirs), members)) = mismatch {
@@ -197,8 +203,19 @@ impl Shared {
     }
 
     /// This rank has left a line: what the others still do there is not compared.
-    pub(super) fn close_ledger(&self, line: u64) {
-        self.ledgers().entry(line).or_insert_with(|| Ledger::new(Vec::new())).close();
+    pub(super) fn close_ledger(&self, group: u64, line: u64) {
+        let mut ledgers = self.ledgers();
+        if self.fate.members(group).is_some() {
+            ledgers.entry(line).or_insert_with(|| Ledger::new(group, Vec::new())).close();
+        } else {
+            // Nobody opens it again.
+            ledgers.remove(&line);
+        }
+    }
+
+    /// This rank has left a group, and with it all lines beside it.
+    pub(super) fn drop_ledgers(&self, group: u64) {
+        self.ledgers().retain(|_, ledger| ledger.group != group);
     }
 }
 
@@ -226,7 +243,7 @@ mod tests {
 
     /// Calls of each rank of three, told in the order in which `turns` picks the ranks.
     fn told(calls: &[Vec<Told>; 3], turns: &[usize]) -> (Ledger, Option<Pair>) {
-        let mut ledger = Ledger::new(vec![4, 5, 6]);
+        let mut ledger = Ledger::new(7, vec![4, 5, 6]);
         let mut next = [0; 3];
         let all = turns.iter().copied().chain((0..3).flat_map(|rank| vec![rank; calls[rank].len()]));
         let pair = all.into_iter().find_map(|rank| {
@@ -263,7 +280,7 @@ mod tests {
 
         #[test]
         fn any_words_are_heard_without_harm(heard in proptest::collection::vec((0usize..3, any::<u64>(), any::<[u64; 3]>()), 0..50)) {
-            let mut ledger = Ledger::new(vec![0, 1, 2]);
+            let mut ledger = Ledger::new(7, vec![0, 1, 2]);
             for (by, strand, words) in heard {
                 ledger.hear(by, Told { strand: strand % 16, words });
                 ledger.hear(by, Told { strand, words });
@@ -273,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_message_of_another_length_than_expected_is_a_mismatch() {
-        let mut ledger = Ledger::new(vec![0, 1, 2]);
+        let mut ledger = Ledger::new(7, vec![0, 1, 2]);
         assert_eq!(ledger.hear(2, Told::between(1, 2, 3, &message(Call::Recv, 3))), None);
         let (sent, expected) = (message(Call::Send, 2), message(Call::Recv, 3));
         assert_eq!(ledger.hear(1, Told::between(1, 2, 3, &sent)), Some((2, expected, 1, sent)));
@@ -281,7 +298,7 @@ mod tests {
 
     #[test]
     fn calls_of_which_some_were_lost_are_not_compared() {
-        let mut ledger = Ledger::new(vec![0, 1]);
+        let mut ledger = Ledger::new(7, vec![0, 1]);
         let [one, two] = [1, 2].map(|count| Told::by_all(&reduce(count)));
         assert_eq!(ledger.hear_all(0, 0, [one, two]), None);
         assert_eq!(ledger.hear_all(1, 0, [one]), None);
@@ -306,8 +323,14 @@ mod tests {
         shared.court_sits(std::time::Instant::now() + super::super::verdict::PATIENCE);
         let expected = Cause::Mismatch { rank: 1, mine: reduce(2), other: 3, theirs: reduce(1) };
         assert_eq!(shared.fate.cause(8), Some(expected));
-        shared.close_ledger(90);
+        shared.close_ledger(8, 90);
         shared.hear_calls(1, 8, (90, 0), [Told::by_all(&reduce(2))]);
         assert!(shared.ledgers()[&90].strands.is_empty());
+        // Nothing is left of the lines of a group that this rank has left.
+        shared.fate.leave(8);
+        shared.drop_ledgers(8);
+        shared.hear_calls(1, 8, (90, 1), [Told::by_all(&reduce(2))]);
+        shared.close_ledger(8, 80);
+        assert_eq!(shared.ledgers().keys().collect::<Vec<_>>(), [&70]);
     }
 }

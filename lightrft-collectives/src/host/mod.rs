@@ -398,6 +398,7 @@ impl Drop for Group {
         let shared = &self.world.shared;
         shared.tell(self.ranks.iter().copied(), &Note::LeftGroup { group: self.id });
         shared.fate.leave(self.id);
+        shared.drop_ledgers(self.id);
         shared.recorder.leave(self.slot);
     }
 }
