@@ -25,7 +25,7 @@ use crate::site::Site;
 /// Calls that are kept.
 pub(crate) const RECORDS: usize = 1024;
 /// Groups that are kept apart by name. Calls of more are recorded without one.
-const GROUPS: usize = 64;
+pub(crate) const GROUPS: usize = 64;
 /// Ranks that a waiting call names.
 const WAITED_FOR: usize = 16;
 /// Bytes of a group's name.
