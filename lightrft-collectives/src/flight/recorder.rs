@@ -7,7 +7,8 @@
 //! record is being written, and else twice the number of the call, plus 2: a reader that finds the same even stamp before
 //! and after has read one call and not two halves. `end` is written later, as one word, with the outcome in its low bits.
 //! A place is a file and a line of the user's program as text, written once, before the first record that names it.
-//! Nothing here makes a kernel call, takes a lock or allocates while calls are recorded.
+//! Nothing here makes a kernel call, takes a lock or allocates while calls are recorded, but for the first call from each
+//! place.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
