@@ -26,7 +26,7 @@ pub(crate) const INLINE_BYTES: usize = BLOCK_BYTES - HEADER_BYTES;
 const LENGTH_BITS: u32 = 40;
 
 /// What tells a block from the data of a plain call of the same shape, which the transport cannot tell apart.
-const MARK: u64 = 0xb10c_4e;
+const MARK: u64 = 0x00b1_0c4e;
 
 /// The length of a rank that cannot take part.
 const REFUSED: u64 = (1 << LENGTH_BITS) - 1;
