@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::buffer::AlignedBytes;
 use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Result};
+use crate::op::Dtype;
 use crate::operation::{Call, Signature};
 
 /// Signature and length.
@@ -21,8 +22,14 @@ const BLOCK_BYTES: usize = 1024;
 /// The longest data that travels in the block itself.
 pub(crate) const INLINE_BYTES: usize = BLOCK_BYTES - HEADER_BYTES;
 
+/// Bits of the word of the length that are the length's. Those above are the [`MARK`].
+const LENGTH_BITS: u32 = 40;
+
+/// What tells a block from the data of a plain call of the same shape, which the transport cannot tell apart.
+const MARK: u64 = 0x00b1_0c4e;
+
 /// The length of a rank that cannot take part.
-const REFUSED: u64 = u64::MAX;
+const REFUSED: u64 = (1 << LENGTH_BITS) - 1;
 
 /// The longest data of one rank. Lengths come from other processes and are checked before memory is asked for.
 const LONGEST: u64 = 1 << 36;
@@ -56,7 +63,8 @@ pub(crate) fn block(signature: Signature, data: Result<&[u8], &Error>) -> [u8; B
         }
     };
     let (header, body) = block.split_at_mut(HEADER_BYTES);
-    for (place, word) in header.chunks_exact_mut(8).zip(signature.encode().into_iter().chain([length])) {
+    let words = signature.encode().into_iter().chain([MARK << LENGTH_BITS | length]);
+    for (place, word) in header.chunks_exact_mut(8).zip(words) {
         place.copy_from_slice(&word.to_le_bytes());
     }
     // A refusal is bounded, too; the rest of a longer one would say nothing.
@@ -100,12 +108,25 @@ fn word(block: &[u8], index: usize) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
+fn signature(block: &[u8]) -> Option<Signature> {
+    Signature::decode([word(block, 0), word(block, 1), word(block, 2)])
+}
+
+fn is_marked(block: &[u8]) -> bool {
+    word(block, 3) >> LENGTH_BITS == MARK
+}
+
+fn length(block: &[u8]) -> u64 {
+    word(block, 3) & REFUSED
+}
+
 impl Blocks {
     /// Tells every rank this one's `signature` and `data`, and hears theirs.
     ///
     /// # Errors
     /// This rank's own error if `data` is one, on the others the error of the first rank that had one: all ranks
-    /// are then as far as before the call.
+    /// are then as far as before the call. [`Error::Mismatch`] if a rank made another call, also a plain one of the
+    /// same shape; that one's own call has succeeded, and its next returns the error.
     pub(crate) fn exchange<C: Communicator + ?Sized>(
         comm: &C,
         signature: Signature,
@@ -113,7 +134,9 @@ impl Blocks {
     ) -> Result<Self> {
         let mut bytes = AlignedBytes::zeroed(comm.world_size() * BLOCK_BYTES);
         comm.all_gather(&block(signature, data), bytes.as_mut_slice())?;
-        Self::read(comm, bytes)?.or_refusal(comm, data.err())
+        let dtype = Some(Dtype::U8);
+        let plain = Signature { dtype, count: BLOCK_BYTES as u64, ..Signature::bare(Call::AllGather) };
+        Self::read(comm, bytes, comm.ranks(), plain)?.or_refusal(comm, data.err())
     }
 
     /// As [`exchange`](Blocks::exchange), where only the root has something to say: its block, and its `table`, which
@@ -131,9 +154,16 @@ impl Blocks {
         for (index, n) in table.iter_mut().enumerate() {
             *n = word(&bytes[BLOCK_BYTES..], index);
         }
-        let blocks = Self::read(comm, AlignedBytes::copy_of(&bytes[..BLOCK_BYTES]))?;
+        let (rank, count) = (comm.ranks()[comm.rank()], bytes.len() as u64);
+        let (dtype, at) = (Some(Dtype::U8), Some(root as u32));
+        let plain = Signature { dtype, root: at, count, ..Signature::bare(Call::Broadcast) };
+        if !is_marked(&bytes) {
+            return Err(mismatch(comm, (rank, signature), (comm.ranks()[root], plain)));
+        }
+        let block = AlignedBytes::copy_of(&bytes[..BLOCK_BYTES]);
+        let blocks = Self::read(comm, block, &comm.ranks()[root..=root], plain)?;
         if blocks.signatures[0].call != signature.call {
-            let (rank, other) = (comm.ranks()[comm.rank()], comm.ranks()[root]);
+            let other = comm.ranks()[root];
             return Err(mismatch(comm, (rank, signature), (other, blocks.signatures[0])));
         }
         let own = if comm.rank() == root { data.err() } else { None };
@@ -145,15 +175,27 @@ impl Blocks {
         }
     }
 
-    fn read<C: Communicator + ?Sized>(comm: &C, bytes: AlignedBytes) -> Result<Self> {
+    /// Reads the blocks of `ranks` of the world. One that is none comes from a rank that made the call `plain` instead.
+    fn read<C: Communicator + ?Sized>(
+        comm: &C,
+        bytes: AlignedBytes,
+        ranks: &[usize],
+        plain: Signature,
+    ) -> Result<Self> {
         let all = bytes.as_slice();
+        let mut blocks = ranks.iter().zip(all.chunks_exact(BLOCK_BYTES));
+        if let Some((odd, _)) = blocks.clone().find(|(_, block)| !is_marked(block))
+            && let Some((rank, block)) = blocks.find(|(_, block)| is_marked(block))
+        {
+            let call = signature(block).ok_or_else(|| garbled(*rank))?;
+            return Err(mismatch(comm, (*rank, call), (*odd, plain)));
+        }
         let mut signatures = Vec::with_capacity(all.len() / BLOCK_BYTES);
-        for (rank, block) in all.chunks_exact(BLOCK_BYTES).enumerate() {
-            let signature = Signature::decode([word(block, 0), word(block, 1), word(block, 2)]);
-            let length = word(block, 3);
-            match signature.filter(|_| length == REFUSED || length <= LONGEST) {
+        for (rank, block) in ranks.iter().zip(all.chunks_exact(BLOCK_BYTES)) {
+            let length = length(block);
+            match signature(block).filter(|_| length == REFUSED || length <= LONGEST) {
                 Some(signature) => signatures.push(signature),
-                None => return Err(garbled(comm.ranks()[rank])),
+                None => return Err(garbled(*rank)),
             }
         }
         Ok(Blocks { bytes, signatures })
@@ -173,7 +215,7 @@ impl Blocks {
         }
     }
 
-    fn kind(&self, rank: usize) -> (Call, Option<u32>, Option<crate::op::Dtype>) {
+    fn kind(&self, rank: usize) -> (Call, Option<u32>, Option<Dtype>) {
         let signature = self.signatures[rank];
         (signature.call, signature.root, signature.dtype)
     }
@@ -185,7 +227,7 @@ impl Blocks {
 
     /// Length of `rank`'s data; in [`from_root`](Blocks::from_root), of the root's at 0.
     fn length(&self, rank: usize) -> u64 {
-        word(&self.bytes.as_slice()[rank * BLOCK_BYTES..], 3)
+        length(&self.bytes.as_slice()[rank * BLOCK_BYTES..])
     }
 
     /// Bytes of `rank`'s data, wherever they travel.
@@ -218,6 +260,9 @@ fn mismatch<C: Communicator + ?Sized>(
     (rank, mine): (usize, Signature),
     (other, theirs): (usize, Signature),
 ) -> Error {
+    // The lower rank first, whoever noticed.
+    let ((rank, mine), (other, theirs)) =
+        if rank < other { ((rank, mine), (other, theirs)) } else { ((other, theirs), (rank, mine)) };
     let (group, mine, theirs) = (comm.name().into(), Box::new(mine), Box::new(theirs));
     let error = Error::Mismatch { group, rank, mine, other, theirs };
     comm.poison(&error);

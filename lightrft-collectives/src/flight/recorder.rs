@@ -7,7 +7,8 @@
 //! record is being written, and else twice the number of the call, plus 2: a reader that finds the same even stamp before
 //! and after has read one call and not two halves. `end` is written later, as one word, with the outcome in its low bits.
 //! A place is a file and a line of the user's program as text, written once, before the first record that names it.
-//! Nothing here makes a kernel call, takes a lock or allocates while calls are recorded.
+//! Nothing here makes a kernel call, takes a lock or allocates while calls are recorded, but for the first call from each
+//! place.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -25,7 +26,7 @@ use crate::site::Site;
 /// Calls that are kept.
 pub(crate) const RECORDS: usize = 1024;
 /// Groups that are kept apart by name. Calls of more are recorded without one.
-const GROUPS: usize = 64;
+pub(crate) const GROUPS: usize = 64;
 /// Ranks that a waiting call names.
 const WAITED_FOR: usize = 16;
 /// Bytes of a group's name.
@@ -375,7 +376,7 @@ pub(crate) fn read(words: &impl Words) -> Option<Raw> {
         rank: word(head::RANK) as usize,
         world: word(head::WORLD) as usize,
         pid: word(head::PID) as u32,
-        groups: (0..GROUPS).filter_map(|line| read_group(words, line)).collect(),
+        groups: (0..GROUPS).filter_map(|line| read_group(words, line, &records)).collect(),
         records,
         places: (0..PLACES).map(|place| read_place(words, place)).collect(),
     })
@@ -437,7 +438,8 @@ fn read_record(words: &impl Words, place: usize, age: &Age) -> Option<RawRecord>
     })
 }
 
-fn read_group(words: &impl Words, line: usize) -> Option<RawGroup> {
+/// `records` were read before.
+fn read_group(words: &impl Words, line: usize, records: &[RawRecord]) -> Option<RawGroup> {
     let base = HEAD + line * GROUP;
     let mut found = [0u64; GROUP];
     // In this order: of a call whose beginning was read and whose end was not, it is certain that it had not ended.
@@ -457,12 +459,21 @@ fn read_group(words: &impl Words, line: usize) -> Option<RawGroup> {
         let rank = |place: usize| (found[group::RANKS + place / 2] >> (32 * (place % 2))) as u32 as usize;
         waits_for.extend((0..count).map(rank));
     }
+    // Messages are no steps: the first call that has not ended may have the step of one that has.
+    let (id, ended) = (found[group::ID], found[group::ENDED]);
+    let all_known = records.first().is_some_and(|first| first.number <= ended);
+    let under_way = records.iter().find(|record| record.group == id && record.number >= ended);
+    let at = match under_way.filter(|_| all_known && running) {
+        Some(call) => call.step,
+        None if running => (found[group::DONE] + 1).min(found[group::STEP]),
+        None => found[group::STEP],
+    };
     Some(RawGroup {
         id: found[group::ID],
         name: String::from_utf8_lossy(&name[..end]).into_owned(),
         size: found[group::SIZE] as usize,
         step: found[group::STEP],
-        at: if running { (found[group::DONE] + 1).min(found[group::STEP]) } else { found[group::STEP] },
+        at,
         running: running.then(|| found[group::BEGUN].saturating_sub(1)),
         waits_for,
     })
@@ -511,6 +522,26 @@ mod tests {
         let raw = read(recorder.words()).unwrap();
         assert_eq!(raw.groups.len(), 1);
         assert!(raw.groups[0].running.is_none() && raw.groups[0].waits_for.is_empty());
+    }
+
+    #[test]
+    fn of_enqueued_calls_the_oldest_that_has_not_ended_is_under_way_be_it_a_message() {
+        let recorder = Recorder::new(1, 0, 2).unwrap();
+        let slot = recorder.enter(11, "world on GPUs", 2);
+        let begin = |call| recorder.begin(slot, call, Signature::bare(call).encode(), None);
+        let reduction = begin(Call::AllReduce);
+        let message = begin(Call::Send);
+        begin(Call::Broadcast);
+        recorder.end(reduction, Outcome::Done);
+        let status = crate::flight::Flight::of(recorder.words()).unwrap().status();
+        let doing = status.doing.iter().map(|doing| (doing.step, doing.call.map(|call| call.call)));
+        assert_eq!(doing.collect::<Vec<_>>(), [(1, Some(Call::Send))]);
+        recorder.end(message, Outcome::Done);
+        let status = crate::flight::Flight::of(recorder.words()).unwrap().status();
+        assert_eq!(
+            (status.doing[0].step, status.doing[0].call.map(|call| call.call)),
+            (2, Some(Call::Broadcast))
+        );
     }
 
     #[test]

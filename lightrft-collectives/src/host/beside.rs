@@ -2,11 +2,11 @@
 //! comparison of the calls made there
 
 use std::fmt::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::ledger::Told;
 use super::watcher::Shared;
-use crate::flight::recorder::{Outcome, Slot, Ticket};
+use crate::flight::recorder::{GROUPS, Outcome, Slot, Ticket};
 use crate::operation::Signature;
 use crate::site;
 
@@ -20,12 +20,14 @@ pub struct Beside {
     /// Ranks of the world.
     members: Vec<usize>,
     slot: Slot,
+    /// Calls told.
+    told: Mutex<u64>,
 }
 
 impl Beside {
     pub(super) fn new(shared: Arc<Shared>, group: u64, members: &[usize], line: u64, name: &str) -> Self {
         let slot = shared.recorder.enter(line, name, members.len());
-        Beside { shared, group, line, members: members.to_vec(), slot }
+        Beside { shared, group, line, members: members.to_vec(), slot, told: Mutex::new(0) }
     }
 
     /// Records that a call begins, from where this thread's [`site`] says. Calls begin one after the other.
@@ -43,17 +45,28 @@ impl Beside {
     /// Has calls compared with those of the other members, which tell theirs in the same order. A mismatch becomes the group's
     /// verdict. Does not wait.
     pub(crate) fn tell(&self, calls: &[Told]) {
-        self.shared.tell_calls(self.group, &self.members, self.line, calls);
+        // Held until they are sent: they go in the order of their numbers.
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.tell_calls(self.group, &self.members, (self.line, *told), calls);
+        *told += calls.len() as u64;
     }
 
     /// The members that have not begun a step, as ranks of the world, and what they do instead: those of this machine, whose
-    /// recorders can be read here.
+    /// recorders can be read here and have, like this rank's, a line for these calls.
     pub(crate) fn missing(&self, step: u64) -> (Vec<usize>, String) {
         let (mut missing, mut text) = (Vec::new(), String::new());
+        if step == 0 {
+            return (missing, text);
+        }
         for rank in self.members.iter().copied().filter(|rank| *rank != self.shared.rank) {
             let Some(flight) = self.shared.flight(rank) else { continue };
             let group = flight.groups.iter().find(|group| group.id == self.line);
-            if group.is_none_or(|group| group.step < step) {
+            let has_begun = match group {
+                Some(group) => group.step >= step,
+                // It has not entered the line, or has found none left.
+                None => flight.groups.len() == GROUPS,
+            };
+            if !has_begun {
                 missing.push(rank);
                 let _ = write!(text, "; rank {rank} has not made it: it {}", flight.status());
             }
@@ -66,7 +79,7 @@ impl Drop for Beside {
     fn drop(&mut self) {
         self.shared.recorder.leave(self.slot);
         if self.members[0] == self.shared.rank {
-            self.shared.close_ledger(self.line);
+            self.shared.close_ledger(self.group, self.line);
         }
     }
 }
@@ -80,7 +93,7 @@ mod tests {
     use super::super::{Group, Join, Transport, World};
     use crate::communicator::{Communicator, CommunicatorExt};
     use crate::error::Error;
-    use crate::flight::recorder::Outcome;
+    use crate::flight::recorder::{GROUPS, Outcome};
     use crate::flight::{self, State};
     use crate::host::ledger::Told;
     use crate::op::{Dtype, ReduceOp};
@@ -144,6 +157,21 @@ mod tests {
             // Whoever leaves first leaves the other its error.
             let error = group.barrier().unwrap_err();
             assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+        });
+    }
+
+    #[test]
+    fn nobody_is_missing_on_a_line_for_which_there_was_no_room() {
+        two(|group| {
+            // Rank 1 has one line more than its recorder holds, and rank 0 just enough.
+            let names = 2..GROUPS as u64 + group.rank() as u64;
+            let _others: Vec<_> = names.map(|line| group.beside(1000 + line, "another").unwrap()).collect();
+            let beside = group.beside(99, "world on GPUs").unwrap();
+            let ticket = beside.begin(&reduce(1));
+            assert_eq!(ticket.step(), 1 - group.rank() as u64);
+            group.barrier().unwrap();
+            assert!(beside.missing(ticket.step()).0.is_empty());
+            group.barrier().unwrap();
         });
     }
 

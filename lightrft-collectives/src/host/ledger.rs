@@ -61,19 +61,43 @@ type Pair = (usize, Signature, usize, Signature);
 /// The calls of one line of a group.
 #[derive(Debug)]
 pub(super) struct Ledger {
+    group: u64,
     members: Vec<usize>,
     strands: HashMap<u64, Strand>,
+    /// Calls heard of each member, on all strands together.
+    heard: Vec<u64>,
     is_closed: bool,
 }
 
 impl Ledger {
-    fn new(members: Vec<usize>) -> Self {
-        Ledger { members, strands: HashMap::new(), is_closed: false }
+    fn new(group: u64, members: Vec<usize>) -> Self {
+        let heard = vec![0; members.len()];
+        Ledger { group, members, strands: HashMap::new(), heard, is_closed: false }
     }
 
+    /// Hears no more, and keeps nothing.
     fn close(&mut self) {
         self.is_closed = true;
-        self.strands = HashMap::new();
+        (self.members, self.strands, self.heard) = Default::default();
+    }
+
+    /// Takes down calls of member `by`, the first of which is its call number `first`.
+    fn hear_all(&mut self, by: usize, first: u64, calls: impl IntoIterator<Item = Told>) -> Option<Pair> {
+        if self.is_closed {
+            return None;
+        }
+        if self.heard[by] != first {
+            // Where some are not known, none that follow can be compared.
+            tracing::warn!(
+                rank = self.members[by],
+                "some of its calls are not known: calls are not compared any more"
+            );
+            self.close();
+        }
+        calls.into_iter().find_map(|told| {
+            *self.heard.get_mut(by)? += 1;
+            self.hear(by, told)
+        })
     }
 
     /// Takes down a call of member `by`.
@@ -125,24 +149,32 @@ impl Ledger {
 pub(super) type Ledgers = HashMap<u64, Ledger>;
 
 impl Shared {
-    /// Tells the calls that this rank has made on a line beside a group to whom compares them. Does not wait.
-    pub(super) fn tell_calls(&self, group: u64, members: &[usize], line: u64, calls: &[Told]) {
+    /// Tells the calls that this rank has made on a line beside a group, from its call number `first` there on, to whom
+    /// compares them. Does not wait.
+    pub(super) fn tell_calls(
+        &self,
+        group: u64,
+        members: &[usize],
+        (line, mut first): (u64, u64),
+        calls: &[Told],
+    ) {
         for calls in calls.chunks(TOLD) {
             if members[0] == self.rank {
-                self.hear_calls(self.rank, group, line, calls.iter().copied());
+                self.hear_calls(self.rank, group, (line, first), calls.iter().copied());
             } else {
                 let calls = calls.iter().map(|told| (told.strand, told.words)).collect();
-                self.tell([members[0]], &Note::Calls { group, line, calls });
+                self.tell([members[0]], &Note::Calls { group, line, first, calls });
             }
+            first += calls.len() as u64;
         }
     }
 
-    /// Compares the calls that a rank of the world has made on a line beside a group.
+    /// Compares the calls that a rank of the world has made on a line beside a group, from its call number `first` there on.
     pub(super) fn hear_calls(
         &self,
         from: usize,
         group: u64,
-        line: u64,
+        (line, first): (u64, u64),
         calls: impl IntoIterator<Item = Told>,
     ) {
         let mismatch = {
@@ -151,14 +183,15 @@ impl Shared {
                 std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
                 std::collections::hash_map::Entry::Vacant(new) => {
                     let Some(members) = self.fate.members(group) else { return };
-                    new.insert(Ledger::new(members))
+                    new.insert(Ledger::new(group, members))
                 }
             };
             let Some(by) = ledger.members.iter().position(|rank| *rank == from) else { return };
-            let pair = calls.into_iter().find_map(|told| ledger.hear(by, told));
+            let pair = ledger.hear_all(by, first, calls);
             pair.map(|pair| {
+                let members = std::mem::take(&mut ledger.members);
                 ledger.close();
-                (pair, ledger.members.clone())
+                (pair, members)
             })
         };
         if let Some(((one, mine, other, theirs), members)) = mismatch {
@@ -170,8 +203,19 @@ impl Shared {
     }
 
     /// This rank has left a line: what the others still do there is not compared.
-    pub(super) fn close_ledger(&self, line: u64) {
-        self.ledgers().entry(line).or_insert_with(|| Ledger::new(Vec::new())).close();
+    pub(super) fn close_ledger(&self, group: u64, line: u64) {
+        let mut ledgers = self.ledgers();
+        if self.fate.members(group).is_some() {
+            ledgers.entry(line).or_insert_with(|| Ledger::new(group, Vec::new())).close();
+        } else {
+            // Nobody opens it again.
+            ledgers.remove(&line);
+        }
+    }
+
+    /// This rank has left a group, and with it all lines beside it.
+    pub(super) fn drop_ledgers(&self, group: u64) {
+        self.ledgers().retain(|_, ledger| ledger.group != group);
     }
 }
 
@@ -199,7 +243,7 @@ mod tests {
 
     /// Calls of each rank of three, told in the order in which `turns` picks the ranks.
     fn told(calls: &[Vec<Told>; 3], turns: &[usize]) -> (Ledger, Option<Pair>) {
-        let mut ledger = Ledger::new(vec![4, 5, 6]);
+        let mut ledger = Ledger::new(7, vec![4, 5, 6]);
         let mut next = [0; 3];
         let all = turns.iter().copied().chain((0..3).flat_map(|rank| vec![rank; calls[rank].len()]));
         let pair = all.into_iter().find_map(|rank| {
@@ -236,7 +280,7 @@ mod tests {
 
         #[test]
         fn any_words_are_heard_without_harm(heard in proptest::collection::vec((0usize..3, any::<u64>(), any::<[u64; 3]>()), 0..50)) {
-            let mut ledger = Ledger::new(vec![0, 1, 2]);
+            let mut ledger = Ledger::new(7, vec![0, 1, 2]);
             for (by, strand, words) in heard {
                 ledger.hear(by, Told { strand: strand % 16, words });
                 ledger.hear(by, Told { strand, words });
@@ -246,10 +290,23 @@ mod tests {
 
     #[test]
     fn a_message_of_another_length_than_expected_is_a_mismatch() {
-        let mut ledger = Ledger::new(vec![0, 1, 2]);
+        let mut ledger = Ledger::new(7, vec![0, 1, 2]);
         assert_eq!(ledger.hear(2, Told::between(1, 2, 3, &message(Call::Recv, 3))), None);
         let (sent, expected) = (message(Call::Send, 2), message(Call::Recv, 3));
         assert_eq!(ledger.hear(1, Told::between(1, 2, 3, &sent)), Some((2, expected, 1, sent)));
+    }
+
+    #[test]
+    fn calls_of_which_some_were_lost_are_not_compared() {
+        let mut ledger = Ledger::new(7, vec![0, 1]);
+        let [one, two] = [1, 2].map(|count| Told::by_all(&reduce(count)));
+        assert_eq!(ledger.hear_all(0, 0, [one, two]), None);
+        assert_eq!(ledger.hear_all(1, 0, [one]), None);
+        assert!(!ledger.is_closed);
+        // The note with the second call did not come.
+        assert_eq!(ledger.hear_all(0, 2, [one]), None);
+        assert_eq!(ledger.hear_all(1, 2, [one]), None);
+        assert!(ledger.is_closed);
     }
 
     #[test]
@@ -257,17 +314,23 @@ mod tests {
         let shared = Shared::new(3, 4, 0).unwrap();
         let alarm = shared.fate.enter(7, &[3]).unwrap();
         shared.fate.enter(8, &[3, 1]).unwrap();
-        shared.hear_calls(2, 7, 70, [Told::by_all(&reduce(1))]);
-        shared.tell_calls(7, &[3], 70, &[Told::by_all(&reduce(1)); 2]);
+        shared.hear_calls(2, 7, (70, 0), [Told::by_all(&reduce(1))]);
+        shared.tell_calls(7, &[3], (70, 0), &[Told::by_all(&reduce(1)); 2]);
         assert!(!alarm.is_rung());
-        shared.tell_calls(8, &[3, 1], 80, &[Told::by_all(&reduce(1))]);
-        shared.hear_calls(1, 8, 80, [Told::by_all(&reduce(2))]);
+        shared.tell_calls(8, &[3, 1], (80, 0), &[Told::by_all(&reduce(1))]);
+        shared.hear_calls(1, 8, (80, 0), [Told::by_all(&reduce(2))]);
         // Nobody answers the round of the agreement here.
         shared.court_sits(std::time::Instant::now() + super::super::verdict::PATIENCE);
         let expected = Cause::Mismatch { rank: 1, mine: reduce(2), other: 3, theirs: reduce(1) };
         assert_eq!(shared.fate.cause(8), Some(expected));
-        shared.close_ledger(90);
-        shared.hear_calls(1, 8, 90, [Told::by_all(&reduce(2))]);
+        shared.close_ledger(8, 90);
+        shared.hear_calls(1, 8, (90, 0), [Told::by_all(&reduce(2))]);
         assert!(shared.ledgers()[&90].strands.is_empty());
+        // Nothing is left of the lines of a group that this rank has left.
+        shared.fate.leave(8);
+        shared.drop_ledgers(8);
+        shared.hear_calls(1, 8, (90, 1), [Told::by_all(&reduce(2))]);
+        shared.close_ledger(8, 80);
+        assert_eq!(shared.ledgers().keys().collect::<Vec<_>>(), [&70]);
     }
 }

@@ -214,7 +214,12 @@ impl Group {
         let watch = Watch { alarm, fate: &shared.fate, vigil, group: self.id, ranks: &self.ranks, timeout };
         let done = work(&mut tcp, path, &watch);
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Failed };
-        let result = done.map_err(|fault| self.verdict(fault, mine, vigil));
+        let result = done.map_err(|fault| {
+            let error = self.verdict(fault, mine, vigil);
+            // The caller may end this process now.
+            shared.accounts.await_written();
+            error
+        });
         shared.recorder.end(ticket, outcome);
         result
     }
@@ -393,6 +398,7 @@ impl Drop for Group {
         let shared = &self.world.shared;
         shared.tell(self.ranks.iter().copied(), &Note::LeftGroup { group: self.id });
         shared.fate.leave(self.id);
+        shared.drop_ledgers(self.id);
         shared.recorder.leave(self.slot);
     }
 }

@@ -185,8 +185,8 @@ pub(super) enum Note {
     /// What the sender does now.
     Status(Status),
     /// Calls that the sender has made on a line beside a group: strands and words of signatures, see
-    /// [`ledger`](super::ledger).
-    Calls { group: u64, line: u64, calls: Vec<(u64, [u64; 3])> },
+    /// [`ledger`](super::ledger). The first is the sender's call number `first` there, from 0: it shows whether a note was lost.
+    Calls { group: u64, line: u64, first: u64, calls: Vec<(u64, [u64; 3])> },
 }
 
 /// Notes are small: the longest names the members of a large group.

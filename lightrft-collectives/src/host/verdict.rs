@@ -208,8 +208,10 @@ impl Shared {
         let case = court.verdicts.entry(group).or_insert_with(|| Case::new(self, group, members));
         if let Some(cause) = case.step(self, group, Note::Verdict, step) {
             tracing::warn!(rank = self.rank, ?cause, "a group is dead");
-            self.keep_account(&cause);
+            // Those that are waiting for the verdict may wait for the account, too, but the watcher does not.
+            self.accounts.add(cause.clone());
             self.fate.record_verdict(group, cause);
+            self.start_writing();
         }
     }
 

@@ -4,8 +4,9 @@
 //! machine, which it can read whether or not they live, and by asking the watchers of the others.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::fate::Alarm;
@@ -22,6 +23,9 @@ const ANSWER: Duration = Duration::from_millis(300);
 
 /// Ranks that are looked at for one report: those that are missing, those that they wait for, and so on.
 const MOST: usize = 64;
+
+/// How long a caller, or whoever leaves the world, waits for what is being written about a failure.
+const WRITTEN: Duration = Duration::from_secs(1);
 
 /// Calls of a lost rank that are logged.
 const LAST_CALLS: usize = 5;
@@ -267,10 +271,71 @@ fn publish_every(patience: Duration) -> Duration {
     (patience / 4).clamp(Duration::from_millis(1), Duration::from_secs(1))
 }
 
+/// What is still to be written about failures, in their order. A thread of its own writes it: a file system that hangs must not
+/// hold up the watcher, which others would take for dead.
+#[derive(Debug, Default)]
+pub(super) struct Accounts {
+    due: Mutex<Due>,
+    written: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Due {
+    causes: VecDeque<Cause>,
+    /// Whether a thread writes.
+    is_writing: bool,
+}
+
+impl Accounts {
+    fn due(&self) -> MutexGuard<'_, Due> {
+        self.due.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds one. Whoever does then [starts](Shared::start_writing) the writing.
+    pub(super) fn add(&self, cause: Cause) {
+        self.due().causes.push_back(cause);
+    }
+
+    /// Waits a little until all is written: whoever hears of a failure may end this process.
+    pub(super) fn await_written(&self) {
+        let is_due = |due: &mut Due| due.is_writing || !due.causes.is_empty();
+        drop(self.written.wait_timeout_while(self.due(), WRITTEN, is_due));
+    }
+
+    /// The next, or the end of the writing.
+    fn next(&self) -> Option<Cause> {
+        let mut due = self.due();
+        let next = due.causes.pop_front();
+        if next.is_none() {
+            due.is_writing = false;
+            self.written.notify_all();
+        }
+        next
+    }
+}
+
 impl Shared {
+    /// Has a thread write what is due. Does not wait.
+    pub(super) fn start_writing(&self) {
+        let Some(shared) = self.own.upgrade() else { return };
+        if std::mem::replace(&mut self.accounts.due().is_writing, true) {
+            return;
+        }
+        let write = move || {
+            while let Some(cause) = shared.accounts.next() {
+                shared.keep_account(&cause);
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("lightrft-account".into()).spawn(write) {
+            tracing::warn!(%error, "no thread can be started to write what the flight recorder holds");
+            self.accounts.due().causes.clear();
+            self.accounts.next();
+        }
+    }
+
     /// Logs the last calls of a rank that is to blame for a group's death and, if a folder for that was named, writes
     /// down what the recorders hold.
-    pub(super) fn keep_account(&self, cause: &Cause) {
+    fn keep_account(&self, cause: &Cause) {
         let blamed = match cause {
             Cause::Lost { rank, .. } => vec![*rank],
             Cause::Mismatch { rank, other, .. } => vec![*rank, *other],
@@ -300,5 +365,32 @@ impl Shared {
         {
             tracing::warn!(%error, path = %path.display(), "cannot write what the flight recorder holds");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Loss;
+
+    #[test]
+    fn a_verdict_does_not_wait_for_what_is_written_about_it() {
+        let shared = Shared::new(0, 2, 0).unwrap();
+        let alarm = shared.fate.enter(7, &[0, 1]).unwrap();
+        // As if a thread wrote to a file system that hangs.
+        shared.accounts.due().is_writing = true;
+        shared.declare_lost(1, Loss::Died);
+        assert!(alarm.is_rung());
+        let begin = Instant::now();
+        shared.accounts.await_written();
+        assert!(begin.elapsed() >= WRITTEN);
+        assert_eq!(shared.accounts.due().causes.len(), 1);
+
+        shared.accounts.due().is_writing = false;
+        shared.start_writing();
+        while shared.accounts.due().is_writing {
+            shared.accounts.await_written();
+        }
+        assert!(shared.accounts.due().causes.is_empty());
     }
 }

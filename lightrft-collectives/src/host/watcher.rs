@@ -10,19 +10,19 @@ use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::control::{Control, Sent};
+use super::control::{Control, Room, Sent};
 use super::fate::Fate;
 use super::hello::{Gate, Purpose, Strangers};
 use super::ledger::{Ledgers, Told};
 use super::note::Note;
 use super::pulse::{Pulse, RHYTHM, Rhythm};
 use super::verdict::Court;
-use super::vigil::Condition;
+use super::vigil::{Accounts, Condition};
 use crate::acceptor::Acceptor;
 use crate::error::Loss;
 use crate::flight::memory::Read;
@@ -62,6 +62,10 @@ pub(super) struct Shared {
     flights: OnceLock<Vec<Option<Read>>>,
     /// Where to write what the recorders hold when a group fails.
     pub(super) directory: Option<PathBuf>,
+    /// What is still to be written there.
+    pub(super) accounts: Accounts,
+    /// For threads that outlive a call.
+    pub(super) own: Weak<Shared>,
     /// The last answers to questions of what ranks do, and when they came.
     answers: Mutex<HashMap<usize, (Instant, Status)>>,
     peers: Mutex<Vec<Option<Arc<Peer>>>>,
@@ -79,21 +83,25 @@ enum State {
 
 impl Shared {
     pub(super) fn new(rank: usize, world: usize, nonce: u64) -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Shared {
+        let recorder = Recorder::new(nonce, rank, world)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Arc::new_cyclic(|own| Shared {
             rank,
             world,
             nonce,
             fate: Fate::default(),
             court: Mutex::default(),
             ledgers: Mutex::default(),
-            recorder: Recorder::new(nonce, rank, world)?,
+            recorder,
             flights: OnceLock::new(),
             directory: std::env::var_os(DIRECTORY).filter(|name| !name.is_empty()).map(PathBuf::from),
+            accounts: Accounts::default(),
+            own: own.clone(),
             answers: Mutex::default(),
             peers: Mutex::new((0..world).map(|_| None).collect()),
             arrived: Mutex::default(),
             arrival: Condvar::new(),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            wake,
             state: Mutex::new(State::Running),
         }))
     }
@@ -169,10 +177,11 @@ impl Shared {
     /// Tells these ranks of the world, but for this one; does not wait.
     pub(super) fn tell(&self, ranks: impl IntoIterator<Item = usize>, note: &Note) {
         let bytes = note.encode();
+        let room = if matches!(note, Note::Calls { .. }) { Room::Half } else { Room::All };
         let peers = self.peers();
         let others = ranks.into_iter().filter(|rank| *rank != self.rank);
         for peer in others.filter_map(|rank| peers.get(rank)?.as_ref()) {
-            if peer.control.send(&bytes) == Sent::Later {
+            if peer.control.send(&bytes, room) == Sent::Later {
                 self.wake();
             }
         }
@@ -401,8 +410,8 @@ impl Watcher {
                     shared.tell([rank], &Note::Status(flight.status()));
                 }
             }
-            Note::Calls { group, line, calls } => {
-                shared.hear_calls(rank, group, line, calls.into_iter().map(Told::from));
+            Note::Calls { group, line, first, calls } => {
+                shared.hear_calls(rank, group, (line, first), calls.into_iter().map(Told::from));
             }
             Note::Status(status) => {
                 let mut answers = shared.answers.lock().unwrap_or_else(PoisonError::into_inner);

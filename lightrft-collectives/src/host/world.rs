@@ -365,6 +365,7 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         self.shared.leave();
+        self.shared.accounts.await_written();
     }
 }
 

@@ -187,7 +187,8 @@ impl Nccl {
     /// what it has computed.
     ///
     /// # Errors
-    /// What every later call returns: [`Error::PeerLost`], [`Error::Timeout`] or [`Error::Nccl`].
+    /// What every later call returns: [`Error::PeerLost`], [`Error::Timeout`] or [`Error::Nccl`], and [`Error::Mismatch`] where
+    /// calls are compared ([`Check::Beside`](super::Check::Beside), the default).
     pub fn health(&self) -> Result<()> {
         self.healthy(Call::Barrier)
     }
