@@ -373,7 +373,8 @@ fn rank_beside_one_that_came_and_was_stopped() {
     if rank.is(2) {
         await_file(&rank.note("told-0"));
     }
-    let error = rank.world.barrier().unwrap_err();
+    // The frames of those that came are there: who comes late may pass before it hears of the verdict, and once only.
+    let error = (0..2).find_map(|_| rank.world.barrier().err()).unwrap();
     assert!(matches!(&error, Error::Timeout { missing, .. } if missing == &[2]), "{error}");
     rank.was_told(&verdict(&error));
     if rank.is(0) {
