@@ -204,6 +204,8 @@ impl Group {
         if alarm.is_rung()
             && let Some(cause) = shared.fate.cause(self.id)
         {
+            // The caller may end this process now.
+            shared.accounts.await_written();
             return Err(cause.error(mine.call, &self.name, &self.ranks, cards));
         }
         let ticket = shared.recorder.begin(self.slot, mine.call, mine.encode(), site::current());
@@ -216,7 +218,6 @@ impl Group {
         let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Failed };
         let result = done.map_err(|fault| {
             let error = self.verdict(fault, mine, vigil);
-            // The caller may end this process now.
             shared.accounts.await_written();
             error
         });

@@ -356,9 +356,8 @@ impl Shared {
             std::fs::create_dir_all(directory)?;
             // The first failure is the one that tells: others follow from it.
             let mut file = std::fs::File::create_new(&path)?;
-            std::io::Write::write_all(&mut file, format!("{cause:?}\n\n").as_bytes())?;
-            flights()
-                .try_for_each(|flight| std::io::Write::write_all(&mut file, format!("{flight}\n").as_bytes()))
+            let flights: String = flights().map(|flight| format!("{flight}\n")).collect();
+            std::io::Write::write_all(&mut file, format!("{cause:?}\n\n{flights}").as_bytes())
         };
         if let Err(error) = write()
             && error.kind() != std::io::ErrorKind::AlreadyExists
