@@ -149,8 +149,12 @@ impl Group {
         limit: Duration,
     ) -> Result<Self> {
         let group = Group::connect(world, name, ranks, timeout, limit)?;
-        group.share()?;
-        Ok(group)
+        match group.share() {
+            // Members that are faster have the group already, and have disagreed in a call on it: so has this rank, and will
+            // hear of that in its own.
+            Ok(()) | Err(Error::Mismatch { .. }) => Ok(group),
+            Err(error) => Err(error),
+        }
     }
 
     /// Connects the members; the group works, over TCP.
