@@ -35,19 +35,16 @@ fn world() -> Arc<dyn Communicator> {
 }
 
 #[test]
-#[ignore = "fails at times on a busy machine: ranks hear of a mismatch on a group that they still make"]
 fn two_machines_of_two_ranks_conform() {
     all_succeed("rank_conforms", "aabb");
 }
 
 #[test]
-#[ignore = "fails at times on a busy machine: ranks hear of a mismatch on a group that they still make"]
 fn three_machines_of_different_sizes_conform() {
     all_succeed("rank_conforms", "abbc");
 }
 
 #[test]
-#[ignore = "fails at times on a busy machine: ranks hear of a mismatch on a group that they still make"]
 fn machines_that_share_some_lanes_only_conform() {
     all_succeed("rank_conforms", "aaabb");
 }

@@ -305,6 +305,8 @@ fn shared_groups(comm: &dyn Communicator) -> Result<()> {
     assert!(again.is_some() && (held.is_none() || name(&held) != name(&again)), "shared though one let go");
     if let Some(again) = again {
         again.barrier()?;
+        // A failure ends the calls of members that are still in an earlier one: all must be out of it first.
+        comm.barrier()?;
         // A group that has failed is not given to anybody again.
         let result = if rank == 0 { again.barrier() } else { again.all_reduce(&mut [1f32], ReduceOp::Sum) };
         assert!(matches!(result, Err(Error::Mismatch { .. })), "{result:?}");
