@@ -2,7 +2,7 @@
 
 use crate::device::{Device, DeviceMut};
 use crate::error::{Error, Result};
-use crate::op::{Dtype, Element, with_element};
+use crate::op::{BLOCK, Dtype, Element, with_element};
 
 /// Where a call reads: host or device memory.
 #[derive(Clone, Copy, Debug)]
@@ -133,6 +133,11 @@ impl<'a> Host<'a> {
         Ok(Host { dtype, bytes })
     }
 
+    /// Bytes that a plain call cannot send: see [`BLOCK`].
+    pub(crate) fn block(bytes: &'a [u8]) -> Self {
+        Host { dtype: BLOCK, bytes }
+    }
+
     /// The element type.
     pub fn dtype(&self) -> Dtype {
         self.dtype
@@ -172,6 +177,11 @@ impl<'a> HostMut<'a> {
         }
         check(dtype, bytes)?;
         Ok(HostMut { dtype, bytes })
+    }
+
+    /// Bytes that a plain call cannot receive: see [`BLOCK`].
+    pub(crate) fn block(bytes: &'a mut [u8]) -> Self {
+        HostMut { dtype: BLOCK, bytes }
     }
 
     /// The element type.

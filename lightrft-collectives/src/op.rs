@@ -52,6 +52,10 @@ impl fmt::Display for ReduceOp {
     }
 }
 
+/// The bytes that ranks exchange first in a call made of several (`preamble.rs`). A type that is no [`Element`], so that a
+/// plain call never has it: the two are told apart as any two types are.
+pub(crate) const BLOCK: Dtype = Dtype::F8_E8M0;
+
 /// A type whose slices can be sent and reduced.
 ///
 /// | type | accumulator of sums and products |

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::buffer::{Buffer, BufferMut, Elements, Host, HostMut};
 use crate::device::{Device, DeviceMut};
 use crate::error::{Error, Result};
-use crate::op::{Dtype, ReduceOp};
+use crate::op::{BLOCK, Dtype, ReduceOp};
 
 /// A call on a communicator, with the caller's buffers.
 ///
@@ -248,8 +248,10 @@ impl fmt::Display for Signature {
         if let Some(root) = self.root {
             write!(f, "root {root}, ")?;
         }
-        if let Some(dtype) = self.dtype {
-            write!(f, "{dtype:?}, {} elements", self.count)?;
+        match self.dtype {
+            Some(BLOCK) => write!(f, "first part of a call on objects, a map or a list")?,
+            Some(dtype) => write!(f, "{dtype:?}, {} elements", self.count)?,
+            None => {}
         }
         if self.digest != 0 {
             write!(f, ", arguments #{:08x}", self.digest as u32)?;
@@ -259,8 +261,8 @@ impl fmt::Display for Signature {
 }
 
 /// The element types that travel, in the order of their codes on the wire.
-const DTYPES: [Dtype; 7] =
-    [Dtype::F32, Dtype::F64, Dtype::BF16, Dtype::F16, Dtype::I32, Dtype::I64, Dtype::U8];
+const DTYPES: [Dtype; 8] =
+    [Dtype::F32, Dtype::F64, Dtype::BF16, Dtype::F16, Dtype::I32, Dtype::I64, Dtype::U8, BLOCK];
 
 impl Signature {
     pub(crate) fn bare(call: Call) -> Self {
@@ -279,6 +281,7 @@ impl Signature {
             Some(Dtype::I32) => 5,
             Some(Dtype::I64) => 6,
             Some(Dtype::U8) => 7,
+            Some(BLOCK) => 8,
             // No type that travels: no code that is read back.
             Some(_) => 1 + DTYPES.len() as u64,
         };

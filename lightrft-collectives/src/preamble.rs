@@ -7,11 +7,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::buffer::AlignedBytes;
+use crate::buffer::{AlignedBytes, Host, HostMut};
 use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Result};
-use crate::op::Dtype;
-use crate::operation::{Call, Signature};
+use crate::operation::{Call, Operation, Signature};
 
 /// Signature and length.
 const HEADER_BYTES: usize = 32;
@@ -22,14 +21,8 @@ const BLOCK_BYTES: usize = 1024;
 /// The longest data that travels in the block itself.
 pub(crate) const INLINE_BYTES: usize = BLOCK_BYTES - HEADER_BYTES;
 
-/// Bits of the word of the length that are the length's. Those above are the [`MARK`].
-const LENGTH_BITS: u32 = 40;
-
-/// What tells a block from the data of a plain call of the same shape, which the transport cannot tell apart.
-const MARK: u64 = 0x00b1_0c4e;
-
 /// The length of a rank that cannot take part.
-const REFUSED: u64 = (1 << LENGTH_BITS) - 1;
+const REFUSED: u64 = u64::MAX;
 
 /// The longest data of one rank. Lengths come from other processes and are checked before memory is asked for.
 const LONGEST: u64 = 1 << 36;
@@ -63,7 +56,7 @@ pub(crate) fn block(signature: Signature, data: Result<&[u8], &Error>) -> [u8; B
         }
     };
     let (header, body) = block.split_at_mut(HEADER_BYTES);
-    let words = signature.encode().into_iter().chain([MARK << LENGTH_BITS | length]);
+    let words = signature.encode().into_iter().chain([length]);
     for (place, word) in header.chunks_exact_mut(8).zip(words) {
         place.copy_from_slice(&word.to_le_bytes());
     }
@@ -112,12 +105,8 @@ fn signature(block: &[u8]) -> Option<Signature> {
     Signature::decode([word(block, 0), word(block, 1), word(block, 2)])
 }
 
-fn is_marked(block: &[u8]) -> bool {
-    word(block, 3) >> LENGTH_BITS == MARK
-}
-
 fn length(block: &[u8]) -> u64 {
-    word(block, 3) & REFUSED
+    word(block, 3)
 }
 
 impl Blocks {
@@ -125,18 +114,17 @@ impl Blocks {
     ///
     /// # Errors
     /// This rank's own error if `data` is one, on the others the error of the first rank that had one: all ranks
-    /// are then as far as before the call. [`Error::Mismatch`] if a rank made another call, also a plain one of the
-    /// same shape; that one's own call has succeeded, and its next returns the error.
+    /// are then as far as before the call. [`Error::Mismatch`] if a rank made another call.
     pub(crate) fn exchange<C: Communicator + ?Sized>(
         comm: &C,
         signature: Signature,
         data: Result<&[u8], &Error>,
     ) -> Result<Self> {
         let mut bytes = AlignedBytes::zeroed(comm.world_size() * BLOCK_BYTES);
-        comm.all_gather(&block(signature, data), bytes.as_mut_slice())?;
-        let dtype = Some(Dtype::U8);
-        let plain = Signature { dtype, count: BLOCK_BYTES as u64, ..Signature::bare(Call::AllGather) };
-        Self::read(comm, bytes, comm.ranks(), plain)?.or_refusal(comm, data.err())
+        let block = block(signature, data);
+        let (input, output) = (Host::block(&block).into(), HostMut::block(bytes.as_mut_slice()).into());
+        comm.run(Operation::AllGather { input, output })?;
+        Self::read(bytes, comm.ranks())?.or_refusal(comm, data.err())
     }
 
     /// As [`exchange`](Blocks::exchange), where only the root has something to say: its block, and its `table`, which
@@ -150,20 +138,14 @@ impl Blocks {
     ) -> Result<Self> {
         let mut bytes = block(signature, data).to_vec();
         bytes.extend(table.iter().flat_map(|n| n.to_le_bytes()));
-        comm.broadcast(&mut bytes, root)?;
+        comm.run(Operation::Broadcast { data: HostMut::block(&mut bytes).into(), root })?;
         for (index, n) in table.iter_mut().enumerate() {
             *n = word(&bytes[BLOCK_BYTES..], index);
         }
-        let (rank, count) = (comm.ranks()[comm.rank()], bytes.len() as u64);
-        let (dtype, at) = (Some(Dtype::U8), Some(root as u32));
-        let plain = Signature { dtype, root: at, count, ..Signature::bare(Call::Broadcast) };
-        if !is_marked(&bytes) {
-            return Err(mismatch(comm, (rank, signature), (comm.ranks()[root], plain)));
-        }
         let block = AlignedBytes::copy_of(&bytes[..BLOCK_BYTES]);
-        let blocks = Self::read(comm, block, &comm.ranks()[root..=root], plain)?;
+        let blocks = Self::read(block, &comm.ranks()[root..=root])?;
         if blocks.signatures[0].call != signature.call {
-            let other = comm.ranks()[root];
+            let (rank, other) = (comm.ranks()[comm.rank()], comm.ranks()[root]);
             return Err(mismatch(comm, (rank, signature), (other, blocks.signatures[0])));
         }
         let own = if comm.rank() == root { data.err() } else { None };
@@ -175,21 +157,9 @@ impl Blocks {
         }
     }
 
-    /// Reads the blocks of `ranks` of the world. One that is none comes from a rank that made the call `plain` instead.
-    fn read<C: Communicator + ?Sized>(
-        comm: &C,
-        bytes: AlignedBytes,
-        ranks: &[usize],
-        plain: Signature,
-    ) -> Result<Self> {
+    /// Reads the blocks of `ranks` of the world.
+    fn read(bytes: AlignedBytes, ranks: &[usize]) -> Result<Self> {
         let all = bytes.as_slice();
-        let mut blocks = ranks.iter().zip(all.chunks_exact(BLOCK_BYTES));
-        if let Some((odd, _)) = blocks.clone().find(|(_, block)| !is_marked(block))
-            && let Some((rank, block)) = blocks.find(|(_, block)| is_marked(block))
-        {
-            let call = signature(block).ok_or_else(|| garbled(*rank))?;
-            return Err(mismatch(comm, (*rank, call), (*odd, plain)));
-        }
         let mut signatures = Vec::with_capacity(all.len() / BLOCK_BYTES);
         for (rank, block) in ranks.iter().zip(all.chunks_exact(BLOCK_BYTES)) {
             let length = length(block);
