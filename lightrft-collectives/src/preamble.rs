@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::buffer::{AlignedBytes, Host, HostMut};
 use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Result};
+use crate::op::Dtype;
 use crate::operation::{Call, Operation, Signature};
 
 /// Signature and length.

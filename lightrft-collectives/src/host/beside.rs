@@ -1,6 +1,7 @@
 //! What a group lends to another way between its ranks, the communicator of their GPUs: a line in the flight recorder, and the
 //! comparison of the calls made there
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,14 +21,21 @@ pub struct Beside {
     /// Ranks of the world.
     members: Vec<usize>,
     slot: Slot,
-    /// Calls told.
-    told: Mutex<u64>,
+    /// Calls told to each member.
+    told: Mutex<Vec<u64>>,
 }
 
 impl Beside {
     pub(super) fn new(shared: Arc<Shared>, group: u64, members: &[usize], line: u64, name: &str) -> Self {
         let slot = shared.recorder.enter(line, name, members.len());
-        Beside { shared, group, line, members: members.to_vec(), slot, told: Mutex::new(0) }
+        Beside {
+            shared,
+            group,
+            line,
+            members: members.to_vec(),
+            slot,
+            told: Mutex::new(vec![0; members.len()]),
+        }
     }
 
     /// Records that a call begins, from where this thread's [`site`] says. Calls begin one after the other.
@@ -47,8 +55,14 @@ impl Beside {
     pub(crate) fn tell(&self, calls: &[Told]) {
         // Held until they are sent: they go in the order of their numbers.
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        self.shared.tell_calls(self.group, &self.members, (self.line, *told), calls);
-        *told += calls.len() as u64;
+        let mut parts = BTreeMap::<usize, Vec<Told>>::new();
+        for call in calls {
+            parts.entry(call.clerk(self.members.len())).or_default().push(*call);
+        }
+        for (clerk, calls) in parts {
+            self.shared.tell_calls(self.group, self.members[clerk], (self.line, told[clerk]), &calls);
+            told[clerk] += calls.len() as u64;
+        }
     }
 
     /// The members that have not begun a step, as ranks of the world, and what they do instead: those of this machine, whose
@@ -78,9 +92,7 @@ impl Beside {
 impl Drop for Beside {
     fn drop(&mut self) {
         self.shared.recorder.leave(self.slot);
-        if self.members[0] == self.shared.rank {
-            self.shared.close_ledger(self.group, self.line);
-        }
+        self.shared.close_ledger(self.group, self.line);
     }
 }
 
@@ -102,18 +114,18 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(30);
 
-    /// Runs `rank` as each of two ranks, in worlds of their own though in one process.
-    fn two(rank: impl Fn(Group) + Sync) {
+    /// Runs `rank` as each of `world_size` ranks, in worlds of their own though in one process.
+    fn ranks(world_size: usize, rank: impl Fn(Group) + Sync) {
         let store = &MemoryStore::new();
         thread::scope(|scope| {
-            for number in [0, 1] {
+            for number in 0..world_size {
                 let rank = &rank;
                 scope.spawn(move || {
                     let join = Join {
                         store,
                         prefix: "test".into(),
                         rank: number,
-                        world_size: 2,
+                        world_size,
                         interface: Ipv4Addr::LOCALHOST.into(),
                         timeout: LIMIT,
                         patience: LIMIT,
@@ -122,7 +134,7 @@ mod tests {
                         token: None,
                     };
                     let world = World::join(join).unwrap();
-                    rank(Group::new(world, "world".into(), vec![0, 1], LIMIT, LIMIT).unwrap());
+                    rank(Group::new(world, "world".into(), (0..world_size).collect(), LIMIT, LIMIT).unwrap());
                 });
             }
         });
@@ -146,7 +158,7 @@ mod tests {
 
     #[test]
     fn ranks_that_make_different_calls_beside_a_group_both_learn_of_it() {
-        two(|group| {
+        ranks(2, |group| {
             let beside = group.beside(99, "world on GPUs").unwrap();
             let odd = if group.rank() == 1 { 9 } else { 8 };
             beside.tell(&[Told::by_all(&reduce(8)), Told::by_all(&reduce(odd))]);
@@ -161,8 +173,29 @@ mod tests {
     }
 
     #[test]
+    fn what_two_ranks_exchange_is_compared_by_the_lower_and_told_to_all() {
+        ranks(3, |group| {
+            let beside = group.beside(99, "world on GPUs").unwrap();
+            let exchange =
+                |count| Signature { dtype: Some(Dtype::F32), count, ..Signature::bare(Call::AllToAllV) };
+            let of = |from, to, count| Told::between(from, to, 3, &exchange(count));
+            beside.tell(&match group.rank() {
+                0 => [of(0, 1, 5), of(2, 0, 6)],
+                1 => [of(0, 1, 5), of(1, 2, 7)],
+                _ => [of(2, 0, 6), of(1, 2, 8)],
+            });
+            let error = await_failure(&group);
+            let both = matches!(&error, Error::Mismatch { rank: 1, mine, other: 2, theirs, .. }
+                if **mine == exchange(7) && **theirs == exchange(8));
+            assert!(both, "{error}");
+            // Whoever leaves first leaves the others their error.
+            assert!(matches!(group.barrier().unwrap_err(), Error::Mismatch { .. }));
+        });
+    }
+
+    #[test]
     fn nobody_is_missing_on_a_line_for_which_there_was_no_room() {
-        two(|group| {
+        ranks(2, |group| {
             // Rank 1 has one line more than its recorder holds, and rank 0 just enough.
             let names = 2..GROUPS as u64 + group.rank() as u64;
             let _others: Vec<_> = names.map(|line| group.beside(1000 + line, "another").unwrap()).collect();
@@ -177,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_line_beside_a_group_says_who_has_not_come_and_what_it_does_instead() {
-        two(|group| {
+        ranks(2, |group| {
             let beside = group.beside(99, "world on GPUs").unwrap();
             let first = beside.begin(&reduce(1));
             beside.end(first, Outcome::Done);

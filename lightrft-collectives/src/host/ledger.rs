@@ -1,9 +1,10 @@
 //! The comparison of calls that ranks make on another way than the group's own: on their GPUs
 //!
-//! Every rank tells the lowest member of the group which calls it has made, in their order, on the control connections;
-//! that one keeps the calls that not all have made yet, and the first two that do not fit together are the group's verdict.
-//! Nothing waits for it. A call of all members is one entry on one *strand*; a message between two, or what two ranks exchange in
-//! an all-to-all of different lengths, is one on the strand of that pair, told by both.
+//! Every rank tells a *clerk* which calls it has made, in their order, on the control connections; that one keeps the calls that
+//! not all have made yet, and the first two that do not fit together are the group's verdict. Nothing waits for it. A call
+//! of all members is one entry on one *strand*, and its clerk is the lowest member; a message between two, or what two ranks
+//! exchange in an all-to-all of different lengths, is one on the strand of that pair, told by both, and its clerk is the lower of
+//! them: so no rank hears more than a few entries of each other for a call, however many they are.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -33,6 +34,11 @@ impl Told {
     /// What rank `from` of a group of `world` sends to rank `to`, or `to` expects of it.
     pub(crate) fn between(from: usize, to: usize, world: usize, call: &Signature) -> Self {
         Told { strand: 1 + (from * world + to) as u64, words: call.encode() }
+    }
+
+    /// The member of a group of `world` that compares it.
+    pub(super) fn clerk(&self, world: usize) -> usize {
+        self.strand.checked_sub(1).map_or(0, |pair| (pair as usize / world).min(pair as usize % world))
     }
 }
 
@@ -64,7 +70,7 @@ pub(super) struct Ledger {
     group: u64,
     members: Vec<usize>,
     strands: HashMap<u64, Strand>,
-    /// Calls heard of each member, on all strands together.
+    /// Calls heard of each member, on all strands of this clerk together.
     heard: Vec<u64>,
     is_closed: bool,
 }
@@ -149,21 +155,15 @@ impl Ledger {
 pub(super) type Ledgers = HashMap<u64, Ledger>;
 
 impl Shared {
-    /// Tells the calls that this rank has made on a line beside a group, from its call number `first` there on, to whom
-    /// compares them. Does not wait.
-    pub(super) fn tell_calls(
-        &self,
-        group: u64,
-        members: &[usize],
-        (line, mut first): (u64, u64),
-        calls: &[Told],
-    ) {
+    /// Tells the calls that this rank has made on a line beside a group, from its call number `first` there on, to the `clerk`, a
+    /// rank of the world, that compares them. Does not wait.
+    pub(super) fn tell_calls(&self, group: u64, clerk: usize, (line, mut first): (u64, u64), calls: &[Told]) {
         for calls in calls.chunks(TOLD) {
-            if members[0] == self.rank {
+            if clerk == self.rank {
                 self.hear_calls(self.rank, group, (line, first), calls.iter().copied());
             } else {
                 let calls = calls.iter().map(|told| (told.strand, told.words)).collect();
-                self.tell([members[0]], &Note::Calls { group, line, first, calls });
+                self.tell([clerk], &Note::Calls { group, line, first, calls });
             }
             first += calls.len() as u64;
         }
@@ -315,9 +315,9 @@ mod tests {
         let alarm = shared.fate.enter(7, &[3]).unwrap();
         shared.fate.enter(8, &[3, 1]).unwrap();
         shared.hear_calls(2, 7, (70, 0), [Told::by_all(&reduce(1))]);
-        shared.tell_calls(7, &[3], (70, 0), &[Told::by_all(&reduce(1)); 2]);
+        shared.tell_calls(7, 3, (70, 0), &[Told::by_all(&reduce(1)); 2]);
         assert!(!alarm.is_rung());
-        shared.tell_calls(8, &[3, 1], (80, 0), &[Told::by_all(&reduce(1))]);
+        shared.tell_calls(8, 3, (80, 0), &[Told::by_all(&reduce(1))]);
         shared.hear_calls(1, 8, (80, 0), [Told::by_all(&reduce(2))]);
         // Nobody answers the round of the agreement here.
         shared.court_sits(std::time::Instant::now() + super::super::verdict::PATIENCE);

@@ -236,10 +236,12 @@ impl Comm {
         let watched = taken.and_then(|()| self.watch(launch, stream, since, ticket));
         *lock(&self.making) = None;
         let result = watched.map_err(|error| {
+            // Told before anything else of CUDA is called, which may be stuck behind a launch.
+            let error = watchdog::fail(self, error);
+            // The calls before it have ended by now: records end in the order in which they began.
             self.end_record(ticket, Outcome::Failed);
             watchdog::count_done(1);
-            // Told before anything else of CUDA is called, which may be stuck behind a launch.
-            watchdog::fail(self, error)
+            error
         });
         drop((current, life));
         if self.failure().is_some() {
@@ -278,11 +280,12 @@ impl Comm {
             return;
         }
         untold.last = Some(now);
+        // Held while they are sent: two that tell at once tell in the order of the calls.
         let calls = std::mem::take(&mut untold.calls);
-        drop(untold);
         if let Some(beside) = &self.beside {
             beside.tell(&calls);
         }
+        drop(untold);
         watchdog::count_done(1);
     }
 
