@@ -1,6 +1,6 @@
 //! Byte counts beyond 31 and 32 bits: nothing on the way is cut off
 //!
-//! `cargo test --release -p lightrft-collectives --test large -- --ignored` needs 16 GiB of memory and a minute.
+//! `cargo test --release -p lightrft-collectives --test large -- --ignored more_than` needs 16 GiB of memory and a minute.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
