@@ -57,7 +57,7 @@ fn rank_conforms() {
 
 #[test]
 fn ranks_of_two_machines_that_disagree_all_learn_of_it() {
-    for machines in ["aabb", "aab"] {
+    for machines in ["aabb", "aab", "abb", "abbcc"] {
         all_succeed("rank_disagrees", machines);
     }
 }
@@ -72,15 +72,24 @@ fn rank_disagrees() {
     }
     // Whoever it is: at the end of a lane or not; on two levels, or with a call that is made on one.
     for odd in all.clone() {
-        for large in [false, true] {
+        // The root of a broadcast, which gets no data, must still hear of all: of one small enough to go out as it comes, and of
+        // one that goes out in a single piece on two levels.
+        for (elements, calls) in [
+            (2, ["all_reduce", "broadcast"]),
+            (300_000, ["all_reduce", "reduce"]),
+            (2, ["broadcast", "reduce"]),
+            (50_000, ["broadcast", "reduce"]),
+        ] {
             let group = comm.subgroup(&all).unwrap().unwrap();
-            let mut data = vec![1f32; if large { 300_000 } else { 2 }];
-            let result = match (comm.rank() == odd, large) {
-                (false, _) => group.all_reduce(&mut data, ReduceOp::Sum),
-                (true, false) => group.broadcast(&mut data, 0),
-                (true, true) => group.reduce(&mut data, ReduceOp::Sum, 0),
+            let mut data = vec![1f32; elements];
+            let result = match calls[usize::from(comm.rank() == odd)] {
+                "all_reduce" => group.all_reduce(&mut data, ReduceOp::Sum),
+                "broadcast" => group.broadcast(&mut data, 0),
+                _ => group.reduce(&mut data, ReduceOp::Sum, 0),
             };
-            let Err(Error::Mismatch { rank, other, .. }) = result else { panic!("{odd}: {result:?}") };
+            let Err(Error::Mismatch { rank, other, .. }) = result else {
+                panic!("{calls:?}, {odd}: {result:?}")
+            };
             assert!(rank == odd || other == odd, "{rank} and {other}, not {odd}");
         }
     }

@@ -274,10 +274,9 @@ impl Call<'_, '_> {
         let topology = self.topology;
         let origin = topology.host_of(root);
         let here = topology.mine == origin;
-        if data.len() > SMALL {
-            // Nobody may go on before all are known to make this call, and the root hears of nobody else.
-            self.meet()?;
-        } else if !here {
+        // Nobody has a result before all are known to make this call: those of a machine meet before the ends of its lanes
+        // tell the other machines, the root's in the broadcast among them.
+        if !here {
             self.meet_local()?;
         }
         let lanes = if data.len() <= SMALL { 1 } else { topology.lanes() };
