@@ -24,6 +24,7 @@
 mod diagnosis;
 pub(crate) mod memory;
 mod places;
+mod raw;
 pub(crate) mod recorder;
 
 use std::fmt;
@@ -36,7 +37,8 @@ use serde::{Deserialize, Serialize};
 pub use self::diagnosis::diagnose;
 pub(crate) use self::diagnosis::{Known, cycle, describe};
 use self::memory::{Read, Words};
-use self::recorder::{FILE, Outcome, Raw, RawRecord, WORDS};
+use self::raw::{Raw, RawGroup, RawRecord};
+use self::recorder::{FILE, Outcome, WORDS};
 use crate::operation::Signature;
 
 /// The variable that names the folder for files about failures.
@@ -180,7 +182,7 @@ fn duration(nanos: u64) -> Duration {
 impl Flight {
     /// What is in a recorder now; `None` if it is none of this version.
     pub(crate) fn of(words: &impl Words) -> Option<Self> {
-        recorder::read(words).map(Self::from_raw)
+        raw::read(words).map(Self::from_raw)
     }
 
     fn from_raw(raw: Raw) -> Self {
@@ -201,7 +203,7 @@ impl Flight {
                 Some((ago, Outcome::Failed)) => State::Failed(duration(ago)),
             },
         };
-        let group = |group: &recorder::RawGroup| GroupState {
+        let group = |group: &RawGroup| GroupState {
             id: group.id,
             name: group.name.clone(),
             size: group.size,

@@ -13,14 +13,14 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Mutex;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::sync::atomic::fence;
 
 use rustix::time::{ClockId, clock_gettime};
 
 use super::memory::{Words, Written, cycles};
 use super::places::{PLACES, Places};
-use crate::operation::{Call, Signature};
+use crate::operation::Call;
 use crate::site::Site;
 
 /// Calls that are kept.
@@ -28,59 +28,59 @@ pub(crate) const RECORDS: usize = 1024;
 /// Groups that are kept apart by name. Calls of more are recorded without one.
 pub(crate) const GROUPS: usize = 64;
 /// Ranks that a waiting call names.
-const WAITED_FOR: usize = 16;
+pub(super) const WAITED_FOR: usize = 16;
 /// Bytes of a group's name.
-const NAME: usize = 96;
+pub(super) const NAME: usize = 96;
 
-const HEAD: usize = 16;
-const GROUP: usize = 32;
-const RECORD: usize = 8;
+pub(super) const HEAD: usize = 16;
+pub(super) const GROUP: usize = 32;
+pub(super) const RECORD: usize = 8;
 /// Words of a place: the length of its text, and the text.
-const PLACE: usize = 16;
-const FIRST_PLACE: usize = HEAD + GROUPS * GROUP + RECORDS * RECORD;
+pub(super) const PLACE: usize = 16;
+pub(super) const FIRST_PLACE: usize = HEAD + GROUPS * GROUP + RECORDS * RECORD;
 pub(crate) const WORDS: usize = FIRST_PLACE + PLACES * PLACE;
 
 /// Bits of the word that a record's step and place share that are the step's.
-const STEP_BITS: u32 = 48;
+pub(super) const STEP_BITS: u32 = 48;
 
 /// First word; its last byte is the version of this format.
-const MAGIC: u64 = u64::from_le_bytes(*b"LRFTFLY\x02");
+pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"LRFTFLY\x02");
 /// The name of the memory file, by which a process's recorders are found.
 pub(crate) const FILE: &str = "lightrft-flight";
 
 /// Words of the head.
-mod head {
-    pub(super) const MAGIC: usize = 0;
-    pub(super) const NONCE: usize = 1;
-    pub(super) const RANK: usize = 2;
-    pub(super) const WORLD: usize = 3;
-    pub(super) const PID: usize = 4;
-    pub(super) const CLOCK: usize = 5;
-    pub(super) const CYCLES: usize = 6;
-    pub(super) const NANOS: usize = 7;
+pub(super) mod head {
+    pub(in crate::flight) const MAGIC: usize = 0;
+    pub(in crate::flight) const NONCE: usize = 1;
+    pub(in crate::flight) const RANK: usize = 2;
+    pub(in crate::flight) const WORLD: usize = 3;
+    pub(in crate::flight) const PID: usize = 4;
+    pub(in crate::flight) const CLOCK: usize = 5;
+    pub(in crate::flight) const CYCLES: usize = 6;
+    pub(in crate::flight) const NANOS: usize = 7;
     /// Calls recorded. On a cache line of its own.
-    pub(super) const NEXT: usize = 8;
+    pub(in crate::flight) const NEXT: usize = 8;
 }
 
 /// Words of a group.
-mod group {
+pub(super) mod group {
     /// Odd while the group is being entered or left.
-    pub(super) const STAMP: usize = 0;
-    pub(super) const ID: usize = 1;
-    pub(super) const SIZE: usize = 2;
+    pub(in crate::flight) const STAMP: usize = 0;
+    pub(in crate::flight) const ID: usize = 1;
+    pub(in crate::flight) const SIZE: usize = 2;
     /// Collective calls begun.
-    pub(super) const STEP: usize = 3;
+    pub(in crate::flight) const STEP: usize = 3;
     /// The number of the last call begun, plus 1, and of the last that ended.
-    pub(super) const BEGUN: usize = 4;
-    pub(super) const ENDED: usize = 5;
+    pub(in crate::flight) const BEGUN: usize = 4;
+    pub(in crate::flight) const ENDED: usize = 5;
     /// The number, plus 1, of the call that waits for the ranks that follow, above 8 bits that change with them; and how
     /// many they are.
-    pub(super) const WAITS: usize = 6;
-    pub(super) const WAITED_FOR: usize = 7;
-    pub(super) const RANKS: usize = 8;
-    pub(super) const NAME: usize = 16;
+    pub(in crate::flight) const WAITS: usize = 6;
+    pub(in crate::flight) const WAITED_FOR: usize = 7;
+    pub(in crate::flight) const RANKS: usize = 8;
+    pub(in crate::flight) const NAME: usize = 16;
     /// The step of the last call that ended.
-    pub(super) const DONE: usize = 28;
+    pub(in crate::flight) const DONE: usize = 28;
 }
 
 /// How a call ended.
@@ -92,14 +92,14 @@ pub(crate) enum Outcome {
 
 /// What time a recorder's words are in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Clock {
+pub(super) enum Clock {
     /// Nanoseconds since the machine started.
     Nanos = 0,
     /// Cycles of its processors.
     Cycles = 1,
 }
 
-fn nanos() -> u64 {
+pub(super) fn nanos() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
@@ -112,7 +112,7 @@ impl Clock {
         if trusted && cfg!(target_arch = "x86_64") { Clock::Cycles } else { Clock::Nanos }
     }
 
-    fn now(self) -> u64 {
+    pub(super) fn now(self) -> u64 {
         match self {
             Clock::Nanos => nanos(),
             Clock::Cycles => cycles(),
@@ -318,171 +318,12 @@ pub(crate) fn is_step(call: Call) -> bool {
     !matches!(call, Call::Send | Call::Recv)
 }
 
-/// A record as it was read.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RawRecord {
-    pub(crate) number: u64,
-    pub(crate) group: u64,
-    pub(crate) step: u64,
-    /// The number of its place; 0 for none.
-    pub(crate) place: usize,
-    pub(crate) signature: Option<Signature>,
-    /// Nanoseconds before now.
-    pub(crate) begun: u64,
-    pub(crate) ended: Option<(u64, Outcome)>,
-}
-
-/// A group's line as it was read.
-#[derive(Clone, Debug)]
-pub(crate) struct RawGroup {
-    pub(crate) id: u64,
-    pub(crate) name: String,
-    pub(crate) size: usize,
-    pub(crate) step: u64,
-    /// The step of the first call that has not ended; `step` if all have.
-    pub(crate) at: u64,
-    /// The number of the call under way.
-    pub(crate) running: Option<u64>,
-    pub(crate) waits_for: Vec<usize>,
-}
-
-/// A recorder's content at one moment.
-#[derive(Clone, Debug)]
-pub(crate) struct Raw {
-    pub(crate) nonce: u64,
-    pub(crate) rank: usize,
-    pub(crate) world: usize,
-    pub(crate) pid: u32,
-    pub(crate) groups: Vec<RawGroup>,
-    /// In the order of their numbers.
-    pub(crate) records: Vec<RawRecord>,
-    /// The places, the first of which has the number 1.
-    pub(crate) places: Vec<String>,
-}
-
-/// Reads all that is whole. `None` if this is no recorder of this version.
-pub(crate) fn read(words: &impl Words) -> Option<Raw> {
-    if words.load(head::MAGIC, Acquire) != MAGIC {
-        return None;
-    }
-    let word = |place| words.load(place, Relaxed);
-    let clock = if word(head::CLOCK) == Clock::Cycles as u64 { Clock::Cycles } else { Clock::Nanos };
-    let age = Age::new(clock, word(head::CYCLES), word(head::NANOS));
-    let records = (0..RECORDS).filter_map(|place| read_record(words, place, &age));
-    let mut records: Vec<RawRecord> = records.collect();
-    records.sort_unstable_by_key(|record| record.number);
-    Some(Raw {
-        nonce: word(head::NONCE),
-        rank: word(head::RANK) as usize,
-        world: word(head::WORLD) as usize,
-        pid: word(head::PID) as u32,
-        groups: (0..GROUPS).filter_map(|line| read_group(words, line, &records)).collect(),
-        records,
-        places: (0..PLACES).map(|place| read_place(words, place)).collect(),
-    })
-}
-
-fn read_place(words: &impl Words, place: usize) -> String {
-    let base = FIRST_PLACE + place * PLACE;
-    let length = words.load(base, Acquire) as usize;
-    let bytes = (1..PLACE).flat_map(|word| words.load(base + word, Relaxed).to_le_bytes());
-    let bytes: Vec<u8> = bytes.take(length).collect();
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// How long ago a recorder's time was.
-struct Age {
-    now: u64,
-    nanos_per_tick: f64,
-}
-
-impl Age {
-    fn new(clock: Clock, ticks_then: u64, nanos_then: u64) -> Self {
-        let (now, nanos_now) = (clock.now(), nanos());
-        let ticks = now.saturating_sub(ticks_then).max(1) as f64;
-        let nanos_per_tick = match clock {
-            Clock::Nanos => 1.0,
-            Clock::Cycles => nanos_now.saturating_sub(nanos_then) as f64 / ticks,
-        };
-        Age { now, nanos_per_tick }
-    }
-
-    fn of(&self, ticks: u64) -> u64 {
-        (self.now.saturating_sub(ticks) as f64 * self.nanos_per_tick) as u64
-    }
-}
-
-fn read_record(words: &impl Words, place: usize, age: &Age) -> Option<RawRecord> {
-    let base = HEAD + GROUPS * GROUP + place * RECORD;
-    let stamp = words.load(base, Acquire);
-    let mut found = [0; RECORD];
-    found.iter_mut().enumerate().for_each(|(i, word)| *word = words.load(base + i, Relaxed));
-    fence(Acquire);
-    if stamp == 0 || stamp % 2 == 1 || words.load(base, Relaxed) != stamp {
-        return None;
-    }
-    let number = stamp / 2 - 1;
-    let outcome = |end: u64| match end & 3 {
-        1 => Some((age.of(end >> 2), Outcome::Done)),
-        2 => Some((age.of(end >> 2), Outcome::Failed)),
-        _ => None,
-    };
-    (number as usize % RECORDS == place).then(|| RawRecord {
-        number,
-        group: found[1],
-        step: found[2] & ((1 << STEP_BITS) - 1),
-        place: (found[2] >> STEP_BITS) as usize,
-        signature: Signature::decode([found[3], found[4], found[5]]),
-        begun: age.of(found[6]),
-        ended: outcome(found[7]),
-    })
-}
-
-/// `records` were read before.
-fn read_group(words: &impl Words, line: usize, records: &[RawRecord]) -> Option<RawGroup> {
-    let base = HEAD + line * GROUP;
-    let mut found = [0u64; GROUP];
-    // In this order: of a call whose beginning was read and whose end was not, it is certain that it had not ended.
-    found.iter_mut().enumerate().for_each(|(i, word)| *word = words.load(base + i, Acquire));
-    fence(Acquire);
-    let stamp = found[group::STAMP];
-    let waits = words.load(base + group::WAITS, Relaxed);
-    if stamp % 2 == 1 || words.load(base, Relaxed) != stamp || found[group::ID] == 0 {
-        return None;
-    }
-    let running = found[group::ENDED] < found[group::BEGUN];
-    let name: Vec<u8> = found[group::NAME..][..NAME / 8].iter().flat_map(|word| word.to_le_bytes()).collect();
-    let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME);
-    let mut waits_for = Vec::new();
-    if running && waits >> 8 == found[group::BEGUN] && waits == found[group::WAITS] {
-        let count = (found[group::WAITED_FOR] as usize).min(WAITED_FOR);
-        let rank = |place: usize| (found[group::RANKS + place / 2] >> (32 * (place % 2))) as u32 as usize;
-        waits_for.extend((0..count).map(rank));
-    }
-    // Messages are no steps: the first call that has not ended may have the step of one that has.
-    let (id, ended) = (found[group::ID], found[group::ENDED]);
-    let all_known = records.first().is_some_and(|first| first.number <= ended);
-    let under_way = records.iter().find(|record| record.group == id && record.number >= ended);
-    let at = match under_way.filter(|_| all_known && running) {
-        Some(call) => call.step,
-        None if running => (found[group::DONE] + 1).min(found[group::STEP]),
-        None => found[group::STEP],
-    };
-    Some(RawGroup {
-        id: found[group::ID],
-        name: String::from_utf8_lossy(&name[..end]).into_owned(),
-        size: found[group::SIZE] as usize,
-        step: found[group::STEP],
-        at,
-        running: running.then(|| found[group::BEGUN].saturating_sub(1)),
-        waits_for,
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::raw::read;
     use super::*;
     use crate::op::Dtype;
+    use crate::operation::Signature;
 
     fn signature(count: u64) -> Signature {
         // Every word tells the count, so that halves of two calls would be seen.
