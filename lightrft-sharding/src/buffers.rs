@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use half::{bf16, f16};
-
-use crate::precision::{Precision, UnitValues};
+use crate::error::Result;
+use crate::host::HostMemory;
+use crate::memory::{Memory, Values as _};
+use crate::precision::Precision;
 
 /// Bytes of whole units and whole gradients, which live only while they are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,156 +69,120 @@ impl Drop for Lease {
     }
 }
 
-/// A whole unit in f32: its values, and the lease that counts their bytes.
+/// A whole unit or a whole gradient: its values, and the lease that counts their bytes.
 ///
-/// The values are an owned `Vec`, so that a tensor library can take them without a copy
+/// On the host the values are an owned `Vec` of f32, so that a tensor library can take them without a copy
 /// ([`into_parts`](Self::into_parts)); the lease then lives as long as the tensor does.
 #[derive(Debug)]
-pub struct FullUnit {
-    values: Vec<f32>,
-    lease: Lease,
+pub struct FullUnit<Mem: Memory = HostMemory> {
+    pub(crate) whole: Whole<Mem>,
+}
+
+impl<Mem: Memory> FullUnit<Mem> {
+    pub(crate) fn new(whole: Whole<Mem>) -> Self {
+        Self { whole }
+    }
 }
 
 impl FullUnit {
-    pub(crate) fn new(whole: Whole) -> Self {
-        Self { values: whole.values.into_f32(), lease: whole.lease }
-    }
-
     /// The unit's values, padding at the end; parameters lie where [`FlatParam::range`](crate::FlatParam::range) says.
     pub fn values(&self) -> &[f32] {
-        &self.values
+        self.whole.values.f32()
     }
 
     /// The values and their lease, to be held apart.
     pub fn into_parts(self) -> (Vec<f32>, Lease) {
-        (self.values, self.lease)
+        (self.whole.values.into_f32(), self.whole.lease)
     }
 }
 
 /// A full-size buffer of any precision, with the lease that counts it.
 #[derive(Debug)]
-pub(crate) struct Whole {
-    pub(crate) values: UnitValues,
+pub(crate) struct Whole<Mem: Memory = HostMemory> {
+    pub(crate) values: Mem::Values,
     pub(crate) lease: Lease,
 }
 
 /// Buffers that were given back and wait for their next use.
 #[derive(Debug)]
-pub(crate) struct Pool {
+pub(crate) struct Pool<Mem: Memory> {
+    memory: Mem,
     meter: Arc<Meter>,
     /// Buffers of each type that are kept.
     most: usize,
-    f32: Idle<f32>,
-    bf16: Idle<bf16>,
-    f16: Idle<f16>,
+    idle: Vec<Whole<Mem>>,
 }
 
-/// The idle buffers of one type.
-#[derive(Debug)]
-struct Idle<T>(Vec<(Vec<T>, Lease)>);
-
-impl<T> Default for Idle<T> {
-    fn default() -> Self {
-        Self(Vec::new())
-    }
-}
-
-impl<T: Copy + Default> Idle<T> {
-    /// `elems` elements of any value.
-    fn take(&mut self, elems: usize) -> Vec<T> {
-        match self.pop(elems) {
-            Some(mut values) => {
-                values.resize(elems, T::default());
-                values
-            }
-            None => vec![T::default(); elems],
-        }
-    }
-
-    /// `elems` zeros. A fresh buffer comes zeroed from the allocator, which costs nothing until touched.
-    fn take_zeroed(&mut self, elems: usize) -> Vec<T> {
-        match self.pop(elems) {
-            Some(mut values) => {
-                values.clear();
-                values.resize(elems, T::default());
-                values
-            }
-            None => vec![T::default(); elems],
-        }
-    }
-
-    /// The smallest idle buffer that holds `elems` elements; idle buffers that are all too small are dropped, since
-    /// the run has moved on to larger units.
-    fn pop(&mut self, elems: usize) -> Option<Vec<T>> {
-        if elems == 0 {
-            return None;
-        }
-        let fits = self.0.iter().enumerate().filter(|(_, (values, _))| values.capacity() >= elems);
-        let best = fits.min_by_key(|(_, (values, _))| values.capacity()).map(|(index, _)| index);
-        match best {
-            Some(index) => Some(self.0.swap_remove(index).0),
-            None => {
-                self.0 = Vec::new();
-                None
-            }
-        }
-    }
-
-    fn put(&mut self, values: Vec<T>, most: usize, meter: &Arc<Meter>) {
-        if self.0.len() < most && values.capacity() > 0 {
-            let lease = meter.lease(values.capacity() * size_of::<T>());
-            self.0.push((values, lease));
-        }
-    }
-}
-
-impl Pool {
+impl<Mem: Memory> Pool<Mem> {
     /// Keeps at most so many buffers of each type: those that are in use at once.
-    pub(crate) fn new(most: usize) -> Self {
-        Self {
-            meter: Arc::default(),
-            most,
-            f32: Idle::default(),
-            bf16: Idle::default(),
-            f16: Idle::default(),
-        }
+    pub(crate) fn new(memory: Mem, most: usize) -> Self {
+        Self { memory, meter: Arc::default(), most, idle: Vec::new() }
     }
 
     pub(crate) fn meter(&self) -> &Arc<Meter> {
         &self.meter
     }
 
-    /// A buffer of `elems` elements with unspecified (initialised) contents.
-    pub(crate) fn take(&mut self, precision: Precision, elems: usize) -> Whole {
-        let values = match precision {
-            Precision::F32 => UnitValues::F32(self.f32.take(elems)),
-            Precision::Bf16 => UnitValues::Bf16(self.bf16.take(elems)),
-            Precision::F16 => UnitValues::F16(self.f16.take(elems)),
+    /// A buffer of `elems` elements with unspecified contents.
+    pub(crate) fn take(&mut self, precision: Precision, elems: usize) -> Result<Whole<Mem>> {
+        let values = match self.pop(precision, elems) {
+            Some(values) => values,
+            None => self.memory.unset(precision, elems)?,
         };
-        self.whole(values)
+        Ok(self.whole(values))
     }
 
-    /// A buffer of `elems` f32 zeros.
-    pub(crate) fn take_zeroed(&mut self, elems: usize) -> Whole {
-        let values = UnitValues::F32(self.f32.take_zeroed(elems));
-        self.whole(values)
+    /// A buffer of `elems` f32 zeros. A fresh one on the host comes zeroed from the allocator, which costs nothing until
+    /// touched.
+    pub(crate) fn take_zeroed(&mut self, elems: usize) -> Result<Whole<Mem>> {
+        let values = match self.pop(Precision::F32, elems) {
+            Some(mut values) => {
+                self.memory.zero(&mut values, 0..elems)?;
+                values
+            }
+            None => self.memory.zeros(Precision::F32, elems)?,
+        };
+        Ok(self.whole(values))
+    }
+
+    /// The smallest idle buffer that holds `elems` elements, made as long; idle buffers of the type that are all too small
+    /// are dropped, since the run has moved on to larger units.
+    fn pop(&mut self, precision: Precision, elems: usize) -> Option<Mem::Values> {
+        if elems == 0 {
+            return None;
+        }
+        let of_type = |values: &Mem::Values| values.precision() == precision;
+        let fits = |values: &Mem::Values| of_type(values) && values.capacity_bytes() >= elems * precision.bytes();
+        let fitting = self.idle.iter().enumerate().filter(|(_, whole)| fits(&whole.values));
+        let best = fitting.min_by_key(|(_, whole)| whole.values.capacity_bytes()).map(|(index, _)| index);
+        match best {
+            Some(index) => {
+                let mut values = self.idle.swap_remove(index).values;
+                values.resize(elems);
+                Some(values)
+            }
+            None => {
+                self.idle.retain(|whole| !of_type(&whole.values));
+                None
+            }
+        }
     }
 
     /// Counts a buffer that came from elsewhere.
-    pub(crate) fn whole(&self, values: UnitValues) -> Whole {
+    pub(crate) fn whole(&self, values: Mem::Values) -> Whole<Mem> {
         let lease = self.meter.lease(values.capacity_bytes());
         Whole { values, lease }
     }
 
-    pub(crate) fn put(&mut self, values: UnitValues) {
-        match values {
-            UnitValues::F32(values) => self.f32.put(values, self.most, &self.meter),
-            UnitValues::Bf16(values) => self.bf16.put(values, self.most, &self.meter),
-            UnitValues::F16(values) => self.f16.put(values, self.most, &self.meter),
+    pub(crate) fn put(&mut self, values: Mem::Values) {
+        let of_type = self.idle.iter().filter(|idle| idle.values.precision() == values.precision()).count();
+        if of_type < self.most && values.capacity_bytes() > 0 {
+            let whole = self.whole(values);
+            self.idle.push(whole);
         }
     }
 
-    pub(crate) fn put_whole(&mut self, whole: Whole) {
+    pub(crate) fn put_whole(&mut self, whole: Whole<Mem>) {
         let Whole { values, lease } = whole;
         drop(lease);
         self.put(values);
@@ -226,7 +191,7 @@ impl Pool {
     /// Frees all, and says how many bytes.
     pub(crate) fn clear(&mut self) -> usize {
         let before = self.meter.read().now;
-        (self.f32, self.bf16, self.f16) = Default::default();
+        self.idle = Vec::new();
         before - self.meter.read().now
     }
 }

@@ -1,11 +1,15 @@
 //! The seam between sharding and a model library: what a model must be able to do so that its parameters can be
 //! cut over ranks.
 
+use std::ops::Range;
+
 use crate::buffers::Lease;
 use crate::error::{BoxError, Error, Result};
 use crate::flat::FlatUnit;
+use crate::host::HostMemory;
+use crate::memory::Memory;
 use crate::plan::UnitSpec;
-use crate::precision::UnitValues;
+use crate::precision::Combine;
 
 /// One stage of a model: a name, and the units whose parameters it uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +57,10 @@ impl StageSpec {
 ///   same, since other ranks may need them.
 ///
 /// Stages must be deterministic: `backward` must see what `forward` saw, dropout masks included.
-pub trait StagedModel {
+///
+/// A model is staged for a memory: the host's, where nothing else is said, and `Mem::Values` is
+/// [`UnitValues`](crate::UnitValues).
+pub trait StagedModel<Mem: Memory = HostMemory> {
     /// What every stage of a pass can read and no stage changes: token ids, positions, masks.
     type Batch: ?Sized;
     /// What one stage hands to the next, and its gradient.
@@ -84,10 +91,10 @@ pub trait StagedModel {
     ///
     /// # Errors
     /// The model's own.
-    fn bind(&self, unit: &FlatUnit, values: UnitValues) -> Result<Self::Params, Self::Error>;
+    fn bind(&self, unit: &FlatUnit, values: Mem::Values) -> Result<Self::Params, Self::Error>;
 
     /// Takes back what `bind` made. Where the buffer can be had again, return it, and the next gather will use it.
-    fn unbind(&self, params: Self::Params) -> Option<UnitValues> {
+    fn unbind(&self, params: Self::Params) -> Option<Mem::Values> {
         drop(params);
         None
     }
@@ -133,7 +140,7 @@ pub trait StagedModel {
         batch: &Self::Batch,
         input: Option<&Self::Activation>,
         grad_output: Self::Activation,
-        grads: &mut StageGrads<'_>,
+        grads: &mut StageGrads<'_, Mem>,
     ) -> Result<Option<Self::Activation>, Self::Error>;
 
     /// As [`backward`](Self::backward), from what [`forward_saving`](Self::forward_saving) returned.
@@ -149,7 +156,7 @@ pub trait StagedModel {
         input: Option<&Self::Activation>,
         saved: Self::Saved,
         grad_output: Self::Activation,
-        grads: &mut StageGrads<'_>,
+        grads: &mut StageGrads<'_, Mem>,
     ) -> Result<Option<Self::Activation>, Self::Error> {
         drop(saved);
         self.backward(stage, params, batch, input, grad_output, grads)
@@ -158,9 +165,9 @@ pub trait StagedModel {
 
 /// The whole gradient of one unit while a backward pass fills it.
 #[derive(Debug)]
-pub(crate) struct UnitGrads {
+pub(crate) struct UnitGrads<Mem: Memory> {
     /// f32, as long as the trainable segment.
-    pub(crate) values: Vec<f32>,
+    pub(crate) values: Mem::Values,
     pub(crate) lease: Lease,
     /// Whether each parameter has been given a gradient in this pass.
     pub(crate) given: Vec<bool>,
@@ -169,20 +176,23 @@ pub(crate) struct UnitGrads {
 /// Where a stage puts the gradients of its parameters. Units and parameters go by their place: `unit` counts the
 /// stage's own list of units, `param` the parameters of that unit.
 #[derive(Debug)]
-pub struct StageGrads<'a> {
+pub struct StageGrads<'a, Mem: Memory = HostMemory> {
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "slices need no help"))]
+    pub(crate) memory: &'a Mem,
     units: &'a [usize],
     layouts: &'a [FlatUnit],
-    grads: &'a mut [Option<UnitGrads>],
+    grads: &'a mut [Option<UnitGrads<Mem>>],
 }
 
-impl<'a> StageGrads<'a> {
+impl<'a, Mem: Memory> StageGrads<'a, Mem> {
     /// `units` are the stage's; `grads` has one entry for every unit of the plan, present for those of the stage.
     pub(crate) fn new(
+        memory: &'a Mem,
         units: &'a [usize],
         layouts: &'a [FlatUnit],
-        grads: &'a mut [Option<UnitGrads>],
+        grads: &'a mut [Option<UnitGrads<Mem>>],
     ) -> Self {
-        Self { units, layouts, grads }
+        Self { memory, units, layouts, grads }
     }
 
     /// The layouts of the stage's units, in the stage's order.
@@ -199,44 +209,34 @@ impl<'a> StageGrads<'a> {
         Ok(self.layouts[index].params()[param].is_trainable())
     }
 
-    /// Adds `gradient` (row-major, the parameter's shape) to what the parameter has been given in this pass. That of a
-    /// frozen parameter is dropped.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchUnit`]; [`Error::InvalidStage`] for a parameter that the unit does not have;
-    /// [`Error::Length`] for a gradient of another length.
-    pub fn add(&mut self, unit: usize, param: usize, gradient: &[f32]) -> Result<()> {
+    /// Where a gradient of `elems` elements of a parameter goes, and how; `None` for a frozen parameter.
+    pub(crate) fn place(
+        &mut self,
+        unit: usize,
+        param: usize,
+        elems: usize,
+    ) -> Result<Option<(&mut Mem::Values, Range<usize>, Combine)>> {
         let (index, place) = self.locate(unit, param)?;
         let param = &self.layouts[index].params()[place];
         let range = param.range();
-        if gradient.len() != range.len() {
+        if elems != range.len() {
             return Err(Error::Length {
                 what: "the gradient",
                 name: param.name().to_owned(),
-                got: gradient.len(),
+                got: elems,
                 expected: range.len(),
             });
         }
-        if let Some(UnitGrads { values, given, .. }) = &mut self.grads[index]
-            && param.is_trainable()
-        {
-            let sum = &mut values[range];
-            if std::mem::replace(&mut given[place], true) {
-                for (sum, part) in sum.iter_mut().zip(gradient) {
-                    *sum += part;
-                }
-            } else {
-                sum.copy_from_slice(gradient);
-            }
-        }
-        Ok(())
+        let Some(UnitGrads { values, given, .. }) = self.grads[index].as_mut().filter(|_| param.is_trainable())
+        else {
+            return Ok(None);
+        };
+        let how = if std::mem::replace(&mut given[place], true) { Combine::Add } else { Combine::Set };
+        Ok(Some((values, range, how)))
     }
 
-    /// The parameter's gradient in place (zeros at first), to be added to.
-    ///
-    /// # Errors
-    /// As [`wants`](Self::wants), and [`Error::FrozenParameter`] for one that does not learn.
-    pub fn slice_mut(&mut self, unit: usize, param: usize) -> Result<&mut [f32]> {
+    /// Where a parameter's gradient lies, to be added to.
+    pub(crate) fn in_place(&mut self, unit: usize, param: usize) -> Result<(&mut Mem::Values, Range<usize>)> {
         let (index, place) = self.locate(unit, param)?;
         let param = &self.layouts[index].params()[place];
         if !param.is_trainable() {
@@ -245,7 +245,7 @@ impl<'a> StageGrads<'a> {
         match &mut self.grads[index] {
             Some(UnitGrads { values, given, .. }) => {
                 given[place] = true;
-                Ok(&mut values[param.range()])
+                Ok((values, param.range()))
             }
             None => Err(Error::NoSuchUnit { unit, units: self.units.len() }),
         }
@@ -269,5 +269,34 @@ impl<'a> StageGrads<'a> {
             });
         }
         Ok((index, param))
+    }
+}
+
+impl StageGrads<'_> {
+    /// Adds `gradient` (row-major, the parameter's shape) to what the parameter has been given in this pass. That of a
+    /// frozen parameter is dropped.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUnit`]; [`Error::InvalidStage`] for a parameter that the unit does not have;
+    /// [`Error::Length`] for a gradient of another length.
+    pub fn add(&mut self, unit: usize, param: usize, gradient: &[f32]) -> Result<()> {
+        match self.place(unit, param, gradient.len())? {
+            Some((values, range, Combine::Set)) => values.f32_mut()[range].copy_from_slice(gradient),
+            Some((values, range, Combine::Add)) => {
+                for (sum, part) in values.f32_mut()[range].iter_mut().zip(gradient) {
+                    *sum += part;
+                }
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// The parameter's gradient in place (zeros at first), to be added to.
+    ///
+    /// # Errors
+    /// As [`wants`](Self::wants), and [`Error::FrozenParameter`] for one that does not learn.
+    pub fn slice_mut(&mut self, unit: usize, param: usize) -> Result<&mut [f32]> {
+        self.in_place(unit, param).map(|(values, range)| &mut values.f32_mut()[range])
     }
 }

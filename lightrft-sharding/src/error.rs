@@ -275,6 +275,25 @@ pub enum Error {
         /// The name.
         name: String,
     },
+    /// A GPU refused, or there is none, or no driver, or no compiler for it.
+    #[error("cannot {doing}")]
+    Device {
+        /// What was tried.
+        doing: &'static str,
+        /// The driver's error, or the library's.
+        #[source]
+        source: Box<CollectiveError>,
+    },
+    /// A buffer on a device is not where, or not of the type, that is asked for.
+    #[error("{what} is {got}, expected {expected}")]
+    Misplaced {
+        /// The buffer.
+        what: String,
+        /// Where it is, or what it holds.
+        got: String,
+        /// Where it should be, or what it should hold.
+        expected: String,
+    },
     /// A step was asked of an optimizer whose state had been given up.
     #[error("the optimizer's state is offloaded: reload it before a step")]
     OptimizerOffloaded,
@@ -287,6 +306,12 @@ pub enum Error {
 }
 
 impl Error {
+    /// For `map_err` on a call of a device: it could not be made.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device(doing: &'static str) -> impl Fn(CollectiveError) -> Self {
+        move |source| Self::Device { doing, source: Box::new(source) }
+    }
+
     /// For `map_err` on a collective: `op` of `what` failed.
     pub(crate) fn collective(op: &'static str, what: &str) -> impl Fn(CollectiveError) -> Self {
         move |source| Self::Collective { op, what: what.to_owned(), source: Box::new(source) }

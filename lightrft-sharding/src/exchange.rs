@@ -3,29 +3,34 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use lightrft_collectives::{CommunicatorExt as _, Pending, ReduceOp};
-
 use crate::buffers::{FullUnit, Lease, Whole};
 use crate::error::{Error, Result};
 use crate::flat::FlatUnit;
 use crate::gradient::{Exchange, GradState};
+use crate::memory::{Memory, Values as _};
 use crate::plan::Plan;
-use crate::policy::Stage;
-use crate::precision::{Precision, UnitValues};
+use crate::policy::{Overlap, Stage};
+use crate::precision::{Combine, Precision, UnitValues};
 use crate::unit::{Mode, ShardedUnits, wrong_length};
 
 /// Whole gradients that have not yet come back as shards.
-#[derive(Debug, Default)]
-pub(crate) struct Backlog {
+#[derive(Debug)]
+pub(crate) struct Backlog<Mem: Memory> {
     /// Those that wait for their bucket to fill.
-    bucket: Vec<(usize, Whole)>,
+    bucket: Vec<(usize, Whole<Mem>)>,
     /// The exchange that runs beside backward.
-    in_flight: Option<InFlight>,
+    in_flight: Option<InFlight<Mem>>,
+}
+
+impl<Mem: Memory> Default for Backlog<Mem> {
+    fn default() -> Self {
+        Self { bucket: Vec::new(), in_flight: None }
+    }
 }
 
 #[derive(Debug)]
-struct InFlight {
-    pending: Pending<UnitValues>,
+struct InFlight<Mem: Memory> {
+    pending: Mem::Pending,
     lease: Lease,
     parts: Parts,
 }
@@ -34,21 +39,6 @@ struct InFlight {
 type Parts = Vec<(usize, Range<usize>)>;
 
 impl ShardedUnits {
-    /// A zeroed buffer for the whole gradient of a unit, to be filled and handed to
-    /// [`reduce_gradient`](Self::reduce_gradient).
-    ///
-    /// # Errors
-    /// [`Error::NoSuchUnit`], [`Error::Frozen`], [`Error::Offloaded`].
-    pub fn gradient_buffer(&mut self, unit: usize) -> Result<FullUnit> {
-        Ok(FullUnit::new(self.gradient_whole(unit)?))
-    }
-
-    pub(crate) fn gradient_whole(&mut self, unit: usize) -> Result<Whole> {
-        let layout = self.plan.unit(unit)?;
-        self.check_learns(layout)?;
-        Ok(self.pool.take_zeroed(layout.trainable_padded_elems()))
-    }
-
     /// Adds this rank's whole gradient of a unit's trainable parameters to what has accumulated. *Collective*. In stages 2
     /// and 3 the ranks' gradients are summed at once, by one reduce-scatter, or none in a group of one rank; in stages 0
     /// and 1 nothing is sent before [`sync_gradients`](Self::sync_gradients).
@@ -74,6 +64,23 @@ impl ShardedUnits {
         self.push_gradient(unit, whole, Bucket::Alone)?;
         self.settle()
     }
+}
+
+impl<Mem: Memory> ShardedUnits<Mem> {
+    /// A zeroed buffer for the whole gradient of a unit, to be filled and handed to
+    /// [`reduce_gradient`](Self::reduce_gradient).
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUnit`], [`Error::Frozen`], [`Error::Offloaded`].
+    pub fn gradient_buffer(&mut self, unit: usize) -> Result<FullUnit<Mem>> {
+        Ok(FullUnit::new(self.gradient_whole(unit)?))
+    }
+
+    pub(crate) fn gradient_whole(&mut self, unit: usize) -> Result<Whole<Mem>> {
+        let layout = self.plan.unit(unit)?;
+        self.check_learns(layout)?;
+        self.pool.take_zeroed(layout.trainable_padded_elems())
+    }
 
     /// The bucket that the stage asks for.
     pub(crate) fn stage_bucket(&self) -> Bucket {
@@ -84,21 +91,20 @@ impl ShardedUnits {
     }
 
     /// Begins to sum a whole gradient (f32, padded), or adds it to what waits.
-    pub(crate) fn push_gradient(&mut self, unit: usize, mut whole: Whole, bucket: Bucket) -> Result<()> {
+    pub(crate) fn push_gradient(&mut self, unit: usize, mut whole: Whole<Mem>, bucket: Bucket) -> Result<()> {
         let plan = Arc::clone(&self.plan);
         let layout = plan.unit(unit)?;
         let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) else {
             return Ok(());
         };
         gradient.check_open(layout)?;
-        if let UnitValues::F32(values) = &mut whole.values {
-            // Whatever a caller left in the padding must not reach the norm.
-            values[layout.trainable_elems()..].fill(0.0);
-        }
-        let alone = self.groups.shard.world_size() == 1 || whole.values.is_empty();
+        // Whatever a caller left in the padding must not reach the norm.
+        let padding = layout.trainable_elems()..whole.values.len();
+        self.memory.zero(&mut whole.values, padding)?;
+        let alone = self.groups.shard.world_size() == 1 || whole.values.len() == 0;
         if gradient.exchange != Exchange::EachPass || alone {
             let all = 0..gradient.accum.len();
-            gradient.accumulate(&whole.values, all);
+            gradient.accumulate(&self.memory, &whole.values, all)?;
             self.pool.put_whole(whole);
             return Ok(());
         }
@@ -129,7 +135,7 @@ impl ShardedUnits {
                     self.pool.put_whole(whole);
                     return Ok(());
                 }
-                (self.in_reduce_dtype(whole), vec![(unit, own)])
+                (self.in_reduce_dtype(whole)?, vec![(unit, own)])
             }
             Err(bucket) if bucket.is_empty() => return Ok(()),
             Err(bucket) => self.pack(bucket)?,
@@ -138,95 +144,82 @@ impl ShardedUnits {
     }
 
     /// One call without a buffer between, where the sum can lie at once where it belongs.
-    fn reduce_directly(&mut self, unit: usize, whole: &Whole) -> Result<bool> {
+    fn reduce_directly(&mut self, unit: usize, whole: &Whole<Mem>) -> Result<bool> {
         let layout = self.plan.unit(unit)?;
-        let gradient = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut());
-        let (Some(gradient), UnitValues::F32(full)) = (gradient, &whole.values) else {
+        let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) else {
             return Ok(false);
         };
-        let UnitValues::F32(sum) = &mut gradient.accum else {
-            return Ok(false);
-        };
-        if self.groups.reduces.is_some()
+        if self.policy.overlap == Overlap::On
+            || gradient.accum.precision() != Precision::F32
             || self.policy.reduce_dtype != Precision::F32
             || gradient.state != GradState::Zero
         {
             return Ok(false);
         }
-        let reduced = self.groups.shard.reduce_scatter(full, sum, ReduceOp::Sum);
+        let shard = &*self.groups.shard;
+        let reduced = self.memory.reduce_scatter_into(&whole.values, &mut gradient.accum, shard);
         reduced.map_err(Error::collective("gradient reduce-scatter", layout.name()))?;
         gradient.state = GradState::Local;
         Ok(true)
     }
 
     /// Sums `values` over the shard group, beside computing where that is asked for.
-    fn start(&mut self, mut whole: Whole, parts: Parts) -> Result<()> {
+    fn start(&mut self, whole: Whole<Mem>, parts: Parts) -> Result<()> {
         // One is in flight at a time: memory is bounded by it.
         self.settle()?;
-        if let Some(queue) = &self.groups.reduces {
-            let Whole { mut values, lease } = whole;
-            let pending = queue.enqueue(move |comm| values.reduce_scatter(comm).map(|()| values));
-            self.backlog.in_flight = Some(InFlight { pending, lease, parts });
-            return Ok(());
-        }
-        let name = self.names(&parts);
-        whole
-            .values
-            .reduce_scatter(&*self.groups.shard)
-            .map_err(Error::collective("gradient reduce-scatter", &name))?;
-        self.take_sums(whole, parts);
-        Ok(())
+        let Whole { values, lease } = whole;
+        let (shard, queue) = (&self.groups.shard, self.groups.reduces.as_ref());
+        let names = self.names(&parts);
+        let failed = Error::collective("gradient reduce-scatter", &names);
+        let pending = self.memory.reduce_scatter(values, shard, queue).map_err(failed)?;
+        self.backlog.in_flight = Some(InFlight { pending, lease, parts });
+        if self.policy.overlap == Overlap::On { Ok(()) } else { self.settle() }
     }
 
-    /// Waits for the exchange that is in flight.
+    /// Waits for the exchange that is in flight, and adds this rank's parts of it to what has accumulated.
     fn settle(&mut self) -> Result<()> {
         let Some(InFlight { pending, lease, parts }) = self.backlog.in_flight.take() else {
             return Ok(());
         };
-        let name = self.names(&parts);
-        let values = pending.wait().map_err(Error::collective("gradient reduce-scatter", &name))?;
-        self.take_sums(Whole { values, lease }, parts);
-        Ok(())
-    }
-
-    /// Adds this rank's parts of a reduced buffer to what has accumulated. The buffer of one unit is kept for reuse; that of
-    /// several is freed, since a unit that were gathered into it would hold all of it.
-    fn take_sums(&mut self, whole: Whole, parts: Parts) {
-        let is_one = parts.len() == 1;
+        let names = self.names(&parts);
+        let failed = Error::collective("gradient reduce-scatter", &names);
+        let values = self.memory.finish(pending).map_err(failed)?;
+        let (whole, is_one) = (Whole { values, lease }, parts.len() == 1);
         for (unit, part) in parts {
             if let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) {
-                gradient.accumulate(&whole.values, part);
+                gradient.accumulate(&self.memory, &whole.values, part)?;
             }
         }
+        // The buffer of one unit is kept for reuse; that of several is freed, since a unit that were gathered into it would
+        // hold all of it.
         if is_one {
             self.pool.put_whole(whole);
         }
+        Ok(())
     }
 
     /// The gradient in what it is sent in.
-    fn in_reduce_dtype(&mut self, whole: Whole) -> Whole {
-        let UnitValues::F32(values) = &whole.values else {
-            return whole;
-        };
-        if self.policy.reduce_dtype == Precision::F32 {
-            return whole;
+    fn in_reduce_dtype(&mut self, whole: Whole<Mem>) -> Result<Whole<Mem>> {
+        if whole.values.precision() == self.policy.reduce_dtype {
+            return Ok(whole);
         }
-        let mut sent = self.pool.take(self.policy.reduce_dtype, values.len());
-        sent.values.write(0..values.len(), values);
+        let all = 0..whole.values.len();
+        let mut sent = self.pool.take(self.policy.reduce_dtype, all.len())?;
+        self.memory.combine(&mut sent.values, all.clone(), &whole.values, all, Combine::Set)?;
         self.pool.put_whole(whole);
-        sent
+        Ok(sent)
     }
 
     /// Several units in one buffer, ordered by rank so that one reduce-scatter serves all.
-    fn pack(&mut self, bucket: Vec<(usize, Whole)>) -> Result<(Whole, Parts)> {
+    fn pack(&mut self, bucket: Vec<(usize, Whole<Mem>)>) -> Result<(Whole<Mem>, Parts)> {
         let elems = bucket.iter().map(|(_, whole)| whole.values.len()).sum();
-        let mut packed = self.pool.take(self.policy.reduce_dtype, elems);
+        let mut packed = self.pool.take(self.policy.reduce_dtype, elems)?;
         let units: Vec<usize> = bucket.iter().map(|(unit, _)| *unit).collect();
         let order = rank_order(&self.plan, &units, self.groups.shard.world_size())?;
         for (at, unit, from) in &order {
-            let whole = bucket.iter().find(|(other, _)| other == unit);
-            if let Some((_, Whole { values: UnitValues::F32(values), .. })) = whole {
-                packed.values.write(*at..*at + from.len(), &values[from.clone()]);
+            if let Some((_, whole)) = bucket.iter().find(|(other, _)| other == unit) {
+                let to = *at..*at + from.len();
+                self.memory.combine(&mut packed.values, to, &whole.values, from.clone(), Combine::Set)?;
             }
         }
         for (_, whole) in bucket {
@@ -271,7 +264,7 @@ pub(crate) enum Bucket {
     Elems(usize),
 }
 
-impl Backlog {
+impl<Mem: Memory> Backlog<Mem> {
     fn elems(&self) -> usize {
         self.bucket.iter().map(|(_, whole)| whole.values.len()).sum()
     }

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::flat::FlatUnit;
+use crate::memory::{Memory, Values as _};
 use crate::policy::{Policy, Stage};
-use crate::precision::{Combine, Precision, UnitValues};
+use crate::precision::{Combine, Precision};
 
 /// When and how ranks sum a unit's gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,22 +43,28 @@ pub(crate) enum GradState {
 
 /// The accumulated gradient of a unit's trainable segment.
 #[derive(Debug)]
-pub(crate) struct Gradient {
+pub(crate) struct Gradient<Mem: Memory> {
     pub(crate) exchange: Exchange,
     pub(crate) state: GradState,
     /// In the policy's `grad_accum_dtype`: the rank's part, or all of it where it is exchanged at the step.
-    pub(crate) accum: UnitValues,
+    pub(crate) accum: Mem::Values,
     /// This rank's part of `accum`.
     pub(crate) own: Range<usize>,
-    /// This rank's part of the sum, where `accum` is not f32. Lives from the sum to the step.
-    summed: Vec<f32>,
+    /// This rank's part of the sum, f32, where `accum` is not. Lives from the sum to the step.
+    summed: Option<Mem::Values>,
     /// Whether the sum over passes is not yet the sum over ranks.
     deferred: bool,
 }
 
-impl Gradient {
+impl<Mem: Memory> Gradient<Mem> {
     /// Zeros for `unit`; `replicas` and `ranks` are the sizes of its two groups.
-    pub(crate) fn new(unit: &FlatUnit, policy: &Policy, rank: usize, ranks: usize, replicas: usize) -> Self {
+    pub(crate) fn new(
+        memory: &Mem,
+        unit: &FlatUnit,
+        policy: &Policy,
+        rank: usize,
+        (ranks, replicas): (usize, usize),
+    ) -> Result<Self> {
         let exchange = Exchange::of(policy, unit);
         let (elems, own) = match exchange {
             Exchange::ScatterAtStep => (unit.trainable_padded_elems(), unit.shard(rank)),
@@ -67,8 +74,8 @@ impl Gradient {
             Exchange::EachPass => replicas > 1,
             Exchange::ScatterAtStep | Exchange::ReduceAtStep => replicas * ranks > 1,
         };
-        let accum = UnitValues::zeros(policy.grad_accum_dtype, elems);
-        Self { exchange, state: GradState::Zero, accum, own, summed: Vec::new(), deferred }
+        let accum = memory.zeros(policy.grad_accum_dtype, elems)?;
+        Ok(Self { exchange, state: GradState::Zero, accum, own, summed: None, deferred })
     }
 
     /// Whether [`sync_gradients`](crate::ShardedUnits::sync_gradients) has something to send for it.
@@ -85,104 +92,132 @@ impl Gradient {
     }
 
     /// Adds `part` of `values`, which is as long as `accum`.
-    pub(crate) fn accumulate(&mut self, values: &UnitValues, part: Range<usize>) {
+    pub(crate) fn accumulate(&mut self, memory: &Mem, values: &Mem::Values, part: Range<usize>) -> Result<()> {
         let how = if self.state == GradState::Zero { Combine::Set } else { Combine::Add };
         let all = 0..self.accum.len();
-        self.accum.take_in(all, values, part, how);
+        memory.combine(&mut self.accum, all, values, part, how)?;
         self.state = GradState::Local;
+        Ok(())
     }
 
-    /// This rank's part of the sum over all ranks, if there is one.
-    pub(crate) fn sum(&self) -> Option<&[f32]> {
-        match (self.state, &self.accum) {
-            (GradState::Zero, _) => None,
-            (GradState::Local, _) if self.deferred => None,
-            (_, UnitValues::F32(values)) => values.get(self.own.clone()),
-            (GradState::Summed, _) => Some(&self.summed),
-            (GradState::Local, _) => None,
+    /// This rank's part of the sum over all ranks, if there is one: which elements of which buffer.
+    pub(crate) fn sum(&self) -> Option<(&Mem::Values, Range<usize>)> {
+        match self.state {
+            GradState::Zero => None,
+            GradState::Local if self.deferred => None,
+            GradState::Local if !self.is_f32() => None,
+            GradState::Local | GradState::Summed => Some(self.own_values()),
         }
     }
 
     /// As [`sum`](Self::sum), zeros where no gradient has arrived.
-    pub(crate) fn sum_or_zeros(&mut self) -> &[f32] {
+    pub(crate) fn sum_or_zeros(&mut self, memory: &Mem) -> Result<(&Mem::Values, Range<usize>)> {
         if self.state == GradState::Zero {
-            self.accum.zero();
-            self.widen();
+            self.touch(memory)?;
+            self.widen(memory)?;
             self.state = GradState::Summed;
         }
-        self.own_values()
+        Ok(self.own_values())
     }
 
     /// Zeros become values, so that the ranks can exchange them.
-    pub(crate) fn touch(&mut self) {
+    pub(crate) fn touch(&mut self, memory: &Mem) -> Result<()> {
         if self.state == GradState::Zero {
-            self.accum.zero();
+            let all = 0..self.accum.len();
+            memory.zero(&mut self.accum, all)?;
             self.state = GradState::Local;
         }
+        Ok(())
+    }
+
+    fn is_f32(&self) -> bool {
+        self.accum.precision() == Precision::F32
     }
 
     /// This rank's part as f32, made from the accumulated values where those are not.
-    pub(crate) fn widen(&mut self) {
-        if self.accum.precision() != Precision::F32 {
-            self.summed.resize(self.own.len(), 0.0);
-            self.accum.read(self.own.clone(), &mut self.summed);
+    pub(crate) fn widen(&mut self, memory: &Mem) -> Result<()> {
+        if !self.is_f32() {
+            let part = self.own.clone();
+            let summed = summed(&mut self.summed, memory, part.len())?;
+            memory.combine(summed, 0..part.len(), &self.accum, part, Combine::Set)?;
         }
+        Ok(())
     }
 
     /// This rank's part as f32; after [`widen`](Self::widen) or [`set_own`](Self::set_own).
-    fn own_values(&self) -> &[f32] {
-        match &self.accum {
-            UnitValues::F32(values) => values.get(self.own.clone()).unwrap_or(&[]),
-            _ => &self.summed,
+    fn own_values(&self) -> (&Mem::Values, Range<usize>) {
+        match &self.summed {
+            Some(summed) => (summed, 0..self.own.len()),
+            None => (&self.accum, self.own.clone()),
         }
     }
 
     /// As [`own_values`](Self::own_values).
-    pub(crate) fn own_mut(&mut self) -> &mut [f32] {
-        match &mut self.accum {
-            UnitValues::F32(values) => values.get_mut(self.own.clone()).unwrap_or(&mut []),
-            _ => &mut self.summed,
+    pub(crate) fn own_mut(&mut self) -> (&mut Mem::Values, Range<usize>) {
+        match &mut self.summed {
+            Some(summed) => (summed, 0..self.own.len()),
+            None => (&mut self.accum, self.own.clone()),
         }
     }
 
     /// Overwrites this rank's part with `part` of `values`.
-    pub(crate) fn set_own(&mut self, values: &UnitValues, part: Range<usize>) {
-        if self.accum.precision() != Precision::F32 {
-            self.summed.resize(self.own.len(), 0.0);
+    pub(crate) fn set_own(&mut self, memory: &Mem, values: &Mem::Values, part: Range<usize>) -> Result<()> {
+        if !self.is_f32() {
+            summed(&mut self.summed, memory, self.own.len())?;
         }
-        values.read(part, self.own_mut());
+        let (into, range) = self.own_mut();
+        memory.combine(into, range, values, part, Combine::Set)
     }
 
     /// Forgets everything; touches no memory, but frees what lives for a step.
     pub(crate) fn clear(&mut self) {
         self.state = GradState::Zero;
-        self.summed = Vec::new();
+        self.summed = None;
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.accum.capacity_bytes() + self.summed.capacity() * size_of::<f32>()
+        self.accum.capacity_bytes() + self.summed.as_ref().map_or(0, |summed| summed.capacity_bytes())
     }
 
     /// Frees the memory of a gradient that is zero, and says how many bytes.
-    pub(crate) fn release(&mut self) -> usize {
+    pub(crate) fn release(&mut self, memory: &Mem) -> Result<usize> {
         if self.state != GradState::Zero {
-            return 0;
+            return Ok(0);
         }
         let before = self.bytes();
-        self.accum = UnitValues::zeros(self.accum.precision(), 0);
-        before - self.bytes()
+        self.accum = memory.zeros(self.accum.precision(), 0)?;
+        Ok(before - self.bytes())
     }
 
     /// Takes memory again after [`release`](Self::release).
-    pub(crate) fn restore(&mut self, unit: &FlatUnit) -> usize {
+    pub(crate) fn take_again(&mut self, memory: &Mem, unit: &FlatUnit) -> Result<usize> {
         let elems = match self.exchange {
             Exchange::ScatterAtStep => unit.trainable_padded_elems(),
             _ => unit.trainable_shard_elems(),
         };
         if self.accum.len() == elems {
-            return 0;
+            return Ok(0);
         }
-        self.accum = UnitValues::zeros(self.accum.precision(), elems);
-        self.accum.capacity_bytes()
+        self.accum = memory.zeros(self.accum.precision(), elems)?;
+        Ok(self.accum.capacity_bytes())
     }
+
+    /// The buffers of a gradient that holds something.
+    pub(crate) fn buffers(&mut self) -> impl Iterator<Item = &mut Mem::Values> {
+        let holds = self.state != GradState::Zero;
+        std::iter::once(&mut self.accum).chain(&mut self.summed).filter(move |_| holds)
+    }
+}
+
+/// The buffer of `elems` f32, made where it is not there.
+fn summed<'a, Mem: Memory>(
+    summed: &'a mut Option<Mem::Values>,
+    memory: &Mem,
+    elems: usize,
+) -> Result<&'a mut Mem::Values> {
+    let values = match summed.take() {
+        Some(values) => values,
+        None => memory.unset(Precision::F32, elems)?,
+    };
+    Ok(summed.insert(values))
 }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use lightrft_collectives::{Communicator, DeviceMesh, GroupOptions, MeshGroups, Queue};
 
 use crate::error::{Error, Result};
+use crate::host::HostMemory;
+use crate::memory::Memory;
 use crate::policy::{Overlap, Policy, ReshardAfterForward, Stage};
 
 /// Live groups of this rank. What runs on a queue has a group of its own, so that its calls have an order of their own.
@@ -28,11 +30,15 @@ impl Groups {
     /// One shard group of all ranks, nothing overlapped.
     pub(crate) fn flat(world: Arc<dyn Communicator>) -> Result<Self> {
         let size = world.world_size();
-        Self::new(world, &mesh(size, size)?, &Policy { prefetch: 0, ..Policy::default() })
+        Self::new::<HostMemory>(world, &mesh(size, size)?, &Policy { prefetch: 0, ..Policy::default() })
     }
 
     /// The groups for `policy` on a mesh of two axes. *Collective.*
-    pub(crate) fn new(world: Arc<dyn Communicator>, mesh: &DeviceMesh, policy: &Policy) -> Result<Self> {
+    pub(crate) fn new<Mem: Memory>(
+        world: Arc<dyn Communicator>,
+        mesh: &DeviceMesh,
+        policy: &Policy,
+    ) -> Result<Self> {
         let failed = Error::collective("making the groups", "the mesh");
         let [replicate, shard] = mesh.axes() else {
             return Err(misfit(mesh, &*world));
@@ -44,7 +50,7 @@ impl Groups {
         let alone = size == 1;
         let exclusive = GroupOptions::default().exclusive();
         let queue = |wanted: bool| -> Result<Option<Queue>> {
-            if !wanted || alone {
+            if !wanted || alone || !Mem::THREADS {
                 return Ok(None);
             }
             let all: Vec<usize> = (0..size).collect();

@@ -68,6 +68,8 @@
 mod agree;
 mod buffers;
 mod compute;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dtensor;
 mod error;
 mod exchange;
@@ -75,6 +77,8 @@ mod flat;
 mod gather;
 mod gradient;
 mod groups;
+mod host;
+mod memory;
 mod model;
 mod offload;
 mod optim;
@@ -91,6 +95,8 @@ pub use compute::{StageGrads, StageSpec, StagedModel};
 pub use dtensor::{Cuts, DTensor, DTensorSpec, DTensorView, Layout, ParamViews, Placement, Region};
 pub use error::{BoxError, Error, Result};
 pub use flat::{FlatParam, FlatUnit, Owned};
+pub use host::HostMemory;
+pub use memory::Memory;
 pub use model::{ShardedModel, Tape};
 pub use offload::{Offload, OffloadReport};
 pub use optim::{
@@ -100,7 +106,7 @@ pub use optim::{
 pub use plan::{ParamSpec, Plan, UnitSpec};
 pub use policy::{Activations, Overlap, Policy, ReshardAfterForward, ShardSize, Stage, Trainable};
 pub use precision::{Precision, UnitValues};
-pub use state::{StateKind, StatePart, load_state, state_parts};
+pub use state::{StateKind, StatePart, load_state, state_parts, visit_state};
 pub use unit::{Mode, ShardedUnits};
 
 /// The README's example is compiled and run with the tests.

@@ -11,6 +11,8 @@ use crate::error::{Error, Result};
 use crate::flat::FlatUnit;
 use crate::gather::Gathering;
 use crate::groups::effective_reshard;
+use crate::host::HostMemory;
+use crate::memory::Memory;
 use crate::policy::{Activations, Policy, ReshardAfterForward, Stage};
 use crate::schedule::{Hold, Op, Schedule, UnitPlan};
 use crate::unit::{Mode, ShardedUnits};
@@ -23,34 +25,34 @@ use crate::unit::{Mode, ShardedUnits};
 /// A pass that fails leaves no unit gathered. One that fails in backward leaves gradients that are partly summed,
 /// and the optimizer refuses them until they are [zeroed](ShardedUnits::zero_gradients).
 #[derive(Debug)]
-pub struct ShardedModel<M: StagedModel> {
+pub struct ShardedModel<M: StagedModel<Mem>, Mem: Memory = HostMemory> {
     model: M,
     stages: Arc<[StageSpec]>,
     schedule: Arc<Schedule>,
-    units: ShardedUnits,
+    units: ShardedUnits<Mem>,
     live: Vec<Option<(M::Params, Lease)>>,
     /// Gathers that were begun ahead of their use.
-    ahead: Vec<Option<Gathering>>,
+    ahead: Vec<Option<Gathering<Mem>>>,
     /// The parameters' version that `live` was gathered from.
     live_version: u64,
     without_gradient: Vec<(usize, usize)>,
 }
 
 /// What a forward pass remembers for its backward: the batch and, of each stage, its input and what it saved.
-pub struct Tape<'b, M: StagedModel> {
+pub struct Tape<'b, M: StagedModel<Mem>, Mem: Memory = HostMemory> {
     batch: &'b M::Batch,
     /// One entry for each stage; `None` for one that was skipped.
-    stages: Vec<Option<Record<M>>>,
+    stages: Vec<Option<Record<M::Activation, M::Saved>>>,
     version: u64,
 }
 
 /// Of a stage that ran: its input, `None` for the first that did, and what it saved.
-struct Record<M: StagedModel> {
-    input: Option<M::Activation>,
-    saved: Option<M::Saved>,
+struct Record<A, S> {
+    input: Option<A>,
+    saved: Option<S>,
 }
 
-impl<M: StagedModel> fmt::Debug for Tape<'_, M> {
+impl<M: StagedModel<Mem>, Mem: Memory> fmt::Debug for Tape<'_, M, Mem> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ran = self.stages.iter().filter(|record| record.is_some()).count();
         f.debug_struct("Tape").field("stages_run", &ran).finish_non_exhaustive()
@@ -63,7 +65,7 @@ impl<M: StagedModel> ShardedModel<M> {
     /// # Errors
     /// [`Error::InvalidStage`] for stages that cannot be run, and all of [`ShardedUnits::with_policy`].
     pub fn new(model: M, world: Arc<dyn Communicator>, policy: Policy) -> Result<Self> {
-        Self::cut(model, world, None, &policy)
+        Self::cut(HostMemory, model, Ok(()), (world, None), &policy)
     }
 
     /// As [`new`](Self::new), on a mesh of the caller's: see [`ShardedUnits::on_mesh`]. *Collective.*
@@ -76,20 +78,25 @@ impl<M: StagedModel> ShardedModel<M> {
         mesh: &DeviceMesh,
         policy: Policy,
     ) -> Result<Self> {
-        Self::cut(model, world, Some(mesh), &policy)
+        Self::cut(HostMemory, model, Ok(()), (world, Some(mesh)), &policy)
     }
+}
 
-    fn cut(
+impl<M: StagedModel<Mem>, Mem: Memory> ShardedModel<M, Mem> {
+    /// `memory_checked` says whether the memory goes with the group, which the ranks tell each other.
+    pub(crate) fn cut(
+        memory: Mem,
         model: M,
-        world: Arc<dyn Communicator>,
-        mesh: Option<&DeviceMesh>,
+        memory_checked: Result<()>,
+        (world, mesh): (Arc<dyn Communicator>, Option<&DeviceMesh>),
         policy: &Policy,
     ) -> Result<Self> {
         let specs = model.units();
         let stages: Arc<[StageSpec]> = model.stages().into();
         let names = specs.iter().map(|unit| UnitPlan { name: unit.name.clone(), hold: Hold::Use, ahead: 0 });
-        let checked = Schedule::new(&stages, &names.collect::<Vec<_>>()).map(|_| &*stages);
-        let units = ShardedUnits::of_model(specs, checked, world, mesh, policy)?;
+        let checked = Schedule::new(&stages, &names.collect::<Vec<_>>());
+        let checked = memory_checked.and(checked).map(|_| &*stages);
+        let units = ShardedUnits::of_model(memory, specs, checked, (world, mesh), policy)?;
         let plans: Vec<UnitPlan> = units.plan().units().iter().map(|unit| unit_plan(unit, &units)).collect();
         let schedule = Arc::new(Schedule::new(&stages, &plans)?);
         let live = plans.iter().map(|_| None).collect();
@@ -104,12 +111,12 @@ impl<M: StagedModel> ShardedModel<M> {
     }
 
     /// The sharded parameters and gradients.
-    pub fn units(&self) -> &ShardedUnits {
+    pub fn units(&self) -> &ShardedUnits<Mem> {
         &self.units
     }
 
     /// The sharded parameters and gradients, to load, step, export or zero them.
-    pub fn units_mut(&mut self) -> &mut ShardedUnits {
+    pub fn units_mut(&mut self) -> &mut ShardedUnits<Mem> {
         &mut self.units
     }
 
@@ -120,11 +127,11 @@ impl<M: StagedModel> ShardedModel<M> {
     /// # Errors
     /// [`Error::Compute`] with the model's error, [`Error::Collective`]; [`Error::Frozen`] for a model in
     /// [`Mode::Frozen`], for which [`evaluate`](Self::evaluate) is meant.
-    pub fn forward<'b>(&mut self, batch: &'b M::Batch) -> Result<(M::Activation, Tape<'b, M>)> {
+    pub fn forward<'b>(&mut self, batch: &'b M::Batch) -> Result<(M::Activation, Tape<'b, M, Mem>)> {
         if let (Mode::Frozen, Some(unit)) = (self.units.mode(), self.units.plan().units().first()) {
             return Err(Error::Frozen { unit: unit.name().to_owned() });
         }
-        let mut stages: Vec<Option<Record<M>>> = self.stages.iter().map(|_| None).collect();
+        let mut stages: Vec<Option<Record<M::Activation, M::Saved>>> = self.stages.iter().map(|_| None).collect();
         let output = self.guarded(|this| {
             this.forget_old_units();
             let schedule = Arc::clone(&this.schedule);
@@ -154,7 +161,7 @@ impl<M: StagedModel> ShardedModel<M> {
     /// [`Error::IncompleteBackward`] when an earlier pass failed half-way and its gradients have not been zeroed;
     /// [`Error::AlreadySummed`] between [`sync_gradients`](ShardedUnits::sync_gradients) and the step;
     /// [`Error::Compute`] with the model's error, [`Error::Collective`], [`Error::Length`].
-    pub fn backward(&mut self, tape: Tape<'_, M>, grad_output: M::Activation) -> Result<()> {
+    pub fn backward(&mut self, tape: Tape<'_, M, Mem>, grad_output: M::Activation) -> Result<()> {
         self.guarded(|this| {
             if tape.version != this.units.version() || tape.stages.len() != this.stages.len() {
                 return Err(Error::StaleTape);
@@ -212,7 +219,7 @@ impl<M: StagedModel> ShardedModel<M> {
         &mut self,
         ops: &[Op],
         batch: &M::Batch,
-        mut tape: Option<&mut Vec<Option<Record<M>>>>,
+        mut tape: Option<&mut Vec<Option<Record<M::Activation, M::Saved>>>>,
     ) -> Result<M::Activation> {
         let mut input: Option<M::Activation> = None;
         for &op in ops {
@@ -241,10 +248,10 @@ impl<M: StagedModel> ShardedModel<M> {
         input.ok_or_else(no_stages)
     }
 
-    fn run_backward(&mut self, tape: Tape<'_, M>, grad_output: M::Activation) -> Result<()> {
+    fn run_backward(&mut self, tape: Tape<'_, M, Mem>, grad_output: M::Activation) -> Result<()> {
         let Tape { batch, stages: mut records, .. } = tape;
         let plan = Arc::clone(self.units.plan());
-        let mut grads: Vec<Option<UnitGrads>> = plan.units().iter().map(|_| None).collect();
+        let mut grads: Vec<Option<UnitGrads<Mem>>> = plan.units().iter().map(|_| None).collect();
         let mut grad = Some(grad_output);
         let mut ran_last = String::new();
         let (stages, schedule) = (Arc::clone(&self.stages), Arc::clone(&self.schedule));
@@ -274,7 +281,8 @@ impl<M: StagedModel> ShardedModel<M> {
                         return Err(Error::InvalidStage { stage: ran_last, what });
                     };
                     ran_last.clone_from(&stages[stage].name);
-                    let mut sink = StageGrads::new(&stages[stage].units, plan.units(), &mut grads);
+                    let memory = &self.units.memory;
+                    let mut sink = StageGrads::new(memory, &stages[stage].units, plan.units(), &mut grads);
                     let (sink, input) = (&mut sink, input.as_ref());
                     let ran = match saved {
                         Some(saved) => {
@@ -294,7 +302,7 @@ impl<M: StagedModel> ShardedModel<M> {
                     let params = plan.units()[unit].params().iter().zip(&given).enumerate();
                     let missing = params.filter(|(_, (param, given))| param.is_trainable() && !**given);
                     self.without_gradient.extend(missing.map(|(param, _)| (unit, param)));
-                    let whole = Whole { values: values.into(), lease };
+                    let whole = Whole { values, lease };
                     self.units.push_gradient(unit, whole, bucket)?;
                 }
             }
@@ -303,10 +311,10 @@ impl<M: StagedModel> ShardedModel<M> {
     }
 
     /// Zeros for the whole gradient of a unit.
-    fn unit_grads(&mut self, unit: usize) -> Result<UnitGrads> {
+    fn unit_grads(&mut self, unit: usize) -> Result<UnitGrads<Mem>> {
         let Whole { values, lease } = self.units.gradient_whole(unit)?;
         let given = vec![false; self.units.plan().unit(unit)?.params().len()];
-        Ok(UnitGrads { values: values.into_f32(), lease, given })
+        Ok(UnitGrads { values, lease, given })
     }
 
     /// Begins to make a unit whole, unless it is.
@@ -344,7 +352,7 @@ impl<M: StagedModel> ShardedModel<M> {
             let values = self.model.unbind(params);
             drop(lease);
             if let Some(values) = values {
-                self.units.recycle(values);
+                self.units.pool.put(values);
             }
         }
     }
@@ -370,7 +378,7 @@ fn no_stages() -> Error {
 }
 
 /// How long a gathered unit stays, and how far ahead of its use it is gathered.
-fn unit_plan(unit: &FlatUnit, units: &ShardedUnits) -> UnitPlan {
+fn unit_plan<Mem: Memory>(unit: &FlatUnit, units: &ShardedUnits<Mem>) -> UnitPlan {
     let policy = units.policy();
     let remote = units.is_remote(unit);
     let size = units.communicator().world_size();

@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 use crate::compute::StagedModel;
 use crate::error::Result;
 use crate::gradient::Gradient;
+use crate::memory::Memory;
 use crate::model::ShardedModel;
-use crate::unit::ShardedUnits;
+use crate::optim::AdamW;
+use crate::unit::{ShardedUnits, Store};
 
 /// What giving memory up, or taking it again, came to on this rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,16 +47,18 @@ pub trait Offload {
     fn is_offloaded(&self) -> bool;
 }
 
-/// Gives up all memory but what exists nowhere else: buffers, what hpZ keeps, and gradients, if they are zero as between
-/// steps. Gradients that hold something stay. Meanwhile whatever would gather or reduce returns
-/// [`Error::Offloaded`](crate::Error::Offloaded).
-impl Offload for ShardedUnits {
+/// On the host, gives up all memory but what exists nowhere else: buffers, what hpZ keeps, and gradients, if they are zero
+/// as between steps. Gradients that hold something stay. On a device, masters and gradients that hold something go to pinned
+/// memory of the host, too. Meanwhile whatever would gather or reduce returns [`Error::Offloaded`](crate::Error::Offloaded);
+/// checkpoints may be written, and loaded.
+impl<Mem: Memory> Offload for ShardedUnits<Mem> {
     fn offload(&mut self) -> Result<OffloadReport> {
         let start = Instant::now();
-        let mut bytes = self.pool.clear();
+        let mut bytes = self.memory.evict(masters_and_gradients(&mut self.stores)?)?;
+        bytes += self.pool.clear();
         for store in &mut self.stores {
             bytes += store.near.take().map_or(0, |near| near.bytes());
-            bytes += store.grad.as_mut().map_or(0, Gradient::release);
+            bytes += store.grad.as_mut().map_or(Ok(0), |gradient| gradient.release(&self.memory))?;
         }
         self.offloaded = true;
         Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
@@ -62,9 +66,10 @@ impl Offload for ShardedUnits {
 
     fn reload(&mut self) -> Result<OffloadReport> {
         let start = Instant::now();
-        let mut bytes = 0;
+        let mut bytes = self.memory.restore(masters_and_gradients(&mut self.stores)?)?;
         for (unit, store) in self.plan.units().iter().zip(&mut self.stores) {
-            bytes += store.grad.as_mut().map_or(0, |gradient| gradient.restore(unit));
+            let again = |gradient: &mut Gradient<Mem>| gradient.take_again(&self.memory, unit);
+            bytes += store.grad.as_mut().map_or(Ok(0), again)?;
         }
         self.offloaded = false;
         Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
@@ -75,8 +80,18 @@ impl Offload for ShardedUnits {
     }
 }
 
+/// What exists nowhere else.
+fn masters_and_gradients<Mem: Memory>(stores: &mut [Store<Mem>]) -> Result<Vec<&mut Mem::Values>> {
+    let mut all = Vec::new();
+    for Store { param, grad, .. } in stores {
+        all.push(Mem::to_change(param)?);
+        all.extend(grad.iter_mut().flat_map(Gradient::buffers));
+    }
+    Ok(all)
+}
+
 /// Frees every unit that is gathered, then as [`ShardedUnits`]. Units are gathered again when they are used.
-impl<M: StagedModel> Offload for ShardedModel<M> {
+impl<M: StagedModel<Mem>, Mem: Memory> Offload for ShardedModel<M, Mem> {
     fn offload(&mut self) -> Result<OffloadReport> {
         let start = Instant::now();
         let before = self.units().transient_bytes().now;
@@ -93,5 +108,30 @@ impl<M: StagedModel> Offload for ShardedModel<M> {
 
     fn is_offloaded(&self) -> bool {
         self.units().is_offloaded()
+    }
+}
+
+/// On a device, both means go to pinned memory of the host and back. On the host they are where offloading would put them:
+/// they stay, [`OffloadReport::bytes`] is 0, and neither call costs anything. Either way a step between the two is refused, so
+/// that a program which forgets to reload fails on a laptop too. Checkpoints may be written meanwhile.
+impl<Mem: Memory> Offload for AdamW<Mem> {
+    fn offload(&mut self) -> Result<OffloadReport> {
+        let start = Instant::now();
+        let memory = self.memory.clone();
+        let bytes = memory.evict(self.state_mut().flat_map(|(first, second)| [first, second]).collect())?;
+        self.offloaded = true;
+        Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
+    }
+
+    fn reload(&mut self) -> Result<OffloadReport> {
+        let start = Instant::now();
+        let memory = self.memory.clone();
+        let bytes = memory.restore(self.state_mut().flat_map(|(first, second)| [first, second]).collect())?;
+        self.offloaded = false;
+        Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
+    }
+
+    fn is_offloaded(&self) -> bool {
+        self.offloaded
     }
 }

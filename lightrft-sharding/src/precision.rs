@@ -97,8 +97,23 @@ impl UnitValues {
         each!(self, values => values.capacity()) * self.precision().bytes()
     }
 
-    pub(crate) fn zero(&mut self) {
-        each!(self, values => fill(values));
+    /// The values where they are f32, else none.
+    pub(crate) fn f32(&self) -> &[f32] {
+        if let UnitValues::F32(values) = self { values } else { &[] }
+    }
+
+    /// As [`f32`](Self::f32), to be overwritten.
+    pub(crate) fn f32_mut(&mut self) -> &mut [f32] {
+        if let UnitValues::F32(values) = self { values } else { &mut [] }
+    }
+
+    /// Makes it `elems` elements long; those that come anew are zeros.
+    pub(crate) fn resize(&mut self, elems: usize) {
+        each!(self, values => values.resize(elems, Float::rounded(0.0)));
+    }
+
+    pub(crate) fn zero(&mut self, range: Range<usize>) {
+        each!(self, values => values[range].fill(Float::rounded(0.0)));
     }
 
     /// Overwrites `range` with `source` of the same length, rounded to this precision.
@@ -120,11 +135,6 @@ impl UnitValues {
         });
     }
 
-    /// Writes `self[range]` to `out`, widened.
-    pub(crate) fn read(&self, range: Range<usize>, out: &mut [f32]) {
-        each!(self, values => combine(out, &values[range], Combine::Set));
-    }
-
     /// All-gathers the parts of `self[range]`, of which this rank has filled its own.
     pub(crate) fn all_gather(&mut self, range: Range<usize>, comm: &dyn Communicator) -> GroupResult<()> {
         each!(self, values => comm.all_gather_in_place(&mut values[range]))
@@ -135,9 +145,9 @@ impl UnitValues {
         each!(self, values => comm.reduce_scatter_in_place(values, ReduceOp::Sum))
     }
 
-    /// Sums over ranks.
-    pub(crate) fn all_reduce(&mut self, comm: &dyn Communicator) -> GroupResult<()> {
-        each!(self, values => comm.all_reduce(values, ReduceOp::Sum))
+    /// Sums `self[range]` over ranks.
+    pub(crate) fn all_reduce(&mut self, range: Range<usize>, comm: &dyn Communicator) -> GroupResult<()> {
+        each!(self, values => comm.all_reduce(&mut values[range], ReduceOp::Sum))
     }
 }
 
@@ -149,8 +159,10 @@ impl From<Vec<f32>> for UnitValues {
 
 /// Whether values add to what is there or replace it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Combine {
+pub enum Combine {
+    /// They replace it.
     Set,
+    /// They add to it.
     Add,
 }
 
@@ -196,10 +208,6 @@ fn combine<A: Float, B: Float>(into: &mut [A], from: &[B], how: Combine) {
         Combine::Set => pairs.for_each(|(into, from)| *into = A::rounded(from.wide())),
         Combine::Add => pairs.for_each(|(into, from)| *into = A::rounded(into.wide() + from.wide())),
     }
-}
-
-fn fill<A: Float>(values: &mut [A]) {
-    values.fill(A::rounded(0.0));
 }
 
 #[cfg(test)]

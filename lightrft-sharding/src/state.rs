@@ -3,9 +3,11 @@
 use std::fmt;
 use std::ops::Range;
 
-use crate::error::{BoxError, Result};
+use crate::error::{BoxError, Error, Result};
 use crate::flat::FlatParam;
+use crate::memory::Memory;
 use crate::optim::AdamW;
+use crate::plan::Plan;
 use crate::unit::{ShardedUnits, read_parts};
 
 /// One of the tensors that are kept for a parameter, all of its shape.
@@ -61,30 +63,64 @@ pub struct StatePart<'a> {
 ///
 /// In the order of units, then kinds, then parameters. Not collective.
 pub fn state_parts<'a>(units: &'a ShardedUnits, optimizer: Option<&'a AdamW>) -> Vec<StatePart<'a>> {
-    let mut parts = Vec::new();
-    for (index, unit) in units.plan().units().iter().enumerate() {
+    let shards = saved_shards(units, optimizer).into_iter();
+    shards.flat_map(|(kind, unit, shard)| parts(units.plan(), units.rank(), (kind, unit), shard.f32())).collect()
+}
+
+/// Shows every part that this rank must save to `visit`, wherever it lies: as [`state_parts`], which is for units in host
+/// memory, and in the same order. From a device a shard at a time is copied to the host. Not collective.
+///
+/// # Errors
+/// [`Error::Visit`] with the visitor's error, which is its last call; [`Error::Device`].
+pub fn visit_state<Mem: Memory, E: Into<BoxError>>(
+    units: &ShardedUnits<Mem>,
+    optimizer: Option<&AdamW<Mem>>,
+    mut visit: impl FnMut(StatePart<'_>) -> Result<(), E>,
+) -> Result<()> {
+    for (kind, unit, shard) in saved_shards(units, optimizer) {
+        let seen = units.memory.read(shard, |shard| {
+            parts(units.plan(), units.rank(), (kind, unit), shard).try_for_each(&mut visit)
+        })?;
+        let named = |source: E| -> Result<_> {
+            Ok(Error::Visit { unit: units.plan().unit(unit)?.name().to_owned(), source: source.into() })
+        };
+        seen.or_else(|source| Err(named(source)?))?;
+    }
+    Ok(())
+}
+
+/// The shards that this rank must save, and which unit's they are.
+fn saved_shards<'a, Mem: Memory>(
+    units: &'a ShardedUnits<Mem>,
+    optimizer: Option<&'a AdamW<Mem>>,
+) -> Vec<(StateKind, usize, &'a Mem::Values)> {
+    let mut shards = Vec::new();
+    for (unit, store) in units.stores.iter().enumerate() {
         // Of ranks that hold the same, one saves.
-        if !units.speaks_for(index).unwrap_or(false) {
+        if !units.speaks_for(unit).unwrap_or(false) {
             continue;
         }
-        let mut add = |kind, shard: Option<&'a [f32]>| {
-            let owned = unit.owned_parts(units.rank());
-            parts.extend(owned.filter_map(|(param, owned)| {
-                let values = shard?.get(owned.shard)?;
-                Some(StatePart {
-                    kind,
-                    unit: index,
-                    param: &unit.params()[param],
-                    range: owned.param,
-                    values,
-                })
-            }));
-        };
-        add(StateKind::Param, units.param(index).ok());
-        add(StateKind::ExpAvg, optimizer.and_then(|optimizer| optimizer.exp_avg(index)));
-        add(StateKind::ExpAvgSq, optimizer.and_then(|optimizer| optimizer.exp_avg_sq(index)));
+        shards.push((StateKind::Param, unit, &*store.param));
+        if let Some((exp_avg, exp_avg_sq)) = optimizer.and_then(|optimizer| optimizer.state(unit)) {
+            shards.push((StateKind::ExpAvg, unit, exp_avg));
+            shards.push((StateKind::ExpAvgSq, unit, exp_avg_sq));
+        }
     }
-    parts
+    shards
+}
+
+/// The parameters' parts of a shard.
+fn parts<'a>(
+    plan: &'a Plan,
+    rank: usize,
+    (kind, index): (StateKind, usize),
+    shard: &'a [f32],
+) -> impl Iterator<Item = StatePart<'a>> + 'a {
+    let unit = &plan.units()[index];
+    unit.owned_parts(rank).filter_map(move |(param, owned)| {
+        let values = shard.get(owned.shard)?;
+        Some(StatePart { kind, unit: index, param: &unit.params()[param], range: owned.param, values })
+    })
 }
 
 /// Fills this rank's parameters, and the optimizer's state where one is given, from `read`, which is given a kind, a
@@ -96,22 +132,24 @@ pub fn state_parts<'a>(units: &'a ShardedUnits, optimizer: Option<&'a AdamW>) ->
 /// # Errors
 /// [`Error::Read`](crate::Error::Read) with the reader's error, after which parameters and state are partly old and
 /// partly new; [`Error::ForeignOptimizer`](crate::Error::ForeignOptimizer) before anything is read.
-pub fn load_state<E: Into<BoxError>>(
-    units: &mut ShardedUnits,
-    mut optimizer: Option<&mut AdamW>,
+pub fn load_state<Mem: Memory, E: Into<BoxError>>(
+    units: &mut ShardedUnits<Mem>,
+    mut optimizer: Option<&mut AdamW<Mem>>,
     mut read: impl FnMut(StateKind, &FlatParam, Range<usize>, &mut [f32]) -> Result<(), E>,
 ) -> Result<()> {
     if let Some(optimizer) = &optimizer {
         optimizer.check_plan(units)?;
     }
-    let plan = units.plan().clone();
-    let rank = units.rank();
+    units.params_changed();
+    let (plan, memory, rank) = (units.plan().clone(), units.memory.clone(), units.rank());
     let mut states = optimizer.as_mut().map(|optimizer| optimizer.state_mut());
-    for (unit, shard) in plan.units().iter().zip(units.param_shards_mut()) {
-        let mut load = |kind, shard: &mut [f32]| {
-            read_parts(unit, rank, kind, shard, &mut |param, range, out| read(kind, param, range, out))
+    for (unit, store) in plan.units().iter().zip(&mut units.stores) {
+        let mut load = |kind, values: &mut Mem::Values| {
+            memory.overwrite(values, |shard| {
+                read_parts(unit, rank, kind, shard, &mut |param, range, out| read(kind, param, range, out))
+            })
         };
-        load(StateKind::Param, shard)?;
+        load(StateKind::Param, Mem::to_change(&mut store.param)?)?;
         if let Some((exp_avg, exp_avg_sq)) = states.as_mut().and_then(Iterator::next) {
             load(StateKind::ExpAvg, exp_avg)?;
             load(StateKind::ExpAvgSq, exp_avg_sq)?;

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use lightrft_collectives::{Communicator, CommunicatorExt as _, ReduceOp};
+use lightrft_collectives::Communicator;
 
 use crate::error::{Error, Result};
 use crate::exchange::{own_parts, rank_order};
 use crate::gradient::{Exchange, GradState, Gradient};
+use crate::memory::{Memory, Values as _};
 use crate::precision::{Combine, Precision};
 use crate::unit::{ShardedUnits, Store};
 
-impl ShardedUnits {
+impl<Mem: Memory> ShardedUnits<Mem> {
     /// Sums over ranks what has only accumulated so far, so that every [`grad`](Self::grad) is this rank's part of the sum
     /// over all of them. [`AdamW::step`](crate::AdamW::step) calls it. *Collective*: whole units (stage 0) by all-reduces,
     /// stage 1 by reduce-scatters, both of buckets; and replicas (HSDP) by all-reduces of shards. Stages 2 and 3 without
@@ -28,28 +29,27 @@ impl ShardedUnits {
         }
         // A failure on the way leaves some gradients summed and some not.
         self.begin_backward();
-        let pending = |wanted: &[Exchange], stores: &mut [Store]| -> Vec<usize> {
+        let memory = self.memory.clone();
+        let pending = |wanted: &[Exchange], stores: &mut [Store<Mem>]| -> Result<Vec<usize>> {
             let chosen = stores.iter_mut().enumerate().filter_map(|(unit, store)| {
                 let gradient = store.grad.as_mut()?;
                 let open = gradient.is_deferred() && gradient.state != GradState::Summed;
-                (open && wanted.contains(&gradient.exchange) && !gradient.own.is_empty()).then(|| {
-                    gradient.touch();
-                    unit
-                })
+                let chosen = open && wanted.contains(&gradient.exchange) && !gradient.own.is_empty();
+                chosen.then(|| gradient.touch(&memory).map(|()| unit))
             });
             chosen.collect()
         };
         let is_cut = self.groups.shard.world_size() > 1;
         let scattered =
-            if is_cut { pending(&[Exchange::ScatterAtStep], &mut self.stores) } else { Vec::new() };
-        let whole = pending(&[Exchange::ReduceAtStep], &mut self.stores);
-        let cut = pending(&[Exchange::ScatterAtStep, Exchange::EachPass], &mut self.stores);
+            if is_cut { pending(&[Exchange::ScatterAtStep], &mut self.stores)? } else { Vec::new() };
+        let whole = pending(&[Exchange::ReduceAtStep], &mut self.stores)?;
+        let cut = pending(&[Exchange::ScatterAtStep, Exchange::EachPass], &mut self.stores)?;
         // What a reduce-scatter does not widen on its way.
         for (unit, store) in self.stores.iter_mut().enumerate() {
             if let Some(gradient) = store.grad.as_mut().filter(|gradient| gradient.state == GradState::Local)
                 && !scattered.contains(&unit)
             {
-                gradient.widen();
+                gradient.widen(&memory)?;
             }
         }
         for bucket in self.buckets(&scattered, |gradient| gradient.accum.len()) {
@@ -75,7 +75,7 @@ impl ShardedUnits {
     }
 
     /// `units` in their order, as many together as the policy lets.
-    fn buckets(&self, units: &[usize], elems: impl Fn(&Gradient) -> usize) -> Vec<Vec<usize>> {
+    fn buckets(&self, units: &[usize], elems: impl Fn(&Gradient<Mem>) -> usize) -> Vec<Vec<usize>> {
         let most = self.policy.reduce_bucket_elems;
         let mut buckets: Vec<Vec<usize>> = Vec::new();
         let mut filled = 0usize;
@@ -105,23 +105,23 @@ impl ShardedUnits {
             && let Some(gradient) = self.stores[*unit].grad.as_mut()
             && gradient.accum.precision() == sent_in
         {
-            gradient.accum.reduce_scatter(&*shard).map_err(&failed)?;
-            gradient.widen();
-            return Ok(());
+            self.memory.reduce_scatter_now(&mut gradient.accum, &*shard).map_err(&failed)?;
+            return gradient.widen(&self.memory);
         }
         let order = rank_order(&plan, units, shard.world_size())?;
         let elems = order.iter().map(|(_, _, from)| from.len()).sum();
-        let mut packed = self.pool.take(sent_in, elems);
+        let mut packed = self.pool.take(sent_in, elems)?;
         for (at, unit, from) in &order {
             if let Some(gradient) = &self.stores[*unit].grad {
                 let to = *at..*at + from.len();
-                packed.values.take_in(to, &gradient.accum, from.clone(), Combine::Set);
+                let from = from.clone();
+                self.memory.combine(&mut packed.values, to, &gradient.accum, from, Combine::Set)?;
             }
         }
-        packed.values.reduce_scatter(&*shard).map_err(&failed)?;
+        self.memory.reduce_scatter_now(&mut packed.values, &*shard).map_err(&failed)?;
         for (unit, part) in own_parts(&order, &plan, self.rank)? {
             if let Some(gradient) = self.stores[unit].grad.as_mut() {
-                gradient.set_own(&packed.values, part);
+                gradient.set_own(&self.memory, &packed.values, part)?;
             }
         }
         // A bucket is as large as many units, and is not needed before the next step: it is not kept for reuse.
@@ -137,25 +137,27 @@ impl ShardedUnits {
         if let ([unit], Precision::F32) = (units, sent_in)
             && let Some(gradient) = self.stores[*unit].grad.as_mut()
         {
-            return comm.all_reduce(gradient.own_mut(), ReduceOp::Sum).map_err(failed);
+            let (values, part) = gradient.own_mut();
+            return self.memory.all_reduce(values, part, comm).map_err(failed);
         }
         let elems = |unit: &usize| self.stores[*unit].grad.as_ref().map_or(0, |gradient| gradient.own.len());
         let total = units.iter().map(elems).sum();
-        let mut packed = self.pool.take(sent_in, total);
+        let mut packed = self.pool.take(sent_in, total)?;
         let mut at = 0;
         for &unit in units {
             if let Some(gradient) = self.stores[unit].grad.as_mut() {
-                let part = gradient.own_mut();
-                packed.values.write(at..at + part.len(), part);
-                at += part.len();
+                let (values, part) = gradient.own_mut();
+                let end = at + part.len();
+                self.memory.combine(&mut packed.values, at..end, values, part, Combine::Set)?;
+                at = end;
             }
         }
-        packed.values.all_reduce(comm).map_err(failed)?;
+        self.memory.all_reduce(&mut packed.values, 0..total, comm).map_err(failed)?;
         at = 0;
         for &unit in units {
             if let Some(gradient) = self.stores[unit].grad.as_mut() {
                 let end = at + gradient.own.len();
-                gradient.set_own(&packed.values, at..end);
+                gradient.set_own(&self.memory, &packed.values, at..end)?;
                 at = end;
             }
         }

@@ -16,9 +16,11 @@ use crate::flat::{FlatParam, FlatUnit};
 use crate::gather::NearShard;
 use crate::gradient::Gradient;
 use crate::groups::{self, Groups};
+use crate::host::HostMemory;
+use crate::memory::{Memory, Values as _};
 use crate::plan::{Plan, UnitSpec};
 use crate::policy::{Overlap, Policy, ShardSize};
-use crate::precision::UnitValues;
+use crate::precision::{Precision, UnitValues};
 use crate::state::StateKind;
 
 /// What is kept of the units.
@@ -34,29 +36,32 @@ pub enum Mode {
 
 /// One unit as this rank holds it.
 #[derive(Debug)]
-pub(crate) struct Store {
-    /// The shard of the master parameters: trainable ones, then frozen ones. A gather that runs ahead reads it too; whoever
-    /// changes it meanwhile (as after a pass that failed) gets a copy.
-    pub(crate) param: Arc<Vec<f32>>,
+pub(crate) struct Store<Mem: Memory> {
+    /// The shard of the master parameters, f32: trainable ones, then frozen ones. On the host a gather that runs ahead reads
+    /// it too; whoever changes it meanwhile (as after a pass that failed) gets a copy.
+    pub(crate) param: Arc<Mem::Values>,
     /// `None` in a model that does not train.
-    pub(crate) grad: Option<Gradient>,
+    pub(crate) grad: Option<Gradient<Mem>>,
     /// What hpZ keeps.
-    pub(crate) near: Option<NearShard>,
+    pub(crate) near: Option<NearShard<Mem>>,
 }
 
 /// The parameters and gradients of a model, cut over the ranks of a group as a [`Policy`] says.
 ///
 /// Methods named *collective* must be called by every rank of the world, in the same order.
+///
+/// They lie in host memory, or in that of a GPU (with the feature `cuda`): see [`Memory`].
 #[derive(Debug)]
-pub struct ShardedUnits {
+pub struct ShardedUnits<Mem: Memory = HostMemory> {
+    pub(crate) memory: Mem,
     pub(crate) plan: Arc<Plan>,
     pub(crate) policy: Policy,
     pub(crate) groups: Groups,
     /// In the shard group.
     pub(crate) rank: usize,
-    pub(crate) stores: Vec<Store>,
-    pub(crate) pool: Pool,
-    pub(crate) backlog: Backlog,
+    pub(crate) stores: Vec<Store<Mem>>,
+    pub(crate) pool: Pool<Mem>,
+    pub(crate) backlog: Backlog<Mem>,
     pub(crate) version: u64,
     pub(crate) offloaded: bool,
     backward_incomplete: bool,
@@ -90,7 +95,7 @@ impl ShardedUnits {
             &*comm,
         )?;
         let policy = Policy { mode, alignment: plan.alignment(), prefetch: 0, ..Policy::default() };
-        Ok(Self::of_groups(plan, policy, Groups::flat(comm)?))
+        Self::of_groups(HostMemory, plan, policy, Groups::flat(comm)?)
     }
 
     /// All-zero shards of `units`, cut over the ranks of `world` as `policy` says: neighbours in a shard group, replicas
@@ -100,7 +105,7 @@ impl ShardedUnits {
     /// [`Error::Contradiction`] and [`Error::InvalidSetting`] for the policy; those of [`Plan::with_policy`];
     /// [`Error::PlanMismatch`] on every rank when any two differ; [`Error::Collective`].
     pub fn with_policy(units: Vec<UnitSpec>, world: Arc<dyn Communicator>, policy: &Policy) -> Result<Self> {
-        Self::of_model(units, Ok(&[]), world, None, policy)
+        Self::of_model(HostMemory, units, Ok(&[]), (world, None), policy)
     }
 
     /// As [`with_policy`](Self::with_policy), on a mesh of the caller's over all ranks of `world`: its one axis, or the
@@ -116,15 +121,48 @@ impl ShardedUnits {
         mesh: &DeviceMesh,
         policy: &Policy,
     ) -> Result<Self> {
-        Self::of_model(units, Ok(&[]), world, Some(mesh), policy)
+        Self::of_model(HostMemory, units, Ok(&[]), (world, Some(mesh)), policy)
     }
 
+    /// This rank's shard of a unit's parameters, padding at the end of the last rank's.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUnit`].
+    pub fn param(&self, unit: usize) -> Result<&[f32]> {
+        self.plan.unit(unit)?;
+        Ok(self.stores.get(unit).map_or(&[], |store| store.param.f32()))
+    }
+
+    /// This rank's shard of a unit's accumulated gradient, as long as the trainable parameters' shard: the sum over all
+    /// ranks. `None` when none has arrived since it was last zeroed, and where the ranks have yet to sum it (stages 0
+    /// and 1, replicas, an accumulator that is not f32): see [`sync_gradients`](Self::sync_gradients).
+    ///
+    /// # Errors
+    /// [`Error::NoSuchUnit`], [`Error::Frozen`].
+    pub fn grad(&self, unit: usize) -> Result<Option<&[f32]>> {
+        Ok(self.gradient_sum(unit)?.map(|(values, part)| &values.f32()[part]))
+    }
+
+    /// Gives a full-size buffer back for reuse by a later gather or gradient. A few are kept, and counted as
+    /// transient bytes; see [`release_buffers`](Self::release_buffers).
+    pub fn recycle(&mut self, values: impl Into<UnitValues>) {
+        self.pool.put(values.into());
+    }
+
+    /// This rank's shard of a unit's parameters, to be overwritten.
+    pub(crate) fn param_shards_mut(&mut self) -> impl Iterator<Item = &mut [f32]> + '_ {
+        self.params_changed();
+        self.stores.iter_mut().map(|store| Arc::make_mut(&mut store.param).f32_mut())
+    }
+}
+
+impl<Mem: Memory> ShardedUnits<Mem> {
     /// On the caller's mesh or one that the policy asks for; `stages` are compared with the other ranks' too.
     pub(crate) fn of_model(
+        memory: Mem,
         units: Vec<UnitSpec>,
         stages: Result<&[StageSpec]>,
-        world: Arc<dyn Communicator>,
-        mesh: Option<&DeviceMesh>,
+        (world, mesh): (Arc<dyn Communicator>, Option<&DeviceMesh>),
         policy: &Policy,
     ) -> Result<Self> {
         let prepared = stages.and_then(|stages| {
@@ -142,33 +180,35 @@ impl ShardedUnits {
             },
             &*world,
         )?;
-        let groups = Groups::new(world, &mesh, &policy)?;
-        Ok(Self::of_groups(Arc::new(plan), policy, groups))
+        let groups = Groups::new::<Mem>(world, &mesh, &policy)?;
+        Self::of_groups(memory, Arc::new(plan), policy, groups)
     }
 
-    fn of_groups(plan: Arc<Plan>, policy: Policy, groups: Groups) -> Self {
+    fn of_groups(memory: Mem, plan: Arc<Plan>, policy: Policy, groups: Groups) -> Result<Self> {
         let (rank, ranks) = (groups.shard.rank(), groups.shard.world_size());
         let replicas = groups.replicate.world_size();
-        let store = |unit: &FlatUnit| Store {
-            param: Arc::new(vec![0.0; unit.shard_elems()]),
-            grad: (policy.mode == Mode::Train).then(|| Gradient::new(unit, &policy, rank, ranks, replicas)),
-            near: None,
+        let store = |unit: &FlatUnit| -> Result<_> {
+            let learns = policy.mode == Mode::Train;
+            let grad = learns.then(|| Gradient::new(&memory, unit, &policy, rank, (ranks, replicas)));
+            let param = Arc::new(memory.zeros(Precision::F32, unit.shard_elems())?);
+            Ok(Store { param, grad: grad.transpose()?, near: None })
         };
-        let stores = plan.units().iter().map(store).collect();
+        let stores = plan.units().iter().map(store).collect::<Result<_>>()?;
         // A unit that is used, those that are gathered ahead, its gradient, and one that is exchanged beside.
         let buffers = policy.prefetch.saturating_add(2 + usize::from(policy.overlap == Overlap::On));
-        Self {
+        Ok(Self {
             plan,
             groups,
             rank,
             stores,
-            pool: Pool::new(buffers),
+            pool: Pool::new(memory.clone(), buffers),
             backlog: Backlog::default(),
             version: next_version(),
             offloaded: false,
             backward_incomplete: false,
             policy,
-        }
+            memory,
+        })
     }
 
     /// Where everything lies.
@@ -215,22 +255,8 @@ impl ShardedUnits {
         self.policy.mode
     }
 
-    /// This rank's shard of a unit's parameters, padding at the end of the last rank's.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchUnit`].
-    pub fn param(&self, unit: usize) -> Result<&[f32]> {
-        self.plan.unit(unit)?;
-        Ok(self.stores.get(unit).map_or(&[], |store| &store.param))
-    }
-
-    /// This rank's shard of a unit's accumulated gradient, as long as the trainable parameters' shard: the sum over all
-    /// ranks. `None` when none has arrived since it was last zeroed, and where the ranks have yet to sum it (stages 0
-    /// and 1, replicas, an accumulator that is not f32): see [`sync_gradients`](Self::sync_gradients).
-    ///
-    /// # Errors
-    /// [`Error::NoSuchUnit`], [`Error::Frozen`].
-    pub fn grad(&self, unit: usize) -> Result<Option<&[f32]>> {
+    /// Which elements of which buffer are this rank's part of the sum of a unit's gradient, if there is one.
+    pub(crate) fn gradient_sum(&self, unit: usize) -> Result<Option<(&Mem::Values, Range<usize>)>> {
         let layout = self.plan.unit(unit)?;
         let frozen = || Error::Frozen { unit: layout.name().to_owned() };
         let grad = self.stores.get(unit).and_then(|store| store.grad.as_ref()).ok_or_else(frozen)?;
@@ -249,13 +275,9 @@ impl ShardedUnits {
     ) -> Result<()> {
         self.params_changed();
         for (unit, store) in self.plan.units().iter().zip(&mut self.stores) {
-            read_parts(
-                unit,
-                self.rank,
-                StateKind::Param,
-                Arc::make_mut(&mut store.param).as_mut_slice(),
-                &mut read,
-            )?;
+            let param = Mem::to_change(&mut store.param)?;
+            let into = |shard: &mut [f32]| read_parts(unit, self.rank, StateKind::Param, shard, &mut read);
+            self.memory.overwrite(param, into)?;
         }
         Ok(())
     }
@@ -273,20 +295,15 @@ impl ShardedUnits {
             return Err(wrong_length("the full buffer", layout, full.len(), layout.padded_elems()));
         }
         self.params_changed();
-        if let Some(store) = self.stores.get_mut(unit) {
+        let param = Mem::to_change(&mut self.stores[unit].param)?;
+        self.memory.overwrite(param, |shard| {
             for (index, owned) in layout.owned_parts(self.rank) {
                 let start = layout.params()[index].range().start;
                 let from = start + owned.param.start..start + owned.param.end;
-                Arc::make_mut(&mut store.param)[owned.shard].copy_from_slice(&full[from]);
+                shard[owned.shard].copy_from_slice(&full[from]);
             }
-        }
-        Ok(())
-    }
-
-    /// Gives a full-size buffer back for reuse by a later gather or gradient. A few are kept, and counted as
-    /// transient bytes; see [`release_buffers`](Self::release_buffers).
-    pub fn recycle(&mut self, values: impl Into<UnitValues>) {
-        self.pool.put(values.into());
+            Ok(())
+        })
     }
 
     /// Frees the buffers kept for reuse, as before another program part needs the memory.
@@ -316,15 +333,13 @@ impl ShardedUnits {
         let plan = Arc::clone(&self.plan);
         let mut failed = None;
         for (index, unit) in plan.units().iter().enumerate() {
-            let full = self.gather(index)?;
-            if failed.is_none()
-                && let Err(source) = visit(unit, full.values())
-            {
-                failed = Some(Error::Visit { unit: unit.name().to_owned(), source: source.into() });
+            let full = self.gather(index)?.whole;
+            if failed.is_none() {
+                let seen = self.memory.read(&full.values, |values| visit(unit, values))?;
+                let named = |source: E| Error::Visit { unit: unit.name().to_owned(), source: source.into() };
+                failed = seen.err().map(named);
             }
-            let (values, lease) = full.into_parts();
-            drop(lease);
-            self.recycle(values);
+            self.pool.put_whole(full);
         }
         failed.map_or(Ok(()), Err)
     }
@@ -333,10 +348,10 @@ impl ShardedUnits {
     /// frozen. What hpZ keeps is among them; what stages 1 and 2 keep whole is counted as
     /// [transient](Self::transient_bytes).
     pub fn persistent_bytes(&self) -> usize {
-        let bytes = |store: &Store| {
+        let bytes = |store: &Store<Mem>| {
             let grad = store.grad.as_ref().map_or(0, Gradient::bytes);
             let near = store.near.as_ref().map_or(0, NearShard::bytes);
-            store.param.capacity() * size_of::<f32>() + grad + near
+            store.param.capacity_bytes() + grad + near
         };
         self.stores.iter().map(bytes).sum()
     }
@@ -372,26 +387,10 @@ impl ShardedUnits {
         self.backward_incomplete
     }
 
-    /// The parameter and gradient shards of every unit's trainable parameters, for an optimizer. Gradients that never
-    /// arrived are zeros.
-    pub(crate) fn shards_mut(&mut self) -> impl Iterator<Item = (&mut [f32], &[f32])> + '_ {
-        self.stores.iter_mut().map(|Store { param, grad, .. }| {
-            let grad = grad.as_mut().map_or(&[][..], Gradient::sum_or_zeros);
-            let learns = grad.len().min(param.len());
-            (&mut Arc::make_mut(param)[..learns], grad)
-        })
-    }
-
-    /// This rank's shard of a unit's parameters, to be overwritten.
-    pub(crate) fn param_shards_mut(&mut self) -> impl Iterator<Item = &mut [f32]> + '_ {
-        self.params_changed();
-        self.stores.iter_mut().map(|store| Arc::make_mut(&mut store.param).as_mut_slice())
-    }
-
     /// The gradient shards that are not zero, and that no other rank of the shard group counts.
-    pub(crate) fn grads(&self) -> impl Iterator<Item = &[f32]> + '_ {
+    pub(crate) fn grads(&self) -> Vec<(&Mem::Values, Range<usize>)> {
         let counted = self.plan.units().iter().zip(&self.stores).filter(|(unit, _)| self.counts(unit));
-        counted.filter_map(|(_, store)| store.grad.as_ref()?.sum())
+        counted.filter_map(|(_, store)| store.grad.as_ref()?.sum()).collect()
     }
 
     /// Refuses to use what [`offload`](Self::offload) has freed.

@@ -1,7 +1,8 @@
-//! As much of the CUDA driver as a communicator needs: one function for each foreign call, over a table of our own
+//! As much of the CUDA driver as communicators and sharded units need: one function for each foreign call, over a table of
+//! our own
 //!
 //! Not a CUDA binding crate: these few functions have been the same since CUDA 11, whatever version the driver has, and
-//! a table that is looked up by name says "no driver here" as an error. Addresses, streams, events and contexts are
+//! a table that is looked up by name says "no driver here" as an error. Addresses, streams, events, contexts and kernels are
 //! integers of a pointer's size, as other CUDA libraries hand them out.
 #![allow(unsafe_code)]
 
@@ -20,6 +21,8 @@ const NOT_READY: Code = 600;
 const NON_BLOCKING: c_uint = 1;
 /// `CU_EVENT_DISABLE_TIMING`.
 const NO_TIMING: c_uint = 2;
+/// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`.
+const COMPUTE_CAPABILITY: [c_int; 2] = [75, 76];
 
 symbols! {
     /// The functions of libcuda.
@@ -44,6 +47,16 @@ symbols! {
     fn memset_async = "cuMemsetD8Async"(u64, u8, usize, usize) -> Code;
     fn upload_async = "cuMemcpyHtoDAsync_v2"(u64, *const c_void, usize, usize) -> Code;
     fn download_async = "cuMemcpyDtoHAsync_v2"(*mut c_void, u64, usize, usize) -> Code;
+    fn copy_async = "cuMemcpyDtoDAsync_v2"(u64, u64, usize, usize) -> Code;
+    fn mem_get_info = "cuMemGetInfo_v2"(*mut usize, *mut usize) -> Code;
+    fn host_alloc = "cuMemHostAlloc"(*mut *mut c_void, usize, c_uint) -> Code;
+    fn host_free = "cuMemFreeHost"(*mut c_void) -> Code;
+    fn device_get_attribute = "cuDeviceGetAttribute"(*mut c_int, c_int, c_int) -> Code;
+    fn module_load_data = "cuModuleLoadData"(*mut usize, *const c_void) -> Code;
+    fn module_get_function = "cuModuleGetFunction"(*mut usize, usize, *const c_char) -> Code;
+    fn launch_kernel = "cuLaunchKernel"(
+        usize, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, usize, *mut *mut c_void, *mut *mut c_void
+    ) -> Code;
     fn get_error_name = "cuGetErrorName"(Code, *mut *const c_char) -> Code;
     fn get_error_string = "cuGetErrorString"(Code, *mut *const c_char) -> Code;
 }
@@ -83,13 +96,15 @@ impl Driver {
 
 /// One GPU of this process: its ordinal and primary context, which is that of the CUDA runtime and so of NCCL too.
 #[derive(Debug)]
-pub(super) struct Gpu {
+pub struct Gpu {
     driver: &'static Driver,
     ordinal: usize,
     /// Retained and never released: communicators that are still being destroyed may outlive all else.
     context: usize,
     /// The same in every process that sees this GPU.
     pub(super) uuid: [u8; 16],
+    /// Major and minor number of what its processors can do.
+    capability: [c_int; 2],
 }
 
 /// While this lives, the GPU's context is the calling thread's current one. Not to be sent to another thread.
@@ -120,7 +135,7 @@ impl Gpu {
 
     fn open(ordinal: usize) -> Result<Gpu> {
         let driver = Driver::get()?;
-        let gpu = Gpu { driver, ordinal, context: 0, uuid: [0; 16] };
+        let gpu = Gpu { driver, ordinal, context: 0, uuid: [0; 16], capability: [0; 2] };
         let mut count = 0;
         // SAFETY: each writes one value of its type.
         gpu.check("count the GPUs", unsafe { (driver.device_get_count)(&mut count) })?;
@@ -137,10 +152,16 @@ impl Gpu {
         let mut uuid = [0; 16];
         // SAFETY: as above; the device is the one just found.
         gpu.check("read the UUID", unsafe { (driver.device_get_uuid)(&mut uuid, device) })?;
+        let mut capability = [0; 2];
+        for (number, attribute) in capability.iter_mut().zip(COMPUTE_CAPABILITY) {
+            // SAFETY: as above.
+            let code = unsafe { (driver.device_get_attribute)(number, attribute, device) };
+            gpu.check("ask a device what it can do", code)?;
+        }
         let mut context = 0;
         // SAFETY: as above.
         gpu.check("make a context", unsafe { (driver.primary_retain)(&mut context, device) })?;
-        Ok(Gpu { context, uuid, ..gpu })
+        Ok(Gpu { context, uuid, capability, ..gpu })
     }
 
     /// Number of GPUs that this process sees; an error where there is no driver.
@@ -246,7 +267,7 @@ impl Gpu {
 
     /// # Safety
     /// `stream` is live and of this GPU.
-    pub(super) unsafe fn allocate(&self, bytes: usize, stream: usize) -> Result<u64> {
+    pub unsafe fn allocate(&self, bytes: usize, stream: usize) -> Result<u64> {
         let _current = self.enter()?;
         let mut pointer = 0;
         // SAFETY: the caller's promise; writes one address.
@@ -259,7 +280,7 @@ impl Gpu {
     ///
     /// # Safety
     /// `pointer` is of [`allocate`](Self::allocate), its uses are over or enqueued on `stream` before.
-    pub(super) unsafe fn free(&self, pointer: u64, stream: usize) {
+    pub unsafe fn free(&self, pointer: u64, stream: usize) {
         let Ok(_current) = self.enter() else { return };
         // SAFETY: the caller's promise.
         unsafe { (self.driver.mem_free_async)(pointer, stream) };
@@ -267,7 +288,7 @@ impl Gpu {
 
     /// # Safety
     /// `bytes` bytes at `pointer` are ours to write on `stream`.
-    pub(super) unsafe fn fill(&self, pointer: u64, byte: u8, bytes: usize, stream: usize) -> Result<()> {
+    pub unsafe fn fill(&self, pointer: u64, byte: u8, bytes: usize, stream: usize) -> Result<()> {
         let _current = self.enter()?;
         // SAFETY: the caller's promise.
         self.check("fill memory", unsafe { (self.driver.memset_async)(pointer, byte, bytes, stream) })
@@ -277,7 +298,7 @@ impl Gpu {
     ///
     /// # Safety
     /// As many bytes at `pointer` are ours to write on `stream`.
-    pub(super) unsafe fn upload(&self, pointer: u64, from: &[u8], stream: usize) -> Result<()> {
+    pub unsafe fn upload(&self, pointer: u64, from: &[u8], stream: usize) -> Result<()> {
         let _current = self.enter()?;
         let source = from.as_ptr().cast();
         // SAFETY: the caller's promise; the source is a slice, and pageable.
@@ -290,11 +311,124 @@ impl Gpu {
     ///
     /// # Safety
     /// As many bytes at `pointer` are ours to read on `stream`.
-    pub(super) unsafe fn download(&self, to: &mut [u8], pointer: u64, stream: usize) -> Result<()> {
+    pub unsafe fn download(&self, to: &mut [u8], pointer: u64, stream: usize) -> Result<()> {
         let _current = self.enter()?;
         let target = to.as_mut_ptr().cast();
         // SAFETY: the caller's promise; the target is a slice of ours, and for pageable memory the copy is complete on return.
         let code = unsafe { (self.driver.download_async)(target, pointer, to.len(), stream) };
         self.check("copy from the GPU", code)
+    }
+
+    /// Copies between two places of this GPU.
+    ///
+    /// # Safety
+    /// `bytes` bytes at `to` are ours to write on `stream`, as many at `from` to read; they do not overlap.
+    pub unsafe fn copy(&self, to: u64, from: u64, bytes: usize, stream: usize) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the caller's promise.
+        self.check("copy on the GPU", unsafe { (self.driver.copy_async)(to, from, bytes, stream) })
+    }
+
+    /// Bytes of this GPU's memory that nobody has.
+    pub fn free_bytes(&self) -> Result<usize> {
+        let _current = self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two numbers.
+        self.check("ask for its memory", unsafe { (self.driver.mem_get_info)(&mut free, &mut total) })?;
+        Ok(free)
+    }
+
+    /// Major and minor number of what its processors can do, as in `sm_90`.
+    pub fn capability(&self) -> [i32; 2] {
+        self.capability
+    }
+
+    /// Memory of the host that the GPU can copy from and to by itself. `bytes` is not 0.
+    pub fn allocate_pinned(&self, bytes: usize) -> Result<*mut c_void> {
+        let _current = self.enter()?;
+        let mut address = std::ptr::null_mut();
+        // SAFETY: writes one address.
+        let code = unsafe { (self.driver.host_alloc)(&mut address, bytes, 0) };
+        self.check("allocate pinned memory", code)?;
+        Ok(address)
+    }
+
+    /// Frees pinned memory. An error is of no use to anyone.
+    ///
+    /// # Safety
+    /// `address` is of [`allocate_pinned`](Self::allocate_pinned); nobody uses it any more, no stream either.
+    pub unsafe fn free_pinned(&self, address: *mut c_void) {
+        let Ok(_current) = self.enter() else { return };
+        // SAFETY: the caller's promise.
+        unsafe { (self.driver.host_free)(address) };
+    }
+
+    /// Enqueues a copy from pinned memory.
+    ///
+    /// # Safety
+    /// `bytes` bytes at `to` are ours to write on `stream`; as many at `from` are pinned, and stay until it is done.
+    pub unsafe fn upload_pinned(&self, to: u64, from: *const c_void, bytes: usize, stream: usize) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the caller's promise.
+        self.check("copy to the GPU", unsafe { (self.driver.upload_async)(to, from, bytes, stream) })
+    }
+
+    /// Enqueues a copy to pinned memory.
+    ///
+    /// # Safety
+    /// `bytes` bytes at `from` are ours to read on `stream`; as many at `to` are pinned, and nobody else uses them until
+    /// it is done.
+    pub unsafe fn download_pinned(&self, to: *mut c_void, from: u64, bytes: usize, stream: usize) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the caller's promise.
+        self.check("copy from the GPU", unsafe { (self.driver.download_async)(to, from, bytes, stream) })
+    }
+
+    /// Loads compiled kernels, which stay as long as the process.
+    ///
+    /// # Safety
+    /// `image` is a whole cubin, fatbin or PTX text that ends with a zero byte.
+    pub unsafe fn load_module(&self, image: &[u8]) -> Result<usize> {
+        let _current = self.enter()?;
+        let mut module = 0;
+        // SAFETY: the caller's promise; writes one handle.
+        let code = unsafe { (self.driver.module_load_data)(&mut module, image.as_ptr().cast()) };
+        self.check("load kernels", code)?;
+        Ok(module)
+    }
+
+    /// The kernel called `name`.
+    ///
+    /// # Safety
+    /// `module` is of [`load_module`](Self::load_module).
+    pub unsafe fn kernel(&self, module: usize, name: &CStr) -> Result<usize> {
+        let _current = self.enter()?;
+        let mut kernel = 0;
+        // SAFETY: the caller's promise; writes one handle.
+        let code = unsafe { (self.driver.module_get_function)(&mut kernel, module, name.as_ptr()) };
+        self.check("find a kernel", code)?;
+        Ok(kernel)
+    }
+
+    /// Enqueues `blocks` blocks of `threads` threads of a kernel.
+    ///
+    /// # Safety
+    /// `kernel` is of [`kernel`](Self::kernel) of this GPU, `stream` a live stream of it; `arguments` point to values of the
+    /// kernel's parameter types, in their order and all of them, and what the kernel does with them on `stream` is allowed.
+    pub unsafe fn launch(
+        &self,
+        kernel: usize,
+        blocks: u32,
+        threads: u32,
+        stream: usize,
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
+        let _current = self.enter()?;
+        let (arguments, extra) = (arguments.as_mut_ptr(), std::ptr::null_mut());
+        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
+        let code = unsafe {
+            (self.driver.launch_kernel)(kernel, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, extra)
+        };
+        self.check("launch a kernel", code)
     }
 }

@@ -75,6 +75,12 @@ impl Stream {
         Ok(Stream(Arc::new(SharedStream { gpu: Gpu::get(ordinal)?, raw: handle.0, owner: Owner::Another })))
     }
 
+    /// Its GPU, as the driver knows it. Not part of this crate's promises.
+    #[doc(hidden)]
+    pub fn gpu(&self) -> &Gpu {
+        &self.0.gpu
+    }
+
     /// The GPU's ordinal among those that this process sees.
     pub fn ordinal(&self) -> usize {
         self.0.gpu.ordinal()
@@ -181,7 +187,7 @@ impl DeviceMemory {
     /// # Errors
     /// [`Error::Cuda`], if there is too little memory for instance.
     pub fn zeroed<T: Element>(stream: &Stream, len: usize) -> Result<Self> {
-        let memory = Self::empty(stream, T::DTYPE, len)?;
+        let memory = Self::unset(stream, T::DTYPE, len)?;
         if memory.bytes > 0 {
             // SAFETY: just allocated on this stream.
             unsafe { stream.0.gpu.fill(memory.pointer, 0, memory.bytes, stream.0.raw)? };
@@ -202,7 +208,7 @@ impl DeviceMemory {
     /// # Errors
     /// As [`zeroed`](DeviceMemory::zeroed).
     pub fn copy_from(stream: &Stream, data: Host<'_>) -> Result<Self> {
-        let memory = Self::empty(stream, data.dtype(), data.len())?;
+        let memory = Self::unset(stream, data.dtype(), data.len())?;
         if memory.bytes > 0 {
             // SAFETY: just allocated on this stream, with as many bytes.
             unsafe { stream.0.gpu.upload(memory.pointer, data.bytes(), stream.0.raw)? };
@@ -210,7 +216,11 @@ impl DeviceMemory {
         Ok(memory)
     }
 
-    fn empty(stream: &Stream, dtype: Dtype, len: usize) -> Result<Self> {
+    /// `len` elements of any value.
+    ///
+    /// # Errors
+    /// As [`zeroed`](DeviceMemory::zeroed).
+    pub fn unset(stream: &Stream, dtype: Dtype, len: usize) -> Result<Self> {
         let bytes = len.checked_mul(element_bytes(dtype)).ok_or_else(|| Error::Cuda {
             doing: "allocate memory",
             ordinal: stream.ordinal(),

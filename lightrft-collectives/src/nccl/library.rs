@@ -3,12 +3,12 @@
 
 use std::ffi::OsString;
 
-use libloading::Library;
+pub use libloading::Library;
 
 use crate::error::{Error, Result};
 
 /// Opens the first of `names` that the dynamic loader finds. `title` is the library's name in messages.
-pub(super) fn open(title: &'static str, names: &[OsString]) -> Result<Library> {
+pub fn open(title: &'static str, names: &[OsString]) -> Result<Library> {
     let mut reasons = Vec::new();
     for name in names {
         // SAFETY: loading runs the library's initialisers. Those of the CUDA driver and of NCCL only set up their own
@@ -22,13 +22,15 @@ pub(super) fn open(title: &'static str, names: &[OsString]) -> Result<Library> {
 }
 
 /// What the dynamic loader says: the error itself names only the function that failed.
-pub(super) fn why(error: &libloading::Error) -> String {
+pub fn why(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), |source| source.to_string())
 }
 
 /// Declares a table of functions of one C library, and `load`, which fills it.
 ///
-/// A function that is missing is an [`Error::Library`] that names it.
+/// A function that is missing is an [`Error::Library`](crate::Error::Library) that names it.
+#[doc(hidden)]
+#[macro_export]
 macro_rules! symbols {
     (
         $(#[$meta:meta])*
@@ -39,20 +41,20 @@ macro_rules! symbols {
         $vis struct $Table {
             $( $name: unsafe extern "C" fn($($arg),*) -> $out, )*
             // The functions above lie in it: it stays open as long as they can be called.
-            _library: libloading::Library,
+            _library: $crate::nccl::driver::Library,
         }
 
         impl $Table {
             /// Opens the first library that is found under one of `names` and looks its functions up.
-            $vis fn load(names: &[std::ffi::OsString]) -> $crate::error::Result<Self> {
-                let library = $crate::nccl::library::open($title, names)?;
+            $vis fn load(names: &[std::ffi::OsString]) -> $crate::Result<Self> {
+                let library = $crate::nccl::driver::open($title, names)?;
                 $(
                     // SAFETY: the type is the one that the library's public header declares for this name, and
                     // the copied pointer is kept no longer than the library.
                     let $name = *unsafe { library.get::<unsafe extern "C" fn($($arg),*) -> $out>($symbol) }
-                        .map_err(|error| $crate::error::Error::Library {
+                        .map_err(|error| $crate::Error::Library {
                             library: $title,
-                            reason: format!("it lacks a function: {}", $crate::nccl::library::why(&error)),
+                            reason: format!("it lacks a function: {}", $crate::nccl::driver::why(&error)),
                         })?;
                 )*
                 Ok($Table { $($name,)* _library: library })
@@ -66,4 +68,4 @@ macro_rules! symbols {
         }
     };
 }
-pub(super) use symbols;
+pub use symbols;

@@ -45,6 +45,14 @@ mod raw;
 mod record;
 mod watchdog;
 
+/// The driver's functions and the loader of libraries, for the other crates of this workspace that work on GPUs. Not part of
+/// this crate's promises.
+#[doc(hidden)]
+pub mod driver {
+    pub use super::cuda::Gpu;
+    pub use super::library::{Library, open, symbols, why};
+}
+
 pub use communicator::{Check, Nccl, Options};
 pub use device::{DeviceMemory, Event, Stream, count};
 pub use record::{Enqueued, EnqueuedState};

@@ -6,13 +6,15 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::decay::{Decay, decay_by_name};
-use super::kernel::{self, Arrays, Scalars, Work};
+use super::kernel::Scalars;
 use super::narrow::CopyOut;
 use super::norm::{GradNorm, grad_norm};
 use crate::error::{Error, Result};
 use crate::flat::FlatUnit;
-use crate::offload::{Offload, OffloadReport};
+use crate::host::{HostMemory, adamw_and_copy};
+use crate::memory::{AdamWork, Memory, Values as _};
 use crate::plan::Plan;
+use crate::precision::Precision;
 use crate::unit::{Mode, ShardedUnits};
 
 /// AdamW's settings; the learning rate is given to each step. The default is [`lightrft`](Self::lightrft).
@@ -81,31 +83,35 @@ pub struct AdamWCounters {
 ///
 /// Its state is 8 bytes for every element of the shard. Clipping and zeroing cost no pass of their own: the clip factor
 /// is applied as gradients are read, and gradients are zero after every step.
+///
+/// It lies in the memory of the units it is made for, and steps them there. On a device the step waits once for all that
+/// the device has been given: the host learns the norm, and with it whether the step is skipped.
 #[derive(Debug)]
-pub struct AdamW {
+pub struct AdamW<Mem: Memory = HostMemory> {
+    pub(crate) memory: Mem,
     config: AdamWConfig,
     plan: Arc<Plan>,
     rank: usize,
-    states: Vec<UnitState>,
+    states: Vec<UnitState<Mem>>,
     counters: AdamWCounters,
-    offloaded: bool,
+    pub(crate) offloaded: bool,
 }
 
 /// One unit's state.
 #[derive(Debug)]
-struct UnitState {
-    exp_avg: Vec<f32>,
-    exp_avg_sq: Vec<f32>,
+struct UnitState<Mem: Memory> {
+    exp_avg: Mem::Values,
+    exp_avg_sq: Mem::Values,
     /// Neighbouring parameters of one rule, as intervals of the shard; padding is in none.
-    runs: Vec<(Range<usize>, Decay)>,
+    runs: Mem::Runs,
 }
 
-impl AdamW {
+impl<Mem: Memory> AdamW<Mem> {
     /// Zeroed state for `units`, with [LightRFT's rule](decay_by_name) for what decays.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`]; [`Error::Frozen`] for units without gradients.
-    pub fn new(config: AdamWConfig, units: &ShardedUnits) -> Result<Self> {
+    pub fn new(config: AdamWConfig, units: &ShardedUnits<Mem>) -> Result<Self> {
         Self::with_decay(config, units, decay_by_name)
     }
 
@@ -115,7 +121,7 @@ impl AdamW {
     /// As [`new`](Self::new).
     pub fn with_decay(
         config: AdamWConfig,
-        units: &ShardedUnits,
+        units: &ShardedUnits<Mem>,
         rule: impl Fn(&str) -> Decay,
     ) -> Result<Self> {
         check(&config)?;
@@ -123,13 +129,16 @@ impl AdamW {
         if let (Mode::Frozen, Some(unit)) = (units.mode(), plan.units().first()) {
             return Err(Error::Frozen { unit: unit.name().to_owned() });
         }
-        let state = |unit: &FlatUnit| UnitState {
-            exp_avg: vec![0.0; unit.trainable_shard_elems()],
-            exp_avg_sq: vec![0.0; unit.trainable_shard_elems()],
-            runs: runs(unit, units.rank(), &rule),
+        let memory = units.memory.clone();
+        let state = |unit: &FlatUnit| -> Result<_> {
+            let elems = unit.trainable_shard_elems();
+            let zeros = || memory.zeros(Precision::F32, elems);
+            let runs = memory.runs(runs(unit, units.rank(), &rule), elems)?;
+            Ok(UnitState { exp_avg: zeros()?, exp_avg_sq: zeros()?, runs })
         };
-        let states = plan.units().iter().map(state).collect();
+        let states = plan.units().iter().map(state).collect::<Result<_>>()?;
         Ok(Self {
+            memory,
             config,
             plan,
             rank: units.rank(),
@@ -148,7 +157,7 @@ impl AdamW {
     /// # Errors
     /// Before anything is sent: [`Error::InvalidSetting`] for a learning rate that is negative or not finite,
     /// [`Error::ForeignOptimizer`], [`Error::OptimizerOffloaded`]; and those of [`grad_norm`].
-    pub fn step(&mut self, units: &mut ShardedUnits, lr: f64) -> Result<StepReport> {
+    pub fn step(&mut self, units: &mut ShardedUnits<Mem>, lr: f64) -> Result<StepReport> {
         self.check_step(units, lr)?;
         let norm = grad_norm([&mut *units])?;
         self.step_with_norm(units, lr, norm)
@@ -162,41 +171,24 @@ impl AdamW {
     /// As [`step`](Self::step).
     pub fn step_with_norm(
         &mut self,
-        units: &mut ShardedUnits,
+        units: &mut ShardedUnits<Mem>,
         lr: f64,
         norm: GradNorm,
-    ) -> Result<StepReport> {
-        self.step_and_copy(units, lr, norm, [])
-    }
-
-    /// As [`step_with_norm`](Self::step_with_norm), and in the same pass over memory rounds the new parameters into
-    /// `copies`: one for each unit in their order, as long as the part of the shard that learns; units beyond the last
-    /// of them are not copied. A skipped step leaves the copies as they are.
-    ///
-    /// # Errors
-    /// As [`step_with_norm`](Self::step_with_norm), and [`Error::Length`], before anything is changed.
-    pub fn step_and_copy<'c>(
-        &mut self,
-        units: &mut ShardedUnits,
-        lr: f64,
-        norm: GradNorm,
-        copies: impl IntoIterator<Item = CopyOut<'c>>,
     ) -> Result<StepReport> {
         self.check_step(units, lr)?;
         // Nothing to do where the norm was of these gradients.
         units.sync_gradients()?;
-        let copies: Vec<CopyOut<'c>> = copies.into_iter().collect();
-        if copies.len() > self.states.len() {
-            let (name, expected) = ("all units".to_owned(), self.states.len());
-            return Err(Error::Length { what: "the list of copies", name, got: copies.len(), expected });
-        }
-        for (state, (unit, copy)) in self.states.iter().zip(self.plan.units().iter().zip(&copies)) {
-            let expected = state.exp_avg.len();
-            if let Some(got) = copy.len().filter(|&got| got != expected) {
-                let name = unit.name().to_owned();
-                return Err(Error::Length { what: "the half-precision copy", name, got, expected });
-            }
-        }
+        self.update(units, lr, norm, Mem::adamw)
+    }
+
+    /// Skips the step, or has `pass` do it.
+    fn update(
+        &mut self,
+        units: &mut ShardedUnits<Mem>,
+        lr: f64,
+        norm: GradNorm,
+        pass: impl FnOnce(&Mem, Vec<AdamWork<'_, Mem>>, Scalars) -> Result<()>,
+    ) -> Result<StepReport> {
         let grad_norm = norm.value();
         if !norm.is_finite() {
             self.counters.skipped += 1;
@@ -208,18 +200,18 @@ impl AdamW {
             );
             return Ok(StepReport { update: Update::Skipped, grad_norm, clip_factor: 1.0 });
         }
-        self.counters.steps += 1;
         let clip_factor = norm.clip_factor(self.config.max_norm);
-        let scalars = self.scalars(lr, clip_factor);
-        let copies = copies.into_iter().chain(std::iter::repeat_with(CopyOut::default));
-        let shards = self.states.iter_mut().zip(units.shards_mut()).zip(copies);
-        let work = shards.map(|((UnitState { exp_avg, exp_avg_sq, runs }, (param, grad)), copy)| Work {
-            arrays: Arrays { param, grad, exp_avg, exp_avg_sq },
-            copy,
-            runs,
-            start: 0,
-        });
-        kernel::step_all(work.collect(), scalars);
+        let scalars = self.scalars(self.counters.steps + 1, lr, clip_factor);
+        let mut work = Vec::with_capacity(self.states.len());
+        for (state, store) in self.states.iter_mut().zip(&mut units.stores) {
+            let Some(gradient) = &mut store.grad else { continue };
+            let UnitState { exp_avg, exp_avg_sq, runs } = state;
+            let (grad, own) = gradient.sum_or_zeros(&units.memory)?;
+            let param = Mem::to_change(&mut store.param)?;
+            work.push(AdamWork { param, grad, own, exp_avg, exp_avg_sq, runs });
+        }
+        pass(&self.memory, work, scalars)?;
+        self.counters.steps += 1;
         units.params_changed();
         units.zero_gradients();
         Ok(StepReport { update: Update::Applied, grad_norm, clip_factor })
@@ -240,28 +232,23 @@ impl AdamW {
         self.counters = counters;
     }
 
-    /// This rank's shard of a unit's running mean of gradients, cut as the parameters are.
-    pub fn exp_avg(&self, unit: usize) -> Option<&[f32]> {
-        self.states.get(unit).map(|state| state.exp_avg.as_slice())
-    }
-
-    /// This rank's shard of a unit's running mean of squared gradients, cut as the parameters are.
-    pub fn exp_avg_sq(&self, unit: usize) -> Option<&[f32]> {
-        self.states.get(unit).map(|state| state.exp_avg_sq.as_slice())
-    }
-
-    /// Bytes held from one step to the next: 8 for each element of the shard.
+    /// Bytes held from one step to the next: 8 for each element of the shard. None while it is offloaded from a device.
     pub fn persistent_bytes(&self) -> usize {
-        let elems = |state: &UnitState| state.exp_avg.capacity() + state.exp_avg_sq.capacity();
-        self.states.iter().map(elems).sum::<usize>() * size_of::<f32>()
+        let bytes = |state: &UnitState<Mem>| state.exp_avg.capacity_bytes() + state.exp_avg_sq.capacity_bytes();
+        self.states.iter().map(bytes).sum()
+    }
+
+    /// Both means of a unit.
+    pub(crate) fn state(&self, unit: usize) -> Option<(&Mem::Values, &Mem::Values)> {
+        self.states.get(unit).map(|state| (&state.exp_avg, &state.exp_avg_sq))
     }
 
     /// Both means of every unit, to be overwritten.
-    pub(crate) fn state_mut(&mut self) -> impl Iterator<Item = (&mut [f32], &mut [f32])> + '_ {
-        self.states.iter_mut().map(|state| (state.exp_avg.as_mut_slice(), state.exp_avg_sq.as_mut_slice()))
+    pub(crate) fn state_mut(&mut self) -> impl Iterator<Item = (&mut Mem::Values, &mut Mem::Values)> + '_ {
+        self.states.iter_mut().map(|state| (&mut state.exp_avg, &mut state.exp_avg_sq))
     }
 
-    fn check_step(&self, units: &ShardedUnits, lr: f64) -> Result<()> {
+    fn check_step(&self, units: &ShardedUnits<Mem>, lr: f64) -> Result<()> {
         if !(lr.is_finite() && lr >= 0.0) {
             let expected = "a finite number, 0 or more";
             return Err(Error::InvalidSetting { setting: "lr", value: lr, expected });
@@ -270,15 +257,15 @@ impl AdamW {
         if self.offloaded { Err(Error::OptimizerOffloaded) } else { Ok(()) }
     }
 
-    pub(crate) fn check_plan(&self, units: &ShardedUnits) -> Result<()> {
+    pub(crate) fn check_plan(&self, units: &ShardedUnits<Mem>) -> Result<()> {
         let foreign = super::foreign(&self.plan, self.rank, units);
-        foreign.map_or(Ok(()), |what| Err(Error::ForeignOptimizer { what }))
+        let elsewhere = || (!self.memory.is(&units.memory)).then(|| "it lies in other memory".to_owned());
+        foreign.or_else(elsewhere).map_or(Ok(()), |what| Err(Error::ForeignOptimizer { what }))
     }
 
-    fn scalars(&self, lr: f64, clip_factor: f32) -> Scalars {
+    fn scalars(&self, steps: u64, lr: f64, clip_factor: f32) -> Scalars {
         let AdamWConfig { betas: (beta1, beta2), eps, weight_decay, .. } = self.config;
-        let steps = self.counters.steps as f64;
-        let correction = |beta: f64| 1.0 - beta.powf(steps);
+        let correction = |beta: f64| 1.0 - beta.powf(steps as f64);
         Scalars {
             clip: clip_factor,
             keep: (1.0 - lr * weight_decay) as f32,
@@ -292,22 +279,49 @@ impl AdamW {
     }
 }
 
-/// This state is in host memory already, which is where offloading would put it: it stays, [`OffloadReport::bytes`] is 0,
-/// and neither call costs anything. What differs is that between the two a step is refused, as it is for state that has
-/// left a device, so that a program which forgets to reload fails on a laptop too. Checkpoints may be written meanwhile.
-impl Offload for AdamW {
-    fn offload(&mut self) -> Result<OffloadReport> {
-        self.offloaded = true;
-        Ok(OffloadReport { kept_bytes: self.persistent_bytes(), ..OffloadReport::default() })
+impl AdamW {
+    /// As [`step_with_norm`](Self::step_with_norm), and in the same pass over memory rounds the new parameters into
+    /// `copies`: one for each unit in their order, as long as the part of the shard that learns; units beyond the last
+    /// of them are not copied. A skipped step leaves the copies as they are.
+    ///
+    /// # Errors
+    /// As [`step_with_norm`](Self::step_with_norm), and [`Error::Length`], before anything is changed.
+    pub fn step_and_copy<'c>(
+        &mut self,
+        units: &mut ShardedUnits,
+        lr: f64,
+        norm: GradNorm,
+        copies: impl IntoIterator<Item = CopyOut<'c>>,
+    ) -> Result<StepReport> {
+        self.check_step(units, lr)?;
+        units.sync_gradients()?;
+        let copies: Vec<CopyOut<'c>> = copies.into_iter().collect();
+        if copies.len() > self.states.len() {
+            let (name, expected) = ("all units".to_owned(), self.states.len());
+            return Err(Error::Length { what: "the list of copies", name, got: copies.len(), expected });
+        }
+        for (state, (unit, copy)) in self.states.iter().zip(self.plan.units().iter().zip(&copies)) {
+            let expected = state.exp_avg.len();
+            if let Some(got) = copy.len().filter(|&got| got != expected) {
+                let name = unit.name().to_owned();
+                return Err(Error::Length { what: "the half-precision copy", name, got, expected });
+            }
+        }
+        let copies = copies.into_iter().chain(std::iter::repeat_with(CopyOut::default));
+        self.update(units, lr, norm, |_, work, scalars| {
+            adamw_and_copy(work, copies, scalars);
+            Ok(())
+        })
     }
 
-    fn reload(&mut self) -> Result<OffloadReport> {
-        self.offloaded = false;
-        Ok(OffloadReport { kept_bytes: self.persistent_bytes(), ..OffloadReport::default() })
+    /// This rank's shard of a unit's running mean of gradients, cut as the parameters are.
+    pub fn exp_avg(&self, unit: usize) -> Option<&[f32]> {
+        self.states.get(unit).map(|state| state.exp_avg.f32())
     }
 
-    fn is_offloaded(&self) -> bool {
-        self.offloaded
+    /// This rank's shard of a unit's running mean of squared gradients, cut as the parameters are.
+    pub fn exp_avg_sq(&self, unit: usize) -> Option<&[f32]> {
+        self.states.get(unit).map(|state| state.exp_avg_sq.f32())
     }
 }
 

@@ -8,6 +8,8 @@ use rayon::prelude::*;
 use super::decay::Decay;
 use super::narrow::{CopyOut, Narrow};
 use super::simd::{self, Vectors, prefetch};
+use crate::host::HostMemory;
+use crate::memory::AdamWork;
 
 /// Elements that one thread handles without looking up. Work is shared out in these, whatever the number of threads.
 pub(super) const PIECE: usize = 1 << 16;
@@ -21,21 +23,24 @@ pub(super) const BLOCK: usize = 32;
 
 /// The scalars of one step, computed once in f64 and rounded once.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Scalars {
+#[repr(C)]
+pub struct Scalars {
     /// `min(1, max_norm / (norm + 1e-6))`, on the gradient as it is read.
-    pub(super) clip: f32,
+    pub clip: f32,
     /// `1 - lr * weight_decay`
-    pub(super) keep: f32,
+    pub keep: f32,
     /// `1 - beta1`
-    pub(super) weight1: f32,
-    pub(super) beta2: f32,
+    pub weight1: f32,
+    /// As configured.
+    pub beta2: f32,
     /// `1 - beta2`
-    pub(super) weight2: f32,
+    pub weight2: f32,
     /// `1 / sqrt(1 - beta2^t)`
-    pub(super) scale2: f32,
-    pub(super) eps: f32,
+    pub scale2: f32,
+    /// As configured.
+    pub eps: f32,
     /// `lr / (1 - beta1^t)`
-    pub(super) step_size: f32,
+    pub step_size: f32,
 }
 
 /// The arrays of one AdamW step, all of one length.
@@ -69,6 +74,17 @@ pub(super) struct Work<'a> {
     pub(super) runs: &'a [(Range<usize>, Decay)],
     /// Where in the shard the interval begins.
     pub(super) start: usize,
+}
+
+/// One step over units in host memory; the new parameters of each are also rounded into its copy.
+pub(crate) fn step_on_host(units: Vec<(AdamWork<'_, HostMemory>, CopyOut<'_>)>, scalars: Scalars) {
+    let work = units.into_iter().map(|(unit, copy)| {
+        let AdamWork { param, grad, own, exp_avg, exp_avg_sq, runs } = unit;
+        let param = &mut param.f32_mut()[..own.len()];
+        let (exp_avg, exp_avg_sq) = (exp_avg.f32_mut(), exp_avg_sq.f32_mut());
+        Work { arrays: Arrays { param, grad: &grad.f32()[own], exp_avg, exp_avg_sq }, copy, runs, start: 0 }
+    });
+    step_all(work.collect(), scalars);
 }
 
 /// Does all the work, on rayon's threads where there is enough of both. Elements do not depend on each other, so who

@@ -10,6 +10,7 @@ mod simd;
 
 use std::sync::Arc;
 
+use crate::memory::Memory;
 use crate::plan::Plan;
 use crate::unit::ShardedUnits;
 
@@ -17,11 +18,14 @@ pub use adamw::{AdamW, AdamWConfig, AdamWCounters, StepReport, Update};
 pub use decay::{Decay, decay_by_name};
 pub use ema::{Ema, EmaConfig, EmaCounters, EmaUpdate};
 pub use narrow::CopyOut;
+pub(crate) use kernel::Scalars;
+pub(crate) use kernel::step_on_host;
 pub(crate) use narrow::Narrow;
+pub(crate) use norm::sum_of_squares;
 pub use norm::{GradNorm, grad_norm, loss_scale};
 
 /// How units are other than those that a state was made for, with this plan and rank; `None` if they are not.
-fn foreign(plan: &Arc<Plan>, rank: usize, units: &ShardedUnits) -> Option<String> {
+fn foreign<Mem: Memory>(plan: &Arc<Plan>, rank: usize, units: &ShardedUnits<Mem>) -> Option<String> {
     if rank != units.rank() {
         return Some(format!("it is of rank {rank}, the units are of rank {}", units.rank()));
     }

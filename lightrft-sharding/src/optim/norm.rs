@@ -3,12 +3,13 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use lightrft_collectives::{Communicator, CommunicatorExt as _, ReduceOp};
+use lightrft_collectives::Communicator;
 use rayon::prelude::*;
 
 use super::kernel::{BLOCK, PARALLEL, PIECE};
 use super::simd::{self, Vectors, prefetch};
 use crate::error::{Error, Result};
+use crate::memory::Memory;
 use crate::unit::ShardedUnits;
 
 /// Added to the norm before dividing by it, as torch does.
@@ -53,25 +54,26 @@ impl GradNorm {
 ///
 /// # Errors
 /// Those of [`ShardedUnits::sync_gradients`], and [`Error::Collective`].
-pub fn grad_norm<'a>(models: impl IntoIterator<Item = &'a mut ShardedUnits>) -> Result<GradNorm> {
-    let mut sums: Vec<(Arc<dyn Communicator>, f64)> = Vec::new();
+pub fn grad_norm<'a, Mem: Memory>(
+    models: impl IntoIterator<Item = &'a mut ShardedUnits<Mem>>,
+) -> Result<GradNorm> {
+    let mut sums: Vec<(Mem, Arc<dyn Communicator>, Option<Mem::Squares>)> = Vec::new();
     for units in models {
         units.sync_gradients()?;
-        let sum: f64 = units.grads().map(sum_of_squares).sum();
-        let group = units.communicator();
-        match sums.iter_mut().find(|(other, _)| other.ranks() == group.ranks()) {
-            Some((_, total)) => *total += sum,
-            None => sums.push((Arc::clone(group), sum)),
+        let (memory, group) = (&units.memory, units.communicator());
+        let found = sums.iter_mut().find(|(its, other, _)| its.is(memory) && other.ranks() == group.ranks());
+        match found {
+            Some((_, _, sum)) => *sum = Some(memory.squares(sum.take(), &units.grads())?),
+            None => {
+                let sum = memory.squares(None, &units.grads())?;
+                sums.push((memory.clone(), Arc::clone(group), Some(sum)));
+            }
         }
     }
     let mut total = 0.0;
-    for (group, sum) in sums {
-        let mut sum = [sum];
-        if group.world_size() > 1 {
-            let failed = Error::collective("gradient norm", "all units");
-            group.all_reduce(&mut sum, ReduceOp::Sum).map_err(failed)?;
-        }
-        total += sum[0];
+    for (memory, group, sum) in sums {
+        let failed = Error::collective("gradient norm", "all units");
+        total += sum.map_or(Ok(0.0), |sum| memory.total(sum, &*group)).map_err(failed)?;
     }
     Ok(GradNorm(total.sqrt() as f32))
 }
@@ -96,7 +98,7 @@ pub fn loss_scale(accumulation_steps: NonZeroUsize, ranks: NonZeroUsize) -> f32 
 }
 
 /// Sums of pieces, added in their order whoever summed each.
-pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
+pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
     let vectors = Vectors::widest();
     if values.len() < PARALLEL || rayon::current_num_threads() == 1 {
         return values.chunks(PIECE).map(|piece| simd::squares(vectors, piece)).sum();
