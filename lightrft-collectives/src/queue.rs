@@ -21,6 +21,7 @@ use crate::op::{Element, ReduceOp};
 use crate::operation::{Call, Operation};
 use crate::pending::Pending;
 use crate::site;
+use crate::within::forward;
 
 /// A communicator whose calls return at once and run, one after the other, on a thread of their own.
 ///
@@ -325,17 +326,7 @@ impl Queue {
 }
 
 impl Communicator for Queue {
-    fn name(&self) -> &str {
-        self.comm.name()
-    }
-
-    fn rank(&self) -> usize {
-        self.comm.rank()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.comm.ranks()
-    }
+    forward!(self => self.comm; name, rank, ranks, failure, poison, beside);
 
     fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
         let _turn = self.turn();
@@ -345,18 +336,6 @@ impl Communicator for Queue {
     fn alloc_bytes(&self, len: usize) -> Result<GroupMemory> {
         let _turn = self.turn();
         self.comm.alloc_bytes(len)
-    }
-
-    fn failure(&self, call: Call) -> Option<Error> {
-        self.comm.failure(call)
-    }
-
-    fn poison(&self, error: &Error) {
-        self.comm.poison(error);
-    }
-
-    fn beside(&self, line: u64, name: &str) -> Option<Beside> {
-        self.comm.beside(line, name)
     }
 
     fn subgroup_with(

@@ -1,10 +1,12 @@
 //! One suite that every backend passes: what a communicator promises, tried on any group
 //!
 //! Each function is called by all ranks of a group and panics if a promise is broken. Expected values are computed
-//! here, by the plainest code, from the ranks' known inputs.
+//! here, by the plainest code, from the ranks' known inputs. [`Intercepted`] is for tests of what is built on groups: it
+//! shows them the calls.
 
 mod derived;
 mod device;
+mod intercept;
 mod survivors;
 
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 pub use self::device::{Block, Memory, OnDevice};
+pub use self::intercept::Intercepted;
 pub use self::survivors::survive;
 use crate::communicator::{Communicator, CommunicatorExt};
 use crate::error::{Error, Result};

@@ -25,29 +25,42 @@ impl<C: Communicator> Within<C> {
     }
 }
 
-/// What every wrapper passes on as it is.
+/// The methods of a communicator around another that pass on what they are asked, as it is.
 macro_rules! forward {
-    ($this:ident => $inner:expr) => {
+    ($this:ident => $inner:expr; $($method:ident),+) => {
+        $(forward!(@$method $this $inner);)+
+    };
+    (@name $this:ident $inner:expr) => {
         fn name(&$this) -> &str {
             $inner.name()
         }
-
+    };
+    (@rank $this:ident $inner:expr) => {
         fn rank(&$this) -> usize {
             $inner.rank()
         }
-
+    };
+    (@ranks $this:ident $inner:expr) => {
         fn ranks(&$this) -> &[usize] {
             $inner.ranks()
         }
-
+    };
+    (@world_size $this:ident $inner:expr) => {
         fn world_size(&$this) -> usize {
             $inner.world_size()
         }
-
+    };
+    (@run_within $this:ident $inner:expr) => {
+        fn run_within(&$this, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
+            $inner.run_within(operation, timeout)
+        }
+    };
+    (@alloc_bytes $this:ident $inner:expr) => {
         fn alloc_bytes(&$this, len: usize) -> Result<GroupMemory> {
             $inner.alloc_bytes(len)
         }
-
+    };
+    (@subgroup_with $this:ident $inner:expr) => {
         fn subgroup_with(
             &$this,
             ranks: &[usize],
@@ -55,27 +68,32 @@ macro_rules! forward {
         ) -> Result<Option<Arc<dyn Communicator>>> {
             $inner.subgroup_with(ranks, options)
         }
-
+    };
+    (@rebuild $this:ident $inner:expr) => {
         fn rebuild(&$this, timeout: Duration) -> Result<Arc<dyn Communicator>> {
             $inner.rebuild(timeout)
         }
-
+    };
+    (@failure $this:ident $inner:expr) => {
         fn failure(&$this, call: Call) -> Option<Error> {
             $inner.failure(call)
         }
-
+    };
+    (@poison $this:ident $inner:expr) => {
         fn poison(&$this, error: &Error) {
             $inner.poison(error);
         }
-
+    };
+    (@beside $this:ident $inner:expr) => {
         fn beside(&$this, line: u64, name: &str) -> Option<Beside> {
             $inner.beside(line, name)
         }
     };
 }
+pub(crate) use forward;
 
 impl<C: Communicator> Communicator for Within<C> {
-    forward!(self => self.comm);
+    forward!(self => self.comm; name, rank, ranks, world_size, alloc_bytes, subgroup_with, rebuild, failure, poison, beside);
 
     fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
         self.comm.run_within(operation, timeout.or(Some(self.timeout)))
@@ -83,17 +101,9 @@ impl<C: Communicator> Communicator for Within<C> {
 }
 
 impl<C: Communicator + ?Sized> Communicator for &C {
-    forward!(self => (**self));
-
-    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
-        (**self).run_within(operation, timeout)
-    }
+    forward!(self => (**self); name, rank, ranks, world_size, run_within, alloc_bytes, subgroup_with, rebuild, failure, poison, beside);
 }
 
 impl<C: Communicator + ?Sized> Communicator for Arc<C> {
-    forward!(self => (**self));
-
-    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
-        (**self).run_within(operation, timeout)
-    }
+    forward!(self => (**self); name, rank, ranks, world_size, run_within, alloc_bytes, subgroup_with, rebuild, failure, poison, beside);
 }

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant, SystemTime};
 use lightrft_collectives::flight::{self, Flight};
 use lightrft_collectives::launch::{Launcher, Outcome};
 use lightrft_collectives::nccl::{self, Check, DeviceMemory, Nccl, Options, Stream};
-use lightrft_collectives::testing::{Mismatch, OnDevice, Samples, conformance, conformance_with, mismatch};
+use lightrft_collectives::testing::{
+    Intercepted, Mismatch, OnDevice, Samples, conformance, conformance_with, mismatch,
+};
 use lightrft_collectives::{
     Call, Communicator, CommunicatorExt, Error, GroupOptions, Loss, Operation, ReduceOp, Rendezvous, Single,
 };
@@ -265,53 +267,18 @@ fn rank_disagrees() {
 }
 
 /// A communicator whose calls wait a little for an error that comes late.
-#[derive(Debug)]
-struct Patient(OnDevice);
-
-impl Communicator for Patient {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-
-    fn rank(&self) -> usize {
-        self.0.rank()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.0.ranks()
-    }
-
-    fn run_within(
-        &self,
-        operation: Operation<'_>,
-        timeout: Option<Duration>,
-    ) -> lightrft_collectives::Result<()> {
+fn patient(comm: Arc<dyn Communicator>) -> Intercepted {
+    Intercepted::new(comm, |comm, operation, timeout| {
         let (begin, call) = (Instant::now(), operation.call());
-        self.0.run_within(operation, timeout)?;
+        comm.run_within(operation, timeout)?;
         loop {
-            match self.0.failure(call) {
+            match comm.failure(call) {
                 Some(error) => return Err(error),
                 None if begin.elapsed() > Duration::from_secs(5) => return Ok(()),
                 None => std::thread::sleep(Duration::from_micros(200)),
             }
         }
-    }
-
-    fn subgroup_with(
-        &self,
-        ranks: &[usize],
-        options: &GroupOptions,
-    ) -> lightrft_collectives::Result<Option<Arc<dyn Communicator>>> {
-        self.0.subgroup_with(ranks, options)
-    }
-
-    fn failure(&self, call: Call) -> Option<Error> {
-        self.0.failure(call)
-    }
-
-    fn poison(&self, error: &Error) {
-        self.0.poison(error);
-    }
+    })
 }
 
 #[test]
@@ -332,15 +299,15 @@ fn rank_disagrees_unawares() {
         for warm in [false, true] {
             let host = rank.host.subgroup(&everyone).unwrap().unwrap();
             let options = Options::default().timeout(LIMIT);
-            let comm =
-                Patient(on_device(Nccl::new(host, rank.stream.ordinal(), &options).unwrap(), &rank.stream));
+            let comm = Nccl::new(host, rank.stream.ordinal(), &options).unwrap();
+            let comm = Arc::new(on_device(comm, &rank.stream));
             if warm {
                 // The GPUs are connected: what differs meets in kernels, and not before.
-                comm.0.all_reduce(&mut [1f32; 3], ReduceOp::Sum).unwrap();
-                comm.0.broadcast(&mut [1f32; 3], 0).unwrap();
+                comm.all_reduce(&mut [1f32; 3], ReduceOp::Sum).unwrap();
+                comm.broadcast(&mut [1f32; 3], 0).unwrap();
             }
             let begin = Instant::now();
-            mismatch(&comm, case);
+            mismatch(&patient(comm), case);
             println!("{case:?}, connected {warm}: known after {:?}", begin.elapsed());
             assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
             assert!(rank.stream.wait(LIMIT).unwrap(), "a kernel has not ended");

@@ -14,9 +14,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lightrft_collectives::launch::Outcome;
-use lightrft_collectives::{
-    Communicator, CommunicatorExt, Error, GroupMemory, GroupOptions, Loss, Operation, Result, Transport,
-};
+use lightrft_collectives::testing::Intercepted;
+use lightrft_collectives::{Communicator, CommunicatorExt, Error, Loss, Transport};
 use rustix::process::{Signal, getpid, kill_process};
 
 use common::perform::{Rank, Results};
@@ -118,50 +117,19 @@ fn one_round(seed: u64, transport: Transport) -> Vec<Duration> {
     times
 }
 
-/// A communicator that notes when it was called last, for whoever asks how long a call took to fail. What a rank does to
-/// prepare a call does not count.
-#[derive(Clone, Debug)]
-struct Timed {
-    comm: Arc<dyn Communicator>,
-    called: Arc<Mutex<Duration>>,
-}
-
-impl Timed {
-    fn called(&self) -> &dyn Communicator {
-        *self.called.lock().unwrap() = now();
-        &*self.comm
-    }
-}
-
-impl Communicator for Timed {
-    fn name(&self) -> &str {
-        self.comm.name()
-    }
-
-    fn rank(&self) -> usize {
-        self.comm.rank()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.comm.ranks()
-    }
-
-    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
-        self.called().run_within(operation, timeout)
-    }
-
-    fn alloc_bytes(&self, len: usize) -> Result<GroupMemory> {
-        self.called().alloc_bytes(len)
-    }
-
-    fn subgroup_with(
-        &self,
-        ranks: &[usize],
-        options: &GroupOptions,
-    ) -> Result<Option<Arc<dyn Communicator>>> {
-        let made = self.called().subgroup_with(ranks, options)?;
-        Ok(made.map(|comm| Arc::new(Timed { comm, called: self.called.clone() }) as Arc<dyn Communicator>))
-    }
+/// A communicator that notes in `called` when it was called last, for whoever asks how long a call took to fail. What a rank
+/// does to prepare a call does not count.
+fn timed(comm: Arc<dyn Communicator>, called: &Arc<Mutex<Duration>>) -> Arc<dyn Communicator> {
+    let note = |called: &Arc<Mutex<Duration>>| {
+        let called = Arc::clone(called);
+        move || *called.lock().unwrap() = now()
+    };
+    let (before_calls, before_others) = (note(called), note(called));
+    let timed = Intercepted::new(comm, move |comm, operation, timeout| {
+        before_calls();
+        comm.run_within(operation, timeout)
+    });
+    Arc::new(timed.and_before_others(move |_| before_others()))
 }
 
 /// Whether `error`, of a call on `comm`, names the rank that was killed: as the one that is lost, or, in a group that it was
@@ -180,7 +148,8 @@ fn is_named(error: &Error, comm: &[usize], victim: usize) -> bool {
 fn rank_works_until_it_dies() {
     let (seed, notes) = (seed(), notes());
     let Round { ranks, victim, delay } = Round::draw(seed);
-    let comm = Timed { comm: join(LIMIT), called: Arc::default() };
+    let called = Arc::default();
+    let comm = timed(join(LIMIT), &called);
     let me = comm.rank();
     let (note, print) = (notes.join(format!("panic-{me}")), std::panic::take_hook());
     std::panic::set_hook(Box::new(move |panic| {
@@ -189,7 +158,7 @@ fn rank_works_until_it_dies() {
     }));
     let time_of_death = notes.join("death");
     let mut schedule = Schedule::new(seed, ranks, LARGEST);
-    let mut rank = Rank::new(Arc::new(comm.clone()));
+    let mut rank = Rank::new(Arc::clone(&comm));
     let mut is_doomed = me == victim;
     let (error, at) = loop {
         // A schedule that leaves this rank out for long must not keep it from hearing: the world is everyone's. The first
@@ -212,7 +181,7 @@ fn rank_works_until_it_dies() {
             break (error, at);
         }
     };
-    let (ended, begun) = (now(), *comm.called.lock().unwrap());
+    let (ended, begun) = (now(), *called.lock().unwrap());
     std::fs::write(notes.join(format!("error-{me}")), format!("{error}, {at}")).unwrap();
     let died =
         std::fs::read_to_string(time_of_death).unwrap_or_else(|_| panic!("{error}, but none was killed"));

@@ -9,6 +9,7 @@ use crate::buffer::{Buffer, BufferMut, Host, HostMut};
 use crate::communicator::{Communicator, GroupOptions};
 use crate::error::{Error, Result};
 use crate::operation::{Call, Operation};
+use crate::within::forward;
 
 /// The memory of a device, as a test needs it.
 pub trait Memory: fmt::Debug + Send + Sync {
@@ -48,17 +49,7 @@ impl OnDevice {
 }
 
 impl Communicator for OnDevice {
-    fn name(&self) -> &str {
-        self.comm.name()
-    }
-
-    fn rank(&self) -> usize {
-        self.comm.rank()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.comm.ranks()
-    }
+    forward!(self => self.comm; name, rank, ranks, failure, poison);
 
     fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
         let call = operation.call();
@@ -100,14 +91,6 @@ impl Communicator for OnDevice {
     fn rebuild(&self, timeout: Duration) -> Result<Arc<dyn Communicator>> {
         let comm = self.comm.rebuild(timeout)?;
         Ok(Arc::new(OnDevice { comm, memory: self.memory.clone() }))
-    }
-
-    fn failure(&self, call: Call) -> Option<Error> {
-        self.comm.failure(call)
-    }
-
-    fn poison(&self, error: &Error) {
-        self.comm.poison(error);
     }
 }
 
