@@ -152,7 +152,8 @@ impl<Mem: Memory> Pool<Mem> {
             return None;
         }
         let of_type = |values: &Mem::Values| values.precision() == precision;
-        let fits = |values: &Mem::Values| of_type(values) && values.capacity_bytes() >= elems * precision.bytes();
+        let fits =
+            |values: &Mem::Values| of_type(values) && values.capacity_bytes() >= elems * precision.bytes();
         let fitting = self.idle.iter().enumerate().filter(|(_, whole)| fits(&whole.values));
         let best = fitting.min_by_key(|(_, whole)| whole.values.capacity_bytes()).map(|(index, _)| index);
         match best {

@@ -227,7 +227,8 @@ impl<'a, Mem: Memory> StageGrads<'a, Mem> {
                 expected: range.len(),
             });
         }
-        let Some(UnitGrads { values, given, .. }) = self.grads[index].as_mut().filter(|_| param.is_trainable())
+        let Some(UnitGrads { values, given, .. }) =
+            self.grads[index].as_mut().filter(|_| param.is_trainable())
         else {
             return Ok(None);
         };

@@ -11,20 +11,23 @@ use crate::memory::{Memory, Values as _};
 use crate::plan::Plan;
 use crate::policy::{Overlap, Stage};
 use crate::precision::{Combine, Precision, UnitValues};
+use crate::replicas::{Pass, Sums};
 use crate::unit::{Mode, ShardedUnits, wrong_length};
 
-/// Whole gradients that have not yet come back as shards.
+/// What of a backward pass has yet to be sent or to come back.
 #[derive(Debug)]
 pub(crate) struct Backlog<Mem: Memory> {
-    /// Those that wait for their bucket to fill.
+    pub(crate) pass: Pass,
+    /// Whole gradients that wait for their bucket to fill.
     bucket: Vec<(usize, Whole<Mem>)>,
-    /// The exchange that runs beside backward.
+    /// The reduce-scatter that runs beside backward.
     in_flight: Option<InFlight<Mem>>,
+    pub(crate) sums: Sums<Mem>,
 }
 
 impl<Mem: Memory> Default for Backlog<Mem> {
     fn default() -> Self {
-        Self { bucket: Vec::new(), in_flight: None }
+        Self { pass: Pass::Any, bucket: Vec::new(), in_flight: None, sums: Sums::default() }
     }
 }
 
@@ -36,7 +39,7 @@ struct InFlight<Mem: Memory> {
 }
 
 /// Where in a reduced buffer this rank's parts of which units lie.
-type Parts = Vec<(usize, Range<usize>)>;
+pub(crate) type Parts = Vec<(usize, Range<usize>)>;
 
 impl ShardedUnits {
     /// Adds this rank's whole gradient of a unit's trainable parameters to what has accumulated. *Collective*. In stages 2
@@ -85,7 +88,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
     /// The bucket that the stage asks for.
     pub(crate) fn stage_bucket(&self) -> Bucket {
         match self.policy.stage {
-            Stage::Zero2 => Bucket::Elems(self.policy.reduce_bucket_elems),
+            Stage::Zero1 | Stage::Zero2 => Bucket::Elems(self.policy.reduce_bucket_elems),
             _ => Bucket::Alone,
         }
     }
@@ -94,6 +97,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
     pub(crate) fn push_gradient(&mut self, unit: usize, mut whole: Whole<Mem>, bucket: Bucket) -> Result<()> {
         let plan = Arc::clone(&self.plan);
         let layout = plan.unit(unit)?;
+        let goes_on = self.goes_on();
         let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) else {
             return Ok(());
         };
@@ -101,12 +105,29 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         // Whatever a caller left in the padding must not reach the norm.
         let padding = layout.trainable_elems()..whole.values.len();
         self.memory.zero(&mut whole.values, padding)?;
-        let alone = self.groups.shard.world_size() == 1 || whole.values.len() == 0;
-        if gradient.exchange != Exchange::EachPass || alone {
+        let is_cut = self.groups.shard.world_size() > 1 && whole.values.len() > 0;
+        let is_sent = match gradient.exchange {
+            Exchange::EachPass => is_cut,
+            Exchange::ScatterAtStep => {
+                is_cut && self.backlog.pass == Pass::Last && self.policy.overlap == Overlap::On
+            }
+            Exchange::ReduceAtStep => false,
+        };
+        if !(is_sent && gradient.exchange == Exchange::EachPass) {
             let all = 0..gradient.accum.len();
-            gradient.accumulate(&self.memory, &whole.values, all)?;
+            gradient.accumulate(&self.memory, &whole.values, all.clone())?;
+            if is_sent {
+                // What is sent is the sum of all passes.
+                let sum = &gradient.accum;
+                self.memory.combine(&mut whole.values, all.clone(), sum, all, Combine::Set)?;
+            }
+        }
+        if !is_sent {
+            if goes_on {
+                gradient.widen(&self.memory)?;
+            }
             self.pool.put_whole(whole);
-            return Ok(());
+            return self.push_sums(&[unit]);
         }
         let most = match bucket {
             Bucket::Alone => 0,
@@ -119,10 +140,19 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         if self.backlog.elems() >= most { self.flush() } else { Ok(()) }
     }
 
+    /// Says what comes after the pass whose gradients are exchanged next.
+    pub(crate) fn begin_exchange(&mut self, pass: Pass) {
+        self.backlog.pass = pass;
+    }
+
     /// Ends all exchanges of a backward pass.
     pub(crate) fn finish_exchange(&mut self) -> Result<()> {
         self.flush()?;
-        self.settle()
+        self.settle()?;
+        self.flush_sums()?;
+        self.settle_sums()?;
+        self.backlog.pass = Pass::Any;
+        Ok(())
     }
 
     /// Sends what waits in the bucket.
@@ -138,7 +168,11 @@ impl<Mem: Memory> ShardedUnits<Mem> {
                 (self.in_reduce_dtype(whole)?, vec![(unit, own)])
             }
             Err(bucket) if bucket.is_empty() => return Ok(()),
-            Err(bucket) => self.pack(bucket)?,
+            Err(bucket) => {
+                // Not three buckets at once: one on its way, one that is full, and that in one piece.
+                self.settle()?;
+                self.pack(bucket)?
+            }
         };
         self.start(values, parts)
     }
@@ -169,33 +203,52 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         self.settle()?;
         let Whole { values, lease } = whole;
         let (shard, queue) = (&self.groups.shard, self.groups.reduces.as_ref());
-        let names = self.names(&parts);
+        let names = self.names(&units_of(&parts));
         let failed = Error::collective("gradient reduce-scatter", &names);
         let pending = self.memory.reduce_scatter(values, shard, queue).map_err(failed)?;
         self.backlog.in_flight = Some(InFlight { pending, lease, parts });
         if self.policy.overlap == Overlap::On { Ok(()) } else { self.settle() }
     }
 
-    /// Waits for the exchange that is in flight, and adds this rank's parts of it to what has accumulated.
+    /// Waits for the exchange that is in flight.
     fn settle(&mut self) -> Result<()> {
         let Some(InFlight { pending, lease, parts }) = self.backlog.in_flight.take() else {
             return Ok(());
         };
-        let names = self.names(&parts);
+        let names = self.names(&units_of(&parts));
         let failed = Error::collective("gradient reduce-scatter", &names);
         let values = self.memory.finish(pending).map_err(failed)?;
-        let (whole, is_one) = (Whole { values, lease }, parts.len() == 1);
+        self.take_sums(Whole { values, lease }, parts)
+    }
+
+    /// Takes this rank's parts of a reduced buffer: into what has accumulated, or as the sum of it. The buffer of one unit is
+    /// kept for reuse; that of several is freed, since a unit that were gathered into it would hold all of it.
+    fn take_sums(&mut self, whole: Whole<Mem>, parts: Parts) -> Result<()> {
+        let (goes_on, has_replicas) = (self.goes_on(), self.groups.replicate.world_size() > 1);
+        let units = units_of(&parts);
         for (unit, part) in parts {
-            if let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) {
-                gradient.accumulate(&self.memory, &whole.values, part)?;
+            let Some(gradient) = self.stores.get_mut(unit).and_then(|store| store.grad.as_mut()) else {
+                continue;
+            };
+            match gradient.exchange {
+                Exchange::EachPass | Exchange::ReduceAtStep => {
+                    gradient.accumulate(&self.memory, &whole.values, part)?;
+                    if goes_on {
+                        gradient.widen(&self.memory)?;
+                    }
+                }
+                Exchange::ScatterAtStep => {
+                    gradient.set_own(&self.memory, &whole.values, part)?;
+                    if !has_replicas {
+                        gradient.state = GradState::Summed;
+                    }
+                }
             }
         }
-        // The buffer of one unit is kept for reuse; that of several is freed, since a unit that were gathered into it would
-        // hold all of it.
-        if is_one {
+        if units.len() == 1 {
             self.pool.put_whole(whole);
         }
-        Ok(())
+        self.push_sums(&units)
     }
 
     /// The gradient in what it is sent in.
@@ -228,9 +281,9 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         Ok((packed, own_parts(&order, &self.plan, self.rank)?))
     }
 
-    fn names(&self, parts: &Parts) -> String {
-        let name = |(unit, _): &(usize, Range<usize>)| self.plan.unit(*unit).map_or("", FlatUnit::name);
-        parts.iter().map(name).collect::<Vec<_>>().join(", ")
+    pub(crate) fn names(&self, units: &[usize]) -> String {
+        let name = |unit: &usize| self.plan.unit(*unit).map_or("", FlatUnit::name);
+        units.iter().map(name).collect::<Vec<_>>().join(", ")
     }
 
     /// Refuses a pass between the ranks' sum and the step.
@@ -243,7 +296,8 @@ impl<Mem: Memory> ShardedUnits<Mem> {
 
     /// Forgets what was on its way.
     pub(crate) fn abandon_exchange(&mut self) {
-        self.backlog = Backlog::default();
+        let Backlog { sums, .. } = std::mem::take(&mut self.backlog);
+        self.abandon_sums(sums);
     }
 
     pub(crate) fn check_learns(&self, layout: &FlatUnit) -> Result<()> {
@@ -253,6 +307,11 @@ impl<Mem: Memory> ShardedUnits<Mem> {
             Mode::Frozen => Err(Error::Frozen { unit: layout.name().to_owned() }),
         }
     }
+}
+
+/// The units whose parts they are.
+pub(crate) fn units_of(parts: &Parts) -> Vec<usize> {
+    parts.iter().map(|(unit, _)| *unit).collect()
 }
 
 /// How much is sent at once.

@@ -45,7 +45,8 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         self.check_loaded(layout)?;
         let Whole { values, lease } = self.pool.take(Precision::F32, layout.padded_elems())?;
         let failed = Error::collective("gather", layout.name());
-        let pending = self.memory.gather(values, self.call_of_shards(unit, layout), None).map_err(&failed)?;
+        let call = self.call_of_shards(unit, layout, Precision::F32)?;
+        let pending = self.memory.gather(values, call, None).map_err(&failed)?;
         let values = self.memory.finish(pending).map_err(&failed)?;
         Ok(FullUnit::new(Whole { values, lease }))
     }
@@ -62,7 +63,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
             }
             _ => {
                 let whole = self.pool.take(self.policy.param_dtype, layout.padded_elems())?;
-                (whole, self.call_of_shards(unit, layout))
+                (whole, self.call_of_shards(unit, layout, self.policy.param_dtype)?)
             }
         };
         let Whole { values, lease } = whole;
@@ -70,14 +71,19 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         Ok(Gathering { pending: pending.map_err(Error::collective("gather", layout.name()))?, lease })
     }
 
-    /// A gather of the shards, or of the one shard there is.
-    fn call_of_shards(&self, unit: usize, layout: &FlatUnit) -> GatherCall<Mem::Values> {
+    /// A gather of the shards, or of the one shard there is, in `precision`.
+    fn call_of_shards(
+        &mut self,
+        unit: usize,
+        layout: &FlatUnit,
+        precision: Precision,
+    ) -> Result<GatherCall<Mem::Values>> {
         let among = match self.is_remote(layout) {
             true => Among::Shards(Arc::clone(&self.groups.shard)),
             false => Among::Alone,
         };
-        let shard = Some(Arc::clone(&self.stores[unit].param));
-        self.call(unit, shard, among)
+        let shard = Some(self.source(unit, precision)?);
+        Ok(self.call(unit, shard, among))
     }
 
     fn call(&self, unit: usize, shard: Option<Arc<Mem::Values>>, among: Among) -> GatherCall<Mem::Values> {

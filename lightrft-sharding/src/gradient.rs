@@ -92,7 +92,12 @@ impl<Mem: Memory> Gradient<Mem> {
     }
 
     /// Adds `part` of `values`, which is as long as `accum`.
-    pub(crate) fn accumulate(&mut self, memory: &Mem, values: &Mem::Values, part: Range<usize>) -> Result<()> {
+    pub(crate) fn accumulate(
+        &mut self,
+        memory: &Mem,
+        values: &Mem::Values,
+        part: Range<usize>,
+    ) -> Result<()> {
         let how = if self.state == GradState::Zero { Combine::Set } else { Combine::Add };
         let all = 0..self.accum.len();
         memory.combine(&mut self.accum, all, values, part, how)?;
@@ -158,6 +163,15 @@ impl<Mem: Memory> Gradient<Mem> {
             Some(summed) => (summed, 0..self.own.len()),
             None => (&mut self.accum, self.own.clone()),
         }
+    }
+
+    /// Takes the accumulated values out, to be put back once the ranks have summed them: if they are f32, and all of them
+    /// this rank's part.
+    pub(crate) fn lend(&mut self, memory: &Mem) -> Result<Option<Mem::Values>> {
+        if self.own != (0..self.accum.len()) || !self.is_f32() {
+            return Ok(None);
+        }
+        Ok(Some(std::mem::replace(&mut self.accum, memory.zeros(Precision::F32, 0)?)))
     }
 
     /// Overwrites this rank's part with `part` of `values`.

@@ -24,6 +24,9 @@ pub(crate) struct Groups {
     pub(crate) gathers: Option<Queue>,
     /// Where reduce-scatters run beside backward.
     pub(crate) reduces: Option<Queue>,
+    /// Where sums over replicas run beside the last backward before a step. The step's own go through it too: a rank that
+    /// took another pass for the last is then found out by the sizes of its calls, not by a deadline.
+    pub(crate) sums: Option<Arc<Queue>>,
 }
 
 impl Groups {
@@ -47,18 +50,18 @@ impl Groups {
         let axis = |name: &str| groups.axis(name).map(Arc::clone).map_err(&failed);
         let (replicate, shard) = (axis(replicate)?, axis(shard)?);
         let size = shard.world_size();
-        let alone = size == 1;
         let exclusive = GroupOptions::default().exclusive();
-        let queue = |wanted: bool| -> Result<Option<Queue>> {
-            if !wanted || alone || !Mem::THREADS {
+        let queue = |over: &Arc<dyn Communicator>, wanted: bool| -> Result<Option<Queue>> {
+            if !wanted || over.world_size() == 1 || !Mem::THREADS {
                 return Ok(None);
             }
-            let all: Vec<usize> = (0..size).collect();
-            let own = shard.subgroup_with(&all, &exclusive).map_err(&failed)?;
+            let all: Vec<usize> = (0..over.world_size()).collect();
+            let own = over.subgroup_with(&all, &exclusive).map_err(&failed)?;
             own.map(Queue::new).transpose().map_err(&failed)
         };
-        let gathers = queue(policy.prefetch > 0)?;
-        let reduces = queue(policy.overlap == Overlap::On)?;
+        let gathers = queue(&shard, policy.prefetch > 0)?;
+        let reduces = queue(&shard, policy.overlap == Overlap::On)?;
+        let sums = queue(&replicate, policy.overlap == Overlap::On)?.map(Arc::new);
         let mut near = None;
         if let ReshardAfterForward::ToGroup(ranks) = effective_reshard(policy, size) {
             let places: Vec<usize> = (0..size).collect();
@@ -66,7 +69,25 @@ impl Groups {
                 near = shard.subgroup_with(neighbours, &exclusive).map_err(&failed)?.or(near);
             }
         }
-        Ok(Self { world, shard, replicate, near, gathers, reduces })
+        Ok(Self { world, shard, replicate, near, gathers, reduces, sums })
+    }
+
+    /// Whether what one rank holds all ranks hold.
+    pub(crate) fn all_are_replicas(&self) -> bool {
+        self.replicate.world_size() == self.world.world_size()
+    }
+
+    /// Where ranks sum what all of them hold whole.
+    pub(crate) fn whole_comm(&self) -> Arc<dyn Communicator> {
+        if self.all_are_replicas() { self.sums_comm() } else { Arc::clone(&self.world) }
+    }
+
+    /// Where replicas sum their shards.
+    pub(crate) fn sums_comm(&self) -> Arc<dyn Communicator> {
+        match &self.sums {
+            Some(queue) => Arc::<Queue>::clone(queue),
+            None => Arc::clone(&self.replicate),
+        }
     }
 }
 
@@ -109,7 +130,7 @@ pub(crate) fn effective_reshard(policy: &Policy, size: usize) -> ReshardAfterFor
     match policy.reshard_after_forward {
         _ if policy.stage != Stage::Zero3 => ReshardAfterForward::Always,
         ReshardAfterForward::ToGroup(1) => ReshardAfterForward::Never,
-        ReshardAfterForward::ToGroup(ranks) if ranks == size => ReshardAfterForward::Always,
+        ReshardAfterForward::ToGroup(ranks) if ranks >= size => ReshardAfterForward::Always,
         other => other,
     }
 }

@@ -174,6 +174,21 @@ impl Operations for HostMemory {
         values.all_reduce(range, comm)
     }
 
+    fn all_reduce_beside(
+        &self,
+        mut values: UnitValues,
+        comm: &Arc<dyn Communicator>,
+        queue: Option<&Queue>,
+    ) -> GroupResult<HostPending> {
+        let all = 0..values.len();
+        match queue {
+            Some(queue) => Ok(HostPending::Queued(
+                queue.enqueue(move |comm| values.all_reduce(all, comm).map(|()| values)),
+            )),
+            None => values.all_reduce(all, &**comm).map(|()| HostPending::Done(values)),
+        }
+    }
+
     fn runs(&self, runs: Vec<(Range<usize>, Decay)>, _: usize) -> Result<Self::Runs> {
         Ok(runs)
     }
@@ -206,20 +221,25 @@ impl Operations for HostMemory {
     }
 }
 
-/// One step of AdamW that also rounds the parameters of each unit into a copy.
+/// One step of AdamW that also rounds the parameters of each unit into a copy: one of `copies`, or else the one that gathers
+/// read.
 pub(crate) fn adamw_and_copy<'a>(
     work: Vec<AdamWork<'a, HostMemory>>,
     copies: impl IntoIterator<Item = CopyOut<'a>>,
     scalars: Scalars,
 ) {
-    optim::step_on_host(work.into_iter().zip(copies).collect(), scalars);
+    let with_copy = |(mut work, copy): (AdamWork<'a, HostMemory>, CopyOut<'a>)| {
+        let (own, elems) = (work.copy.take(), work.own.len());
+        (work, copy.or(own, elems))
+    };
+    optim::step_on_host(work.into_iter().zip(copies).map(with_copy).collect(), scalars);
 }
 
 /// Puts this rank's part into its place, where it does not lie there.
 fn place_own(whole: &mut UnitValues, call: &GatherCall<UnitValues>) {
     for segment in call.segments() {
         if let Some(shard) = &call.shard {
-            whole.write(segment.own, &shard.f32()[segment.shard]);
+            whole.take_in(segment.own, shard, segment.shard, Combine::Set);
         }
     }
 }

@@ -56,7 +56,8 @@
 //!
 //! With `param_dtype` bf16 the whole parameters of stages 1 and 2 take 2 P. To each step belongs an all-reduce of eight
 //! bytes for the norm, but in stage 0; with replicas (HSDP) also all-reduces of the shards of gradients. In a group of one
-//! rank nothing is sent.
+//! rank nothing is sent. What belongs to a step runs beside the pass before it where that is
+//! [announced](ShardedModel::backward_last).
 //!
 //! Any tensor of a mesh of ranks, and each parameter, gradient and state of units ([`ParamViews`]), is a [`DTensor`]: its
 //! [`Layout`] says how it lies (replicated, sharded, ragged, or as contributions to a sum), and
@@ -68,6 +69,7 @@
 mod agree;
 mod buffers;
 mod compute;
+mod copy;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod dtensor;
@@ -85,6 +87,7 @@ mod optim;
 mod plan;
 mod policy;
 mod precision;
+mod replicas;
 mod schedule;
 mod state;
 mod sync;
@@ -104,7 +107,9 @@ pub use optim::{
     StepReport, Update, decay_by_name, grad_norm, loss_scale,
 };
 pub use plan::{ParamSpec, Plan, UnitSpec};
-pub use policy::{Activations, Overlap, Policy, ReshardAfterForward, ShardSize, Stage, Trainable};
+pub use policy::{
+    Activations, GatherFrom, Overlap, Policy, ReshardAfterForward, ShardSize, Stage, Trainable,
+};
 pub use precision::{Precision, UnitValues};
 pub use state::{StateKind, StatePart, load_state, state_parts, visit_state};
 pub use unit::{Mode, ShardedUnits};

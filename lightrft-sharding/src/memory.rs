@@ -121,6 +121,14 @@ pub trait Operations: Clone + fmt::Debug + Send + Sync + 'static {
         comm: &dyn Communicator,
     ) -> GroupResult<()>;
 
+    /// As [`all_reduce`](Self::all_reduce), of all values and beside computing; in its turn on `queue`, where there is one.
+    fn all_reduce_beside(
+        &self,
+        values: Self::Values,
+        comm: &Arc<dyn Communicator>,
+        queue: Option<&Queue>,
+    ) -> GroupResult<Self::Pending>;
+
     /// Intervals of a shard of `elems` elements, in a form that [`adamw`](Self::adamw) can use.
     fn runs(&self, runs: Vec<(Range<usize>, Decay)>, elems: usize) -> Result<Self::Runs>;
 
@@ -198,6 +206,8 @@ pub enum Among {
 pub struct AdamWork<'a, Mem: Operations> {
     /// Of which the first elements learn.
     pub param: &'a mut Mem::Values,
+    /// Where these are rounded to, as gathers read them.
+    pub copy: Option<&'a mut Mem::Values>,
     /// The gradient.
     pub grad: &'a Mem::Values,
     /// Which elements of that are the shard's.

@@ -14,6 +14,7 @@ use crate::groups::effective_reshard;
 use crate::host::HostMemory;
 use crate::memory::Memory;
 use crate::policy::{Activations, Policy, ReshardAfterForward, Stage};
+use crate::replicas::Pass;
 use crate::schedule::{Hold, Op, Schedule, UnitPlan};
 use crate::unit::{Mode, ShardedUnits};
 
@@ -131,7 +132,8 @@ impl<M: StagedModel<Mem>, Mem: Memory> ShardedModel<M, Mem> {
         if let (Mode::Frozen, Some(unit)) = (self.units.mode(), self.units.plan().units().first()) {
             return Err(Error::Frozen { unit: unit.name().to_owned() });
         }
-        let mut stages: Vec<Option<Record<M::Activation, M::Saved>>> = self.stages.iter().map(|_| None).collect();
+        let mut stages: Vec<Option<Record<M::Activation, M::Saved>>> =
+            self.stages.iter().map(|_| None).collect();
         let output = self.guarded(|this| {
             this.forget_old_units();
             let schedule = Arc::clone(&this.schedule);
@@ -162,6 +164,31 @@ impl<M: StagedModel<Mem>, Mem: Memory> ShardedModel<M, Mem> {
     /// [`Error::AlreadySummed`] between [`sync_gradients`](ShardedUnits::sync_gradients) and the step;
     /// [`Error::Compute`] with the model's error, [`Error::Collective`], [`Error::Length`].
     pub fn backward(&mut self, tape: Tape<'_, M, Mem>, grad_output: M::Activation) -> Result<()> {
+        self.backward_pass(tape, grad_output, Pass::Any)
+    }
+
+    /// As [`backward`](Self::backward), for the last pass before a step: what the ranks would still have to sum at the step is
+    /// summed in it, and no other pass is taken until the gradients are stepped or zeroed. *Collective*: all ranks do it in
+    /// the same pass.
+    ///
+    /// Nothing else differs, in bits either. With [`Overlap::On`](crate::Overlap::On) it is what lets these sums run beside
+    /// computing: all-reduces over replicas (HSDP), each behind the reduce-scatter that it continues; all-reduces (stage 0) and
+    /// reduce-scatters (stage 1) of buckets of [`reduce_bucket_elems`](Policy::reduce_bucket_elems), each as soon as its
+    /// gradients are there. Without it, this is `backward` and then [`sync_gradients`](ShardedUnits::sync_gradients). (FSDP2's
+    /// `set_requires_all_reduce` and DDP's `no_sync`, said of the pass instead of set before it.)
+    ///
+    /// # Errors
+    /// Those of [`backward`](Self::backward) and of [`sync_gradients`](ShardedUnits::sync_gradients).
+    pub fn backward_last(&mut self, tape: Tape<'_, M, Mem>, grad_output: M::Activation) -> Result<()> {
+        self.backward_pass(tape, grad_output, Pass::Last)
+    }
+
+    fn backward_pass(
+        &mut self,
+        tape: Tape<'_, M, Mem>,
+        grad_output: M::Activation,
+        pass: Pass,
+    ) -> Result<()> {
         self.guarded(|this| {
             if tape.version != this.units.version() || tape.stages.len() != this.stages.len() {
                 return Err(Error::StaleTape);
@@ -174,9 +201,14 @@ impl<M: StagedModel<Mem>, Mem: Memory> ShardedModel<M, Mem> {
             // Another pass may have ended, and freed what is never resharded; then this one gathers again.
             this.forget_old_units();
             this.units.begin_backward();
+            this.units.begin_exchange(pass);
             this.run_backward(tape, grad_output)?;
             this.units.end_backward();
-            Ok(())
+            match pass {
+                Pass::Any => Ok(()),
+                // What has not been summed beside the pass.
+                Pass::Last => this.units.sync_gradients(),
+            }
         })
     }
 

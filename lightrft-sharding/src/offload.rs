@@ -47,8 +47,8 @@ pub trait Offload {
     fn is_offloaded(&self) -> bool;
 }
 
-/// On the host, gives up all memory but what exists nowhere else: buffers, what hpZ keeps, and gradients, if they are zero
-/// as between steps. Gradients that hold something stay. On a device, masters and gradients that hold something go to pinned
+/// On the host, gives up all memory but what exists nowhere else: buffers, what hpZ and gathers keep, and gradients, if they are
+/// zero as between steps. Gradients that hold something stay. On a device, masters and gradients that hold something go to pinned
 /// memory of the host, too. Meanwhile whatever would gather or reduce returns [`Error::Offloaded`](crate::Error::Offloaded);
 /// checkpoints may be written, and loaded.
 impl<Mem: Memory> Offload for ShardedUnits<Mem> {
@@ -57,6 +57,7 @@ impl<Mem: Memory> Offload for ShardedUnits<Mem> {
         let mut bytes = self.memory.evict(masters_and_gradients(&mut self.stores)?)?;
         bytes += self.pool.clear();
         for store in &mut self.stores {
+            bytes += store.copy.take().map_or(0, |copy| copy.bytes());
             bytes += store.near.take().map_or(0, |near| near.bytes());
             bytes += store.grad.as_mut().map_or(Ok(0), |gradient| gradient.release(&self.memory))?;
         }

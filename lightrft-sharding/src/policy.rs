@@ -10,7 +10,8 @@
 //! | 3 | one or two units at a time | and parameters: 16 P/S bytes | in each backward pass: a reduce-scatter of each unit |
 //!
 //! - Stage 0 is a mesh whose shard groups have one rank. Where there are replicas (stage 0, HSDP), the cut gradients
-//!   are all-reduced over them once a step, after they have accumulated, however many passes there were.
+//!   are all-reduced over them once a step, after they have accumulated, however many passes there were; beside the last of
+//!   these passes where that is announced, unit by unit.
 //! - Whole parameters of stages 1 and 2 are gathered at their first use after the masters changed and stay until those
 //!   change again: the all-gather of updated parameters, overlapped with the first forward pass.
 //! - A unit is at most two flat segments, trainable and frozen, each cut evenly. Gradients and optimizer state exist for
@@ -74,7 +75,8 @@ pub enum ReshardAfterForward {
     Never,
     /// As `Always`, but what was gathered stays, cut over so many neighbouring ranks of the shard group, until the
     /// parameters change; gathers until then are among these ranks alone. (hpZ of ZeRO++; FSDP2's integer.) Costs the
-    /// bytes of the unit over that number of ranks. One rank means `Never`, all of the shard group `Always`.
+    /// bytes of the unit over that number of ranks. One rank means `Never`. All of the shard group, or more than it has,
+    /// means `Always`: what is set for a node of eight also runs on two ranks (as DeepSpeed's `zero_hpz_partition_size`).
     ToGroup(usize),
 }
 
@@ -117,14 +119,31 @@ impl Trainable {
 }
 
 /// Whether the exchange of a gradient runs beside the backward pass of what comes next.
+///
+/// Reduce-scatters of stages 2 and 3 belong to every pass. What belongs to the step (all of stages 0 and 1, all-reduces over
+/// replicas) runs beside a pass only if it is announced as the last before it:
+/// [`backward_last`](crate::ShardedModel::backward_last).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Overlap {
     /// It is waited for: one gradient in memory at a time.
     #[default]
     Off,
-    /// It runs beside (`overlap_comm`): two gradients in memory.
+    /// It runs beside (`overlap_comm`): two gradients in memory, and of what goes to replicas a shard more.
     On,
+}
+
+/// What gathers in half precision read of each rank's shard. Either way the same bits are gathered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GatherFrom {
+    /// The f32 masters, which each gather rounds anew. (FSDP2.)
+    #[default]
+    Masters,
+    /// A copy of the shard in `param_dtype`, kept beside the masters: 2 P/N bytes more, from the first gather on. [`AdamW`](crate::AdamW) writes the copy in the pass that steps the masters; where these are
+    /// changed otherwise, as by loading, the next gather does. Pays where units are gathered often between two steps.
+    /// (DeepSpeed's parameters.)
+    Copy,
 }
 
 /// What a stage keeps for backward.
@@ -167,13 +186,15 @@ pub struct Policy {
     pub reshard_after_forward: ReshardAfterForward,
     /// Gathers run so many stages ahead of computing; 0 waits for each. One more unit in memory for each.
     pub prefetch: usize,
-    /// Whether the reduce-scatters of stages 2 and 3 run beside backward.
+    /// Whether gradients are exchanged beside backward.
     pub overlap: Overlap,
     /// Most elements of units that are exchanged in one call: in stages 0 to 2, and in stage 3 between replicas and for
     /// units that are not cut. A larger unit goes alone; several are packed, in a second buffer of their size.
     pub reduce_bucket_elems: usize,
     /// What parameters are gathered and computed in.
     pub param_dtype: Precision,
+    /// What gathers read where that is not f32.
+    pub gather_from: GatherFrom,
     /// What gradients are sent in. Sums over ranks are of f32 and rounded once.
     pub reduce_dtype: Precision,
     /// What gradients add up in over the passes of a step.
@@ -200,6 +221,7 @@ impl Default for Policy {
             // DeepSpeed's default.
             reduce_bucket_elems: 500_000_000,
             param_dtype: Precision::F32,
+            gather_from: GatherFrom::Masters,
             reduce_dtype: Precision::F32,
             grad_accum_dtype: Precision::F32,
             persistence_threshold: 0,
@@ -239,9 +261,9 @@ impl Policy {
             let threshold = format!("persistence_threshold = {}", self.persistence_threshold);
             return contradiction(stage, threshold, "stage 0 keeps every unit whole");
         }
-        if self.stage < Stage::Zero2 && self.overlap == Overlap::On {
-            let why = "stages 0 and 1 exchange gradients at the step, beside which nothing is computed";
-            return contradiction(stage, "overlap = on".to_owned(), why);
+        if self.gather_from == GatherFrom::Copy && self.param_dtype == Precision::F32 {
+            let why = "the masters are f32, and are gathered where they lie";
+            return contradiction("gather_from = copy".to_owned(), "param_dtype = f32".to_owned(), why);
         }
         if let ShardSize::Ranks(ranks) = self.shard_size {
             if ranks == 0 {
@@ -265,7 +287,9 @@ impl Policy {
     /// Checks the smaller group of `reshard_after_forward` against the shard group.
     pub(crate) fn validate_near(&self, shard_size: usize) -> Result<()> {
         match self.reshard_after_forward {
-            ReshardAfterForward::ToGroup(ranks) if ranks == 0 || !shard_size.is_multiple_of(ranks) => {
+            ReshardAfterForward::ToGroup(ranks)
+                if ranks < shard_size && !shard_size.is_multiple_of(ranks) =>
+            {
                 Err(Error::Contradiction {
                     first: format!("reshard_after_forward = to_group({ranks})"),
                     second: format!("shard_size = {shard_size}"),
@@ -314,6 +338,7 @@ impl Policy {
             overlap,
             reduce_bucket_elems,
             param_dtype,
+            gather_from,
             reduce_dtype,
             grad_accum_dtype,
             persistence_threshold,
@@ -330,6 +355,7 @@ impl Policy {
             format!("overlap = {overlap:?}"),
             format!("reduce_bucket_elems = {reduce_bucket_elems}"),
             format!("param_dtype = {param_dtype:?}"),
+            format!("gather_from = {gather_from:?}"),
             format!("reduce_dtype = {reduce_dtype:?}"),
             format!("grad_accum_dtype = {grad_accum_dtype:?}"),
             format!("persistence_threshold = {persistence_threshold}"),

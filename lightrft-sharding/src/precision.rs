@@ -116,11 +116,6 @@ impl UnitValues {
         each!(self, values => values[range].fill(Float::rounded(0.0)));
     }
 
-    /// Overwrites `range` with `source` of the same length, rounded to this precision.
-    pub(crate) fn write(&mut self, range: Range<usize>, source: &[f32]) {
-        each!(self, values => combine(&mut values[range], source, Combine::Set));
-    }
-
     /// Adds `from[part]` to `self[range]`, or puts it there.
     pub(crate) fn take_in(
         &mut self,
@@ -129,10 +124,21 @@ impl UnitValues {
         part: Range<usize>,
         how: Combine,
     ) {
-        each!(self, into => {
-            let into = &mut into[range];
-            each!(from, from => combine(into, &from[part], how))
-        });
+        match (self, from, how) {
+            (UnitValues::F32(into), UnitValues::F32(from), Combine::Set) => {
+                into[range].copy_from_slice(&from[part]);
+            }
+            (UnitValues::Bf16(into), UnitValues::Bf16(from), Combine::Set) => {
+                into[range].copy_from_slice(&from[part]);
+            }
+            (UnitValues::F16(into), UnitValues::F16(from), Combine::Set) => {
+                into[range].copy_from_slice(&from[part]);
+            }
+            (into, from, how) => each!(into, into => {
+                let into = &mut into[range];
+                each!(from, from => combine(into, &from[part], how))
+            }),
+        }
     }
 
     /// All-gathers the parts of `self[range]`, of which this rank has filled its own.

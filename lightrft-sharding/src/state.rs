@@ -64,7 +64,9 @@ pub struct StatePart<'a> {
 /// In the order of units, then kinds, then parameters. Not collective.
 pub fn state_parts<'a>(units: &'a ShardedUnits, optimizer: Option<&'a AdamW>) -> Vec<StatePart<'a>> {
     let shards = saved_shards(units, optimizer).into_iter();
-    shards.flat_map(|(kind, unit, shard)| parts(units.plan(), units.rank(), (kind, unit), shard.f32())).collect()
+    shards
+        .flat_map(|(kind, unit, shard)| parts(units.plan(), units.rank(), (kind, unit), shard.f32()))
+        .collect()
 }
 
 /// Shows every part that this rank must save to `visit`, wherever it lies: as [`state_parts`], which is for units in host

@@ -15,7 +15,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
     /// Sums over ranks what has only accumulated so far, so that every [`grad`](Self::grad) is this rank's part of the sum
     /// over all of them. [`AdamW::step`](crate::AdamW::step) calls it. *Collective*: whole units (stage 0) by all-reduces,
     /// stage 1 by reduce-scatters, both of buckets; and replicas (HSDP) by all-reduces of shards. Stages 2 and 3 without
-    /// replicas send nothing.
+    /// replicas send nothing; nor do others what [`backward_last`](crate::ShardedModel::backward_last) has summed.
     ///
     /// # Errors
     /// [`Error::Frozen`], [`Error::Offloaded`], [`Error::IncompleteBackward`], [`Error::Collective`].
@@ -55,11 +55,11 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         for bucket in self.buckets(&scattered, |gradient| gradient.accum.len()) {
             self.scatter_bucket(&bucket)?;
         }
-        let world = Arc::clone(&self.groups.world);
+        let everyone = self.groups.whole_comm();
         for bucket in self.buckets(&whole, |gradient| gradient.own.len()) {
-            self.all_reduce_bucket(&bucket, &*world)?;
+            self.all_reduce_bucket(&bucket, &*everyone)?;
         }
-        let replicas = Arc::clone(&self.groups.replicate);
+        let replicas = self.groups.sums_comm();
         if replicas.world_size() > 1 {
             for bucket in self.buckets(&cut, |gradient| gradient.own.len()) {
                 self.all_reduce_bucket(&bucket, &*replicas)?;
@@ -119,11 +119,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
             }
         }
         self.memory.reduce_scatter_now(&mut packed.values, &*shard).map_err(&failed)?;
-        for (unit, part) in own_parts(&order, &plan, self.rank)? {
-            if let Some(gradient) = self.stores[unit].grad.as_mut() {
-                gradient.set_own(&self.memory, &packed.values, part)?;
-            }
-        }
+        self.set_own(&packed.values, &own_parts(&order, &plan, self.rank)?)?;
         // A bucket is as large as many units, and is not needed before the next step: it is not kept for reuse.
         drop(packed);
         Ok(())
@@ -140,27 +136,10 @@ impl<Mem: Memory> ShardedUnits<Mem> {
             let (values, part) = gradient.own_mut();
             return self.memory.all_reduce(values, part, comm).map_err(failed);
         }
-        let elems = |unit: &usize| self.stores[*unit].grad.as_ref().map_or(0, |gradient| gradient.own.len());
-        let total = units.iter().map(elems).sum();
-        let mut packed = self.pool.take(sent_in, total)?;
-        let mut at = 0;
-        for &unit in units {
-            if let Some(gradient) = self.stores[unit].grad.as_mut() {
-                let (values, part) = gradient.own_mut();
-                let end = at + part.len();
-                self.memory.combine(&mut packed.values, at..end, values, part, Combine::Set)?;
-                at = end;
-            }
-        }
-        self.memory.all_reduce(&mut packed.values, 0..total, comm).map_err(failed)?;
-        at = 0;
-        for &unit in units {
-            if let Some(gradient) = self.stores[unit].grad.as_mut() {
-                let end = at + gradient.own.len();
-                gradient.set_own(&self.memory, &packed.values, at..end)?;
-                at = end;
-            }
-        }
+        let (mut packed, parts) = self.pack_own(units)?;
+        let all = 0..packed.values.len();
+        self.memory.all_reduce(&mut packed.values, all, comm).map_err(failed)?;
+        self.set_own(&packed.values, &parts)?;
         drop(packed);
         Ok(())
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::agree;
 use crate::buffers::{Pool, TransientBytes};
 use crate::compute::StageSpec;
+use crate::copy::ShardCopy;
 use crate::error::{BoxError, Error, Result};
 use crate::exchange::Backlog;
 use crate::flat::{FlatParam, FlatUnit};
@@ -42,6 +43,8 @@ pub(crate) struct Store<Mem: Memory> {
     pub(crate) param: Arc<Mem::Values>,
     /// `None` in a model that does not train.
     pub(crate) grad: Option<Gradient<Mem>>,
+    /// What gathers read where the policy keeps a copy for them.
+    pub(crate) copy: Option<ShardCopy<Mem>>,
     /// What hpZ keeps.
     pub(crate) near: Option<NearShard<Mem>>,
 }
@@ -191,7 +194,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
             let learns = policy.mode == Mode::Train;
             let grad = learns.then(|| Gradient::new(&memory, unit, &policy, rank, (ranks, replicas)));
             let param = Arc::new(memory.zeros(Precision::F32, unit.shard_elems())?);
-            Ok(Store { param, grad: grad.transpose()?, near: None })
+            Ok(Store { param, grad: grad.transpose()?, copy: None, near: None })
         };
         let stores = plan.units().iter().map(store).collect::<Result<_>>()?;
         // A unit that is used, those that are gathered ahead, its gradient, and one that is exchanged beside.
@@ -345,13 +348,14 @@ impl<Mem: Memory> ShardedUnits<Mem> {
     }
 
     /// Bytes held from one step to the next: of stage 3 in f32, 8 for each element of the shard when training and 4 when
-    /// frozen. What hpZ keeps is among them; what stages 1 and 2 keep whole is counted as
+    /// frozen. What hpZ and [`GatherFrom::Copy`](crate::GatherFrom::Copy) keep is among them; what stages 1 and 2 keep whole is counted as
     /// [transient](Self::transient_bytes).
     pub fn persistent_bytes(&self) -> usize {
         let bytes = |store: &Store<Mem>| {
             let grad = store.grad.as_ref().map_or(0, Gradient::bytes);
+            let copy = store.copy.as_ref().map_or(0, ShardCopy::bytes);
             let near = store.near.as_ref().map_or(0, NearShard::bytes);
-            store.param.capacity_bytes() + grad + near
+            store.param.capacity_bytes() + grad + copy + near
         };
         self.stores.iter().map(bytes).sum()
     }

@@ -18,8 +18,8 @@ use lightrft_collectives::{Communicator, Rendezvous, Single};
 use lightrft_sharding::cuda::Gpu;
 use lightrft_sharding::{
     AdamW, AdamWConfig, Error, FlatParam, HostMemory, Memory, Offload, Overlap, ParamSpec, Policy, Precision,
-    ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage, StageGrads, StageSpec, StagedModel, StateKind,
-    Trainable, UnitSpec, Update, load_state, state_parts, visit_state,
+    ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage, StageGrads, StageSpec, StagedModel,
+    StateKind, Trainable, UnitSpec, Update, load_state, state_parts, visit_state,
 };
 
 /// How long a healthy test may wait.
@@ -271,7 +271,8 @@ fn rank_is_measured() {
         let ((), tape) = model.forward(&()).unwrap();
         model.backward(tape, ()).unwrap();
     };
-    let mut small = ShardedModel::on_gpu(Idle(large(3, 1 << 20)), comm.clone(), &gpu, policy.clone()).unwrap();
+    let mut small =
+        ShardedModel::on_gpu(Idle(large(3, 1 << 20)), comm.clone(), &gpu, policy.clone()).unwrap();
     pass(&mut small);
     drop(small);
     let before = free();
@@ -373,9 +374,7 @@ fn gpu_state_loads_on_the_host_over_more_ranks_and_the_other_way() {
         })?;
         let parts = state_parts(model.units(), Some(&adamw)).into_iter();
         Ok::<_, Error>(
-            parts
-                .map(|p| (p.kind, p.param.name().to_owned(), p.range, p.values.to_vec()))
-                .collect::<State>(),
+            parts.map(|p| (p.kind, p.param.name().to_owned(), p.range, p.values.to_vec())).collect::<State>(),
         )
     });
     let parts: State = parts.unwrap().into_iter().flatten().collect();
@@ -484,8 +483,7 @@ fn rank_runs_ahead() {
     let (comm, gpu) = join();
     for overlap in [Overlap::Off, Overlap::On] {
         let policy = Policy { overlap, param_dtype: Precision::Bf16, ..Policy::default() };
-        let mut model =
-            ShardedModel::on_gpu(OnGpu::new(CHAIN, &gpu), comm.clone(), &gpu, policy).unwrap();
+        let mut model = ShardedModel::on_gpu(OnGpu::new(CHAIN, &gpu), comm.clone(), &gpu, policy).unwrap();
         model.units_mut().load(start).unwrap();
         let there = model.model().batch(&CHAIN.batch(1));
         let grads: Vec<_> = (0..2).map(|_| model.model().rows(&CHAIN.batch(1).target)).collect();

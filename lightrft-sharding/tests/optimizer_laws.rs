@@ -2,6 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod counted;
+mod noise;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -16,19 +17,8 @@ use lightrft_sharding::{
     Plan, Policy, Precision, ShardSize, ShardedUnits, Stage, StateKind, Trainable, UnitSpec, Update,
     decay_by_name, grad_norm, loss_scale,
 };
+use noise::{bits, noise};
 use proptest::prelude::*;
-
-/// Well-mixed values in -1..1 that differ by seed and place.
-fn noise(seed: u64, elems: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        (x >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    (0..elems).map(|_| next()).collect()
-}
 
 /// One unit of parameters of these sizes, every second one a bias, with `noise(seed)` in it.
 fn unit(sizes: &[usize], comm: Arc<dyn Communicator>, mode: Mode, seed: u64) -> Result<ShardedUnits, Error> {
@@ -50,10 +40,6 @@ fn accumulate(units: &mut ShardedUnits, grad: Vec<f32>) -> Result<(), Error> {
 /// The shards of all ranks, put together and without padding.
 fn joined<T: Copy>(shards: &[Vec<T>], elems: usize) -> Vec<T> {
     shards.concat()[..elems].to_vec()
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|value| value.to_bits()).collect()
 }
 
 fn norm_in_f64(values: &[f32]) -> f64 {
@@ -202,10 +188,10 @@ fn the_norm_of_two_models_is_one_call_and_that_of_two_groups_is_two() {
             let pair = Counted::new(pairs.into_iter().flatten().next().unwrap());
             let all = Counted::new(comm);
             let sizes = [20, 7];
-            let mut actor = unit(&sizes, all.clone(), Mode::Train, 1)?;
-            let mut critic = unit(&sizes, all.clone(), Mode::Train, 2)?;
+            let mut actor = unit(&sizes, Arc::clone(&all.comm), Mode::Train, 1)?;
+            let mut critic = unit(&sizes, Arc::clone(&all.comm), Mode::Train, 2)?;
             // Each pair of ranks holds all of this one, as the shard groups of a mesh do.
-            let mut replicated = unit(&sizes, pair.clone(), Mode::Train, 3)?;
+            let mut replicated = unit(&sizes, Arc::clone(&pair.comm), Mode::Train, 3)?;
             accumulate(&mut actor, noise(5, 27))?;
             accumulate(&mut critic, noise(6, 27))?;
             accumulate(&mut replicated, noise(7, 27))?;

@@ -2,17 +2,15 @@
 //! `cargo test -p lightrft-sharding --release --test overlap -- --ignored --nocapture`
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::fmt;
+mod stages;
+
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use lightrft_collectives::{
-    Communicator, Dtype, Elements as _, GroupOptions, Operation, Result as GroupResult, local::World,
-};
-use lightrft_sharding::{
-    Error, FlatUnit, Overlap, ParamSpec, Policy, ShardedModel, StageGrads, StageSpec, StagedModel, UnitSpec,
-    UnitValues,
-};
+use lightrft_collectives::testing::Intercepted;
+use lightrft_collectives::{Communicator, Dtype, Elements as _, Operation, local::World};
+use lightrft_sharding::{Error, Overlap, Policy, ShardSize, ShardedModel, Stage};
+use stages::Stages;
 
 /// Far more than any machine needs; reached only where what is waited for never happens.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -25,8 +23,8 @@ struct Events {
 }
 
 const GATHERED: usize = 0;
-const REDUCED: usize = 1;
-const BACKWARD: usize = 2;
+const BACKWARD: usize = 1;
+const ENDED: usize = 2;
 
 impl Events {
     fn add(&self, what: usize) {
@@ -48,104 +46,22 @@ impl Events {
 
 type Hook = Arc<dyn Fn(&'static str) + Send + Sync>;
 
-/// A group that calls a hook before and after its gathers and reduce-scatters.
-struct Hooked {
-    inner: Arc<dyn Communicator>,
-    hook: Hook,
-}
-
-impl fmt::Debug for Hooked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.inner.fmt(f)
-    }
-}
-
-impl Communicator for Hooked {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
-    }
-
-    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> GroupResult<()> {
+/// A group that calls a hook before and after its gathers, reduce-scatters and all-reduces.
+fn hooked(comm: Arc<dyn Communicator>, hook: Hook) -> Arc<dyn Communicator> {
+    Arc::new(Intercepted::new(comm, move |comm, operation, timeout| {
         let [before, after] = match &operation {
             // The comparison of plans is of bytes.
             Operation::AllGather { input, .. } if input.dtype() != Dtype::U8 => ["gather", "gathered"],
             Operation::AllGatherInPlace { .. } => ["gather", "gathered"],
             Operation::ReduceScatterInPlace { .. } | Operation::ReduceScatter { .. } => ["reduce", "reduced"],
-            _ => return self.inner.run_within(operation, timeout),
+            Operation::AllReduce { .. } => ["sum", "summed"],
+            _ => return comm.run_within(operation, timeout),
         };
-        (self.hook)(before);
-        self.inner.run_within(operation, timeout)?;
-        (self.hook)(after);
+        hook(before);
+        comm.run_within(operation, timeout)?;
+        hook(after);
         Ok(())
-    }
-
-    fn subgroup_with(
-        &self,
-        ranks: &[usize],
-        options: &GroupOptions,
-    ) -> GroupResult<Option<Arc<dyn Communicator>>> {
-        let group = self.inner.subgroup_with(ranks, options)?;
-        let hooked = |inner| Arc::new(Self { inner, hook: Arc::clone(&self.hook) }) as Arc<dyn Communicator>;
-        Ok(group.map(hooked))
-    }
-}
-
-/// Stages of one unit each, whose computing is a hook.
-struct Stages<F: Fn(&'static str, usize)> {
-    count: usize,
-    compute: F,
-}
-
-impl<F: Fn(&'static str, usize)> StagedModel for Stages<F> {
-    type Batch = ();
-    type Activation = ();
-    type Params = UnitValues;
-    type Saved = ();
-    type Error = Error;
-
-    fn units(&self) -> Vec<UnitSpec> {
-        let unit = |i| UnitSpec::new(format!("u{i}"), [ParamSpec::new(format!("w{i}"), [64])]);
-        (0..self.count).map(unit).collect()
-    }
-
-    fn stages(&self) -> Vec<StageSpec> {
-        (0..self.count).map(|i| StageSpec::new(format!("s{i}"), [i])).collect()
-    }
-
-    fn bind(&self, _: &FlatUnit, values: UnitValues) -> Result<UnitValues, Error> {
-        Ok(values)
-    }
-
-    fn unbind(&self, params: UnitValues) -> Option<UnitValues> {
-        Some(params)
-    }
-
-    fn forward(&self, stage: usize, _: &[&UnitValues], (): &(), _: Option<&()>) -> Result<(), Error> {
-        (self.compute)("forward", stage);
-        Ok(())
-    }
-
-    fn backward(
-        &self,
-        stage: usize,
-        _: &[&UnitValues],
-        (): &(),
-        _: Option<&()>,
-        (): (),
-        grads: &mut StageGrads<'_>,
-    ) -> Result<Option<()>, Error> {
-        (self.compute)("backward", stage);
-        grads.slice_mut(0, 0)?.fill(1.0);
-        Ok(Some(()))
-    }
+    }))
 }
 
 const STAGES: usize = 5;
@@ -171,8 +87,8 @@ fn the_next_units_gather_ends_while_a_unit_computes_forward_and_backward() {
                 };
                 assert!(events.reaches(GATHERED, done), "{pass} of stage {stage}");
             };
-            let model = Stages { count: STAGES, compute };
-            let mut model = ShardedModel::new(model, Arc::new(Hooked { inner: comm, hook }), policy.clone())?;
+            let model = Stages { count: STAGES, elems: 64, compute };
+            let mut model = ShardedModel::new(model, hooked(comm, hook), policy.clone())?;
             let ((), tape) = model.forward(&())?;
             model.backward(tape, ())?;
             Ok::<_, Error>(events.count(GATHERED))
@@ -181,51 +97,95 @@ fn the_next_units_gather_ends_while_a_unit_computes_forward_and_backward() {
     }
 }
 
-#[test]
-fn a_reduce_scatter_runs_while_the_next_unit_computes_its_gradient() {
-    let policy = Policy { overlap: Overlap::On, prefetch: 0, ..Policy::default() };
-    let ranks = World::new(2).timeout(4 * DEADLINE).launch(|comm| {
+/// What is said of a backward pass.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Pass {
+    Any,
+    Last,
+}
+
+/// Runs a pass on four ranks whose calls `held` wait until as many more backwards than such calls have begun, and returns
+/// how many ended in the pass and at the sum of gradients after it.
+fn held_back(policy: &Policy, pass: Pass, held: [&'static str; 2], behind: usize) -> Vec<[usize; 2]> {
+    let ranks = World::new(4).timeout(4 * DEADLINE).launch(|comm| {
         let events = Arc::new(Events::default());
         let counted = Arc::clone(&events);
-        let hook: Hook = Arc::new(move |what| match what {
-            // Held back until the next backward has begun; the last has none after it.
-            "reduce" => {
-                let next = (counted.count(REDUCED) + 2).min(STAGES);
-                assert!(counted.reaches(BACKWARD, next), "the reduce-scatter is waited for");
+        let hook: Hook = Arc::new(move |what| {
+            if what == held[0] {
+                let next = (counted.count(ENDED) + behind).min(STAGES);
+                assert!(counted.reaches(BACKWARD, next), "{what} is waited for");
+            } else if what == held[1] {
+                counted.add(ENDED);
             }
-            "reduced" => counted.add(REDUCED),
-            _ => {}
         });
         let compute = |pass: &'static str, _| {
             if pass == "backward" {
                 events.add(BACKWARD);
             }
         };
-        let model = Stages { count: STAGES, compute };
-        let mut model = ShardedModel::new(model, Arc::new(Hooked { inner: comm, hook }), policy.clone())?;
+        let model = Stages { count: STAGES, elems: 64, compute };
+        let mut model = ShardedModel::new(model, hooked(comm, hook), policy.clone())?;
         let ((), tape) = model.forward(&())?;
-        model.backward(tape, ())?;
-        for unit in 0..STAGES {
-            assert_eq!(model.units().grad(unit)?.unwrap(), [2.0; 32]);
+        match pass {
+            Pass::Any => model.backward(tape, ())?,
+            Pass::Last => model.backward_last(tape, ())?,
         }
-        Ok::<_, Error>(events.count(REDUCED))
+        let in_pass = events.count(ENDED);
+        model.units_mut().sync_gradients()?;
+        for unit in 0..STAGES {
+            assert!(model.units().grad(unit)?.unwrap().iter().all(|sum| *sum == 4.0));
+        }
+        Ok::<_, Error>([in_pass, events.count(ENDED)])
     });
-    assert_eq!(ranks.unwrap(), [STAGES; 2]);
+    ranks.unwrap()
 }
 
-/// Seconds of one pass where a gather and a reduce-scatter each take `comm` and a stage `compute`, on the slower rank.
-fn pass_seconds(policy: &Policy, comm: Duration, compute: Duration) -> f64 {
-    let ranks = World::new(2).launch(|group| {
+#[test]
+fn a_reduce_scatter_runs_while_the_next_unit_computes_its_gradient() {
+    let policy = Policy { overlap: Overlap::On, prefetch: 0, ..Policy::default() };
+    assert_eq!(held_back(&policy, Pass::Any, ["reduce", "reduced"], 2), [[STAGES; 2]; 4]);
+}
+
+#[test]
+fn in_the_last_pass_replicas_sum_a_unit_while_the_second_after_it_computes_its_gradient() {
+    let hsdp = Policy { shard_size: ShardSize::Ranks(2), overlap: Overlap::On, ..Policy::default() };
+    for prefetch in [0, 1] {
+        let policy = Policy { prefetch, ..hsdp.clone() };
+        assert_eq!(held_back(&policy, Pass::Last, ["sum", "summed"], 3), [[STAGES; 2]; 4]);
+    }
+    // In a pass that is like any, after it.
+    assert_eq!(held_back(&hsdp, Pass::Any, ["sum", "summed"], 3), [[0, 1]; 4]);
+    let stage_2 = Policy { stage: Stage::Zero2, reduce_bucket_elems: 1, ..hsdp };
+    assert_eq!(held_back(&stage_2, Pass::Last, ["sum", "summed"], 3), [[STAGES; 2]; 4]);
+}
+
+#[test]
+fn in_the_last_pass_stages_0_and_1_exchange_a_bucket_while_the_next_unit_computes_its_gradient() {
+    let buckets = Policy { overlap: Overlap::On, reduce_bucket_elems: 1, ..Policy::default() };
+    let policy = Policy { stage: Stage::Zero0, ..buckets.clone() };
+    assert_eq!(held_back(&policy, Pass::Last, ["sum", "summed"], 2), [[STAGES; 2]; 4]);
+    let policy = Policy { stage: Stage::Zero1, ..buckets };
+    assert_eq!(held_back(&policy, Pass::Last, ["reduce", "reduced"], 2), [[STAGES; 2]; 4]);
+    // With replicas, whose sums continue what the shard groups sum.
+    let policy = Policy { shard_size: ShardSize::Ranks(2), ..policy };
+    assert_eq!(held_back(&policy, Pass::Last, ["reduce", "reduced"], 2), [[STAGES; 2]; 4]);
+    assert_eq!(held_back(&policy, Pass::Last, ["sum", "summed"], 3), [[STAGES; 2]; 4]);
+}
+
+/// Seconds of a forward pass, its backward and the sum of gradients on the slowest of `ranks`, where each collective takes
+/// `comm` and a stage `compute`. The norm is not in it.
+fn pass_seconds(ranks: usize, policy: &Policy, comm: Duration, compute: Duration) -> f64 {
+    let ranks = World::new(ranks).launch(|group| {
         let hook: Hook = Arc::new(move |what| {
-            if matches!(what, "gather" | "reduce") {
+            if matches!(what, "gather" | "reduce" | "sum") {
                 std::thread::sleep(comm);
             }
         });
-        let model = Stages { count: 12, compute: |_, _| std::thread::sleep(compute) };
-        let mut model = ShardedModel::new(model, Arc::new(Hooked { inner: group, hook }), policy.clone())?;
+        let model = Stages { count: 12, elems: 64, compute: |_, _| std::thread::sleep(compute) };
+        let mut model = ShardedModel::new(model, hooked(group, hook), policy.clone())?;
         let start = Instant::now();
         let ((), tape) = model.forward(&())?;
-        model.backward(tape, ())?;
+        model.backward_last(tape, ())?;
         Ok::<_, Error>(start.elapsed().as_secs_f64())
     });
     ranks.unwrap().into_iter().fold(0.0, f64::max)
@@ -233,16 +193,24 @@ fn pass_seconds(policy: &Policy, comm: Duration, compute: Duration) -> f64 {
 
 #[test]
 #[ignore = "measures time"]
-fn at_least_80_percent_of_gathers_are_hidden_where_computing_takes_longer() {
+fn at_least_80_percent_of_what_is_sent_is_hidden_where_computing_takes_longer() {
     let (comm, compute) = (Duration::from_millis(20), Duration::from_millis(30));
-    let waiting = pass_seconds(&Policy { prefetch: 0, ..Policy::default() }, comm, compute);
     let (units, passes) = (12.0, 2.0);
     let computing = units * passes * compute.as_secs_f64();
-    for (name, policy, sent) in [
-        ("gathers, one ahead", Policy::default(), 23.0),
-        ("and reduce-scatters", Policy { overlap: Overlap::On, ..Policy::default() }, 23.0 + 12.0),
+    // One call for each unit also where nothing is overlapped.
+    let flat = Policy { reduce_bucket_elems: 1, ..Policy::default() };
+    let hsdp = Policy { shard_size: ShardSize::Ranks(2), ..flat.clone() };
+    let stage_0 = Policy { stage: Stage::Zero0, ..flat.clone() };
+    let on = |policy: &Policy| Policy { overlap: Overlap::On, ..policy.clone() };
+    for (name, ranks, policy, sent) in [
+        ("gathers, one ahead", 2, flat.clone(), 23.0),
+        ("and reduce-scatters", 2, on(&flat), 23.0 + 12.0),
+        ("HSDP: and all-reduces over replicas", 4, on(&hsdp), 23.0 + 12.0 + 12.0),
+        ("stage 0: all-reduces", 2, on(&stage_0), 12.0),
     ] {
-        let seconds = pass_seconds(&policy, comm, compute);
+        let off = Policy { prefetch: 0, overlap: Overlap::Off, ..policy.clone() };
+        let waiting = pass_seconds(ranks, &off, comm, compute);
+        let seconds = pass_seconds(ranks, &policy, comm, compute);
         let hidden = (waiting - seconds) / (sent * comm.as_secs_f64());
         println!(
             "{name}: computing {computing:.3} s, with communication {waiting:.3} s, overlapped {seconds:.3} s: {:.1}% hidden",

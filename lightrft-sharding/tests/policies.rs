@@ -8,11 +8,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use lightrft_collectives::local::World;
+use lightrft_collectives::{Communicator, local::World};
 use lightrft_sharding::{
-    Activations, AdamW, AdamWConfig, AdamWCounters, Error, Overlap, ParamSpec, Policy, Precision,
-    ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage, StateKind, Trainable, UnitSpec,
-    load_state, state_parts,
+    Activations, AdamW, AdamWConfig, AdamWCounters, CopyOut, Error, GatherFrom, Offload as _, Overlap,
+    ParamSpec, Policy, Precision, ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage,
+    StateKind, Trainable, UnitSpec, Update, grad_norm, load_state, state_parts,
 };
 use probe::{Batch, Probe, Seen};
 use proptest::prelude::*;
@@ -38,13 +38,13 @@ fn policy(world: usize, choices: &[usize; 12]) -> Policy {
         shard_size: ShardSize::Ranks(ranks),
         reshard_after_forward,
         prefetch: choices[4] % 3,
-        overlap: if stage >= Stage::Zero2 && choices[5].is_multiple_of(2) {
-            Overlap::On
-        } else {
-            Overlap::Off
-        },
+        overlap: if choices[5].is_multiple_of(2) { Overlap::On } else { Overlap::Off },
         reduce_bucket_elems: 1 + choices[6] % 60,
         param_dtype: precision(choices[7]),
+        gather_from: match precision(choices[7]) {
+            Precision::F32 => GatherFrom::Masters,
+            _ => [GatherFrom::Masters, GatherFrom::Copy][choices[8] / 3 % 2],
+        },
         reduce_dtype: precision(choices[8]),
         grad_accum_dtype: precision(choices[9]),
         persistence_threshold: if stage == Stage::Zero0 { 0 } else { choices[10] % 3 * 6 },
@@ -59,12 +59,25 @@ fn policy(world: usize, choices: &[usize; 12]) -> Policy {
     }
 }
 
+/// Whether a run says which pass is the last before a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Announce {
+    Yes,
+    No,
+}
+
 const ROUNDS: usize = 2;
 const PASSES: usize = 2;
 
 /// What the model saw, and what it was left with, when each rank of `world` runs its batches under `policy`. One rank
 /// alone runs those of all `ranks`.
-fn run(shapes: &[Vec<Vec<usize>>], world: usize, ranks: usize, policy: &Policy) -> Vec<(Seen, Seen)> {
+fn run(
+    shapes: &[Vec<Vec<usize>>],
+    world: usize,
+    ranks: usize,
+    policy: &Policy,
+    announce: Announce,
+) -> Vec<(Seen, Seen)> {
     let all = World::new(world).timeout(Duration::from_secs(60)).launch(|comm| {
         let rank = comm.rank();
         let mut model = ShardedModel::new(Probe::new(shapes), comm, policy.clone())?;
@@ -73,6 +86,7 @@ fn run(shapes: &[Vec<Vec<usize>>], world: usize, ranks: usize, policy: &Policy) 
         let mut adamw = AdamW::new(config, model.units())?;
         for round in 0..ROUNDS {
             let mine = rank * ranks / world..(rank + 1) * ranks / world;
+            let last = (mine.end - 1, PASSES - 1);
             for (rank, pass) in mine.flat_map(|rank| (0..PASSES).map(move |pass| (rank, pass))) {
                 let batch = Batch { round, rank, pass };
                 let (output, tape) = model.forward(&batch)?;
@@ -80,7 +94,11 @@ fn run(shapes: &[Vec<Vec<usize>>], world: usize, ranks: usize, policy: &Policy) 
                 if pass == 0 {
                     assert_eq!(model.evaluate(&batch)?, output);
                 }
-                model.backward(tape, output)?;
+                if announce == Announce::Yes && (rank, pass) == last {
+                    model.backward_last(tape, output)?;
+                } else {
+                    model.backward(tape, output)?;
+                }
             }
             adamw.step(model.units_mut(), 0.1)?;
         }
@@ -123,8 +141,10 @@ proptest! {
             trainable: policy.trainable.clone(),
             ..Policy::default()
         };
-        let (seen, last) = run(&shapes, 1, world, &alone).swap_remove(0);
-        for (rank, (seen_here, last_here)) in run(&shapes, world, world, &policy).into_iter().enumerate() {
+        let (seen, last) = run(&shapes, 1, world, &alone, Announce::No).swap_remove(0);
+        let announce = if choices[3].is_multiple_of(2) { Announce::Yes } else { Announce::No };
+        let ranks = run(&shapes, world, world, &policy, announce);
+        for (rank, (seen_here, last_here)) in ranks.into_iter().enumerate() {
             prop_assert_eq!(&last_here, &last, "rank {} of {}: {:?}", rank, world, &policy);
             for (at, bits) in &seen_here {
                 prop_assert_eq!(bits, &seen[at], "rank {} of {}, {:?}: {:?}", rank, world, at, &policy);
@@ -148,6 +168,8 @@ fn each_stage_and_each_way_to_cut_equals_one_rank() {
         Policy { stage: Stage::Zero2, reduce_bucket_elems: 30, overlap: Overlap::On, ..default() },
         Policy { shard_size: two, ..default() },
         Policy { shard_size: two, persistence_threshold: 20, overlap: Overlap::On, ..default() },
+        Policy { stage: Stage::Zero0, reduce_bucket_elems: 20, overlap: Overlap::On, ..default() },
+        Policy { stage: Stage::Zero1, shard_size: two, overlap: Overlap::On, ..default() },
         Policy { reshard_after_forward: near(2), ..default() },
         Policy { reshard_after_forward: near(4), prefetch: 0, trainable: prefixes.clone(), ..default() },
         Policy { reshard_after_forward: near(1), ..default() },
@@ -155,10 +177,12 @@ fn each_stage_and_each_way_to_cut_equals_one_rank() {
     ];
     for policy in policies {
         let alone = Policy { trainable: policy.trainable.clone(), ..Policy::default() };
-        let (seen, last) = run(&shapes, 1, 8, &alone).swap_remove(0);
-        for (seen_here, last_here) in run(&shapes, 8, 8, &policy) {
-            assert_eq!(last_here, last, "{policy:?}");
-            assert!(seen_here.iter().all(|(at, bits)| *bits == seen[at]), "{policy:?}");
+        let (seen, last) = run(&shapes, 1, 8, &alone, Announce::No).swap_remove(0);
+        for announce in [Announce::No, Announce::Yes] {
+            for (seen_here, last_here) in run(&shapes, 8, 8, &policy, announce) {
+                assert_eq!(last_here, last, "{policy:?}");
+                assert!(seen_here.iter().all(|(at, bits)| *bits == seen[at]), "{policy:?}");
+            }
         }
         let mut start = vec![0.0; 15];
         Probe::start_of("u0.p0", &mut start);
@@ -297,6 +321,75 @@ fn units_are_computed_in_the_policys_precision_and_learn_in_f32() {
     }
 }
 
+/// What a model sees of its parameters after each of many ways to change them or not.
+fn seen_through_changes(comm: Arc<dyn Communicator>, policy: &Policy) -> Result<Seen, Error> {
+    let rank = comm.rank();
+    // The second unit has a part that learns and one that does not.
+    let mut model =
+        ShardedModel::new(Probe::new(&[vec![vec![5, 3]], vec![vec![7], vec![2, 2]]]), comm, policy.clone())?;
+    let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
+    let mut round = 0;
+    let mut pass = |model: &mut ShardedModel<Probe>| {
+        round += 1;
+        let batch = Batch { round, rank, pass: 0 };
+        let (output, tape) = model.forward(&batch)?;
+        model.backward(tape, output)
+    };
+    // Before anything was gathered.
+    adamw.step(model.units_mut(), 0.1)?;
+    model.units_mut().load(probe::start)?;
+    pass(&mut model)?;
+    adamw.step(model.units_mut(), 0.1)?;
+    pass(&mut model)?;
+    model.units_mut().load_unit(0, &[0.3; 15])?;
+    pass(&mut model)?;
+    // The caller's own copy, of the first unit alone, takes the place of what gathers read.
+    let norm = grad_norm([model.units_mut()])?;
+    let mut mine = vec![half::bf16::ZERO; model.units().plan().units()[0].trainable_shard_elems()];
+    adamw.step_and_copy(model.units_mut(), 0.1, norm, [CopyOut::Bf16(&mut mine)])?;
+    pass(&mut model)?;
+    // A step that is skipped.
+    model.units_mut().zero_gradients();
+    model.units_mut().reduce_gradient(0, vec![f32::NAN; 15])?;
+    assert_eq!(adamw.step(model.units_mut(), 0.1)?.update, Update::Skipped);
+    pass(&mut model)?;
+    load_state(model.units_mut(), None, |_, param, range, out| probe::start(param, range, out))?;
+    pass(&mut model)?;
+    model.units_mut().zero_gradients();
+    let kept = model.units().persistent_bytes();
+    let freed = model.offload()?;
+    assert!(freed.kept_bytes < kept);
+    model.reload()?;
+    pass(&mut model)?;
+    assert_eq!(model.units().persistent_bytes(), kept);
+    Ok(model.model().take_seen())
+}
+
+#[test]
+fn gathers_from_a_copy_carry_the_bits_of_the_masters_whoever_changes_those() {
+    let trainable = Trainable::ExceptPrefixes(vec!["u1.p1".to_owned()]);
+    for stage in [Stage::Zero0, Stage::Zero1, Stage::Zero3] {
+        for (param_dtype, prefetch) in [(Precision::Bf16, 0), (Precision::Bf16, 1), (Precision::F16, 1)] {
+            let masters =
+                Policy { stage, param_dtype, prefetch, trainable: trainable.clone(), ..Policy::default() };
+            let copy = Policy { gather_from: GatherFrom::Copy, ..masters.clone() };
+            let [masters, copy] = [masters, copy].map(|policy| {
+                World::new(2)
+                    .timeout(Duration::from_secs(60))
+                    .launch(|comm| seen_through_changes(comm, &policy))
+                    .unwrap()
+            });
+            assert_eq!(masters, copy, "{stage:?}, {param_dtype:?}, {prefetch} ahead");
+            // What is loaded twice is seen to be the same, what is stepped to differ.
+            let seen = |round| &masters[0][&(round, "u0.p0".to_owned())];
+            assert!(
+                seen(1) != seen(2) && seen(1) == seen(6) && seen(4) == seen(5),
+                "the test shows something"
+            );
+        }
+    }
+}
+
 #[test]
 fn gradients_are_rounded_to_what_they_are_sent_and_added_up_in() {
     let bf16 = Precision::Bf16;
@@ -334,7 +427,7 @@ fn a_mesh_of_the_callers_gives_the_shards_its_second_axis() {
                 .expect("a mesh");
             let model = ShardedModel::on_mesh(Probe::new(&[vec![vec![8]]]), comm, &mesh, Policy::default())?;
             let units = model.units();
-            let ranks = |comm: &Arc<dyn lightrft_collectives::Communicator>| comm.ranks().to_vec();
+            let ranks = |comm: &Arc<dyn Communicator>| comm.ranks().to_vec();
             Ok::<_, Error>((ranks(units.communicator()), ranks(units.replicas()), units.param(0)?.len()))
         })
         .unwrap();

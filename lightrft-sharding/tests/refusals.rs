@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use lightrft_collectives::{Communicator, DeviceMesh, Single, local::World};
 use lightrft_sharding::{
-    AdamW, AdamWConfig, Error, FlatUnit, Mode, Offload as _, Overlap, ParamSpec, Plan, Policy, Precision,
-    ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage, StageGrads, StageSpec, StagedModel,
-    Trainable, UnitSpec, UnitValues, Update, load_state,
+    AdamW, AdamWConfig, Error, FlatUnit, GatherFrom, Mode, Offload as _, Overlap, ParamSpec, Plan, Policy,
+    Precision, ReshardAfterForward, ShardSize, ShardedModel, ShardedUnits, Stage, StageGrads, StageSpec,
+    StagedModel, Trainable, UnitSpec, UnitValues, Update, load_state,
 };
 use tiny::{Batch, Tiny};
 
@@ -242,6 +242,53 @@ fn a_nan_on_one_rank_skips_the_step_in_every_stage_and_on_replicas() {
 }
 
 #[test]
+fn nothing_is_added_to_gradients_after_the_last_pass_until_they_are_stepped() {
+    let policy = Policy { stage: Stage::Zero1, overlap: Overlap::On, ..Policy::default() };
+    let ranks = World::new(2).timeout(Duration::from_secs(20)).launch(|comm| {
+        let mut model = sharded(comm, policy.clone())?;
+        let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
+        let batch = batch();
+        let pass = |model: &mut ShardedModel<Tiny>| {
+            let (logits, tape) = model.forward(&batch)?;
+            model.backward_last(tape, MODEL.loss(&logits, &batch, 6).1)
+        };
+        pass(&mut model)?;
+        let refused = pass(&mut model).unwrap_err();
+        adamw.step(model.units_mut(), 0.01)?;
+        pass(&mut model)?;
+        model.units_mut().zero_gradients();
+        pass(&mut model)?;
+        Ok::<_, Error>(refused)
+    });
+    assert!(ranks.unwrap().iter().all(|error| matches!(error, Error::AlreadySummed { .. })));
+}
+
+#[test]
+fn ranks_that_take_different_passes_for_the_last_are_told_so() {
+    let overlapped = Policy { overlap: Overlap::On, reduce_bucket_elems: 16, ..Policy::default() };
+    for policy in [
+        Policy { stage: Stage::Zero0, ..overlapped.clone() },
+        Policy { shard_size: ShardSize::Ranks(1), reduce_bucket_elems: 1000, ..overlapped },
+    ] {
+        let ranks = World::new(2).timeout(Duration::from_secs(20)).launch(|comm| {
+            let rank = comm.rank();
+            let mut model = sharded(comm, policy.clone())?;
+            let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
+            let batch = batch();
+            let (logits, tape) = model.forward(&batch)?;
+            let grad = MODEL.loss(&logits, &batch, 6).1;
+            let passed = if rank == 0 { model.backward_last(tape, grad) } else { model.backward(tape, grad) };
+            let stepped = passed.and_then(|()| adamw.step(model.units_mut(), 0.01));
+            let error = stepped.unwrap_err();
+            Ok::<_, Error>(format!("{error}: {:?}", std::error::Error::source(&error)))
+        });
+        for error in ranks.unwrap() {
+            assert!(error.contains("all-reduce") && error.contains("Mismatch"), "{error}");
+        }
+    }
+}
+
+#[test]
 fn choices_that_do_not_go_together_are_named_both() {
     let default = Policy::default;
     let near = ReshardAfterForward::ToGroup(3);
@@ -258,7 +305,7 @@ fn choices_that_do_not_go_together_are_named_both() {
             "stage = 0",
             "threshold = 9",
         ),
-        (Policy { stage: Stage::Zero1, overlap: Overlap::On, ..default() }, 2, "stage = 1", "overlap = on"),
+        (Policy { gather_from: GatherFrom::Copy, ..default() }, 2, "gather_from = copy", "param_dtype = f32"),
         (
             Policy { stage: Stage::Zero0, shard_size: ShardSize::Ranks(2), ..default() },
             2,
@@ -268,10 +315,10 @@ fn choices_that_do_not_go_together_are_named_both() {
         (Policy { shard_size: ShardSize::Ranks(4), ..default() }, 6, "shard_size = 4", "world size = 6"),
         (Policy { reshard_after_forward: near, ..default() }, 4, "to_group(3)", "shard_size = 4"),
         (
-            Policy { reshard_after_forward: near, shard_size: ShardSize::Ranks(2), ..default() },
-            6,
+            Policy { reshard_after_forward: near, shard_size: ShardSize::Ranks(4), ..default() },
+            8,
             "to_group(3)",
-            "shard_size = 2",
+            "shard_size = 4",
         ),
     ] {
         let error = policy.validate(world).unwrap_err();

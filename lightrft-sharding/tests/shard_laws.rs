@@ -1,6 +1,8 @@
 //! Laws of sharded storage and of the optimizer over it, for any shapes and number of ranks.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod noise;
+
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
@@ -10,6 +12,7 @@ use lightrft_sharding::{
     AdamW, AdamWConfig, Error, Mode, ParamSpec, Plan, ShardedUnits, StateKind, UnitSpec, load_state,
     state_parts,
 };
+use noise::{bits, noise};
 use proptest::prelude::*;
 
 /// Two units whose parameters have these numbers of elements.
@@ -24,18 +27,6 @@ fn model(sizes: &[usize]) -> Vec<UnitSpec> {
     vec![UnitSpec::new("a", a), UnitSpec::new("b", b)]
 }
 
-/// Well-mixed values in -1..1 that differ by seed and place.
-fn noise(seed: u64, elems: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        (x >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    (0..elems).map(|_| next()).collect()
-}
-
 /// Parameters of every unit, by unit.
 fn whole(plan: &Plan, seed: u64) -> Vec<Vec<f32>> {
     plan.units().iter().zip(seed..).map(|(unit, seed)| noise(seed, unit.elems())).collect()
@@ -48,10 +39,6 @@ fn units(sizes: &[usize], comm: Arc<dyn Communicator>, seed: u64) -> Result<Shar
         units.load_unit(index, values)?;
     }
     Ok(units)
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|value| value.to_bits()).collect()
 }
 
 /// Everything that a checkpoint holds, put together over ranks.

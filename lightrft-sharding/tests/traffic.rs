@@ -23,12 +23,12 @@ const MODEL: Tiny = Tiny { vocab: 5, width: 3, layers: 2 };
 /// Calls of: making the model, a pass, another, a step, an evaluation.
 fn calls(inner: Arc<dyn Communicator>, policy: Policy) -> Result<[Vec<&'static str>; 5], Error> {
     let counted = Counted::new(inner);
-    let mut model = ShardedModel::new(MODEL, counted.clone(), policy)?;
+    let mut model = ShardedModel::new(MODEL, Arc::clone(&counted.comm), policy)?;
     model.units_mut().load(tiny::start)?;
     let mut adamw = AdamW::new(AdamWConfig::default(), model.units())?;
     let made = counted.take_ops();
     // Which tokens there are must make no difference.
-    let token = counted.rank() % MODEL.vocab;
+    let token = counted.comm.rank() % MODEL.vocab;
     let batch = Batch { tokens: vec![token; token + 1], targets: vec![1; token + 1] };
     let mut pass = || {
         let (logits, tape) = model.forward(&batch)?;
@@ -129,6 +129,56 @@ fn replicas_sum_their_shards_once_a_step() {
 }
 
 #[test]
+fn a_pass_that_is_announced_as_the_last_does_what_the_step_would() {
+    let two = ShardSize::Ranks(2);
+    // Reductions, and sums over replicas, of the pass; units of 15, 12, 12 and 8 elements.
+    for (policy, alone, beside) in [
+        (Policy { shard_size: two, ..Policy::default() }, [4, 1], [4, 4]),
+        (Policy { stage: Stage::Zero2, shard_size: two, ..Policy::default() }, [1, 1], [1, 1]),
+        (
+            Policy { stage: Stage::Zero2, reduce_bucket_elems: 28, shard_size: two, ..Policy::default() },
+            [2, 1],
+            [2, 2],
+        ),
+        (Policy { stage: Stage::Zero1, reduce_bucket_elems: 28, ..Policy::default() }, [2, 0], [2, 0]),
+        (Policy { stage: Stage::Zero0, reduce_bucket_elems: 30, ..Policy::default() }, [0, 2], [0, 2]),
+        // The embedding alone is cut; what is whole is summed in one bucket, over all ranks.
+        (Policy { persistence_threshold: 13, shard_size: two, ..Policy::default() }, [1, 2], [1, 2]),
+    ] {
+        for (overlap, expected) in [(Overlap::Off, alone), (Overlap::On, beside)] {
+            let policy = Policy { overlap, ..policy.clone() };
+            let ranks = World::new(4).launch(|comm| {
+                let counted = Counted::new(comm);
+                let mut model = ShardedModel::new(MODEL, Arc::clone(&counted.comm), policy.clone())?;
+                model.units_mut().load(tiny::start)?;
+                let batch = Batch { tokens: vec![1], targets: vec![2] };
+                let mut count = |last: bool| {
+                    counted.take();
+                    let (logits, tape) = model.forward(&batch)?;
+                    let grad = MODEL.loss(&logits, &batch, 4).1;
+                    if last {
+                        model.backward_last(tape, grad)?
+                    } else {
+                        model.backward(tape, grad)?
+                    }
+                    let ops = counted.take_ops();
+                    Ok::<_, Error>([R, A].map(|wanted| ops.iter().filter(|op| **op == wanted).count()))
+                };
+                let counts = [count(false)?, count(true)?];
+                model.units_mut().sync_gradients()?;
+                assert_eq!(counted.take(), [], "nothing is left for the step: {policy:?}");
+                Ok::<_, Error>(counts)
+            });
+            for [first, last] in ranks.unwrap() {
+                let each_pass = if policy.stage >= Stage::Zero2 { expected[0] } else { 0 };
+                assert_eq!(first, [each_pass, 0], "{policy:?}");
+                assert_eq!(last, expected, "{policy:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn small_units_are_whole_and_ask_for_nothing_before_the_step() {
     // All units are below the threshold but the embedding, of 15 elements.
     let policy = Policy { persistence_threshold: 13, ..Policy::default() };
@@ -157,8 +207,8 @@ fn one_rank_asks_nothing_of_its_group() {
 fn probed(world: usize, probe: impl Fn() -> Probe + Sync, policy: &Policy) -> (Vec<Call>, Vec<Call>) {
     let ranks = World::new(world).launch(|comm| {
         let counted = Counted::new(comm);
-        let rank = counted.rank();
-        let mut model = ShardedModel::new(probe(), counted.clone(), policy.clone())?;
+        let rank = counted.comm.rank();
+        let mut model = ShardedModel::new(probe(), Arc::clone(&counted.comm), policy.clone())?;
         model.units_mut().load(probe::start)?;
         counted.take();
         let batch = probe::Batch { round: 0, rank, pass: 0 };
@@ -207,9 +257,12 @@ fn neighbours_gather_among_themselves_until_the_parameters_change() {
     let near = Policy { reshard_after_forward: ReshardAfterForward::ToGroup(2), ..Policy::default() };
     let ranks = World::new(4).launch(|comm| {
         let counted = Counted::new(comm);
-        let rank = counted.rank();
-        let mut model =
-            ShardedModel::new(Probe::new(&[vec![vec![8]], vec![vec![4]]]), counted.clone(), near.clone())?;
+        let rank = counted.comm.rank();
+        let mut model = ShardedModel::new(
+            Probe::new(&[vec![vec![8]], vec![vec![4]]]),
+            Arc::clone(&counted.comm),
+            near.clone(),
+        )?;
         model.units_mut().load(probe::start)?;
         let sizes = |model: &mut ShardedModel<Probe>| {
             counted.take();
@@ -226,6 +279,25 @@ fn neighbours_gather_among_themselves_until_the_parameters_change() {
     for [first, second] in ranks.unwrap() {
         assert_eq!(first, [4, 4, 2, 2], "each unit once over all, what follows over two");
         assert!(!second.is_empty() && second.iter().all(|ranks| *ranks == 2));
+    }
+}
+
+#[test]
+fn a_neighbourhood_larger_than_the_shard_group_is_all_of_it() {
+    let probe = || Probe::new(&[vec![vec![8]], vec![vec![4]]]);
+    for (world, shard_size) in [(2, ShardSize::World), (4, ShardSize::Ranks(2))] {
+        let of = |ranks| {
+            let reshard_after_forward = ReshardAfterForward::ToGroup(ranks);
+            probed(
+                world,
+                probe,
+                &Policy { reshard_after_forward, shard_size, prefetch: 0, ..Policy::default() },
+            )
+        };
+        let always = probed(world, probe, &Policy { shard_size, prefetch: 0, ..Policy::default() });
+        assert_eq!(of(8), always);
+        assert_eq!(of(3), always);
+        assert_ne!(of(1), always);
     }
 }
 

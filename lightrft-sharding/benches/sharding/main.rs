@@ -13,8 +13,8 @@
 //! copy in bf16. AdamW is timed without the norm, as the peers' are: it is a case of its own.
 //!
 //! Gathers and reduces are between two processes of this program, in turns with the bare collective of the same bytes. So
-//! are the forward passes of a model that computes nothing for a set time, with and without the next unit gathered
-//! meanwhile.
+//! are passes of models that compute nothing for a set time: forward with and without the next unit gathered meanwhile,
+//! backward with replicas' sums meanwhile and after it.
 //!
 //! `--peers` needs a Python with torch (`LIGHTRFT_PYTHON`, else `python3`), and DeepSpeed in it for that one; what cannot be
 //! had is left out aloud. The last line is everything as one JSON object. With `--check` a missed target is an exit code of 1.

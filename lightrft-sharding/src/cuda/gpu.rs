@@ -148,7 +148,8 @@ impl Gpu {
         }
         let failed = Error::collective("a call on device memory", "no elements");
         let mut none = GpuValues::unset(self.compute(), Precision::F32, 1).map_err(&failed)?;
-        comm.run(Operation::AllReduce { data: none.device_mut(0..0).into(), op: ReduceOp::Sum }).map_err(failed)
+        comm.run(Operation::AllReduce { data: none.device_mut(0..0).into(), op: ReduceOp::Sum })
+            .map_err(failed)
     }
 
     /// Elements for a call on `stream`, to read.
@@ -166,7 +167,12 @@ impl Gpu {
     }
 
     /// This rank's even part of a buffer as reduced.
-    fn reduce_scatter_on(&self, stream: &Stream, values: &GpuValues, comm: &dyn Communicator) -> GroupResult<()> {
+    fn reduce_scatter_on(
+        &self,
+        stream: &Stream,
+        values: &GpuValues,
+        comm: &dyn Communicator,
+    ) -> GroupResult<()> {
         let data = self.to_write(values.run(0..values.len())?, stream).into();
         comm.run(Operation::ReduceScatterInPlace { data, op: ReduceOp::Sum })
     }
@@ -194,7 +200,8 @@ impl Operations for Gpu {
     }
 
     fn unset(&self, precision: Precision, elems: usize) -> Result<GpuValues> {
-        GpuValues::unset(self.compute(), precision, elems).map_err(Error::device("allocate a buffer on a GPU"))
+        GpuValues::unset(self.compute(), precision, elems)
+            .map_err(Error::device("allocate a buffer on a GPU"))
     }
 
     fn zeros(&self, precision: Precision, elems: usize) -> Result<GpuValues> {
@@ -231,11 +238,7 @@ impl Operations for Gpu {
         Arc::get_mut(values).ok_or_else(|| misplaced("a shard", "lent".to_owned(), "free".to_owned()))
     }
 
-    fn overwrite<R>(
-        &self,
-        values: &mut GpuValues,
-        write: impl FnOnce(&mut [f32]) -> Result<R>,
-    ) -> Result<R> {
+    fn overwrite<R>(&self, values: &mut GpuValues, write: impl FnOnce(&mut [f32]) -> Result<R>) -> Result<R> {
         if let Some(on_host) = values.on_host_mut() {
             return write(on_host);
         }
@@ -339,6 +342,18 @@ impl Operations for Gpu {
         })
     }
 
+    fn all_reduce_beside(
+        &self,
+        values: GpuValues,
+        comm: &Arc<dyn Communicator>,
+        _: Option<&Queue>,
+    ) -> GroupResult<GpuPending> {
+        self.shared.lanes.begin(values, |stream, values| {
+            let data = self.to_write(values.run(0..values.len())?, stream).into();
+            comm.run(Operation::AllReduce { data, op: ReduceOp::Sum })
+        })
+    }
+
     fn runs(&self, runs: Vec<(Range<usize>, Decay)>, elems: usize) -> Result<Self::Runs> {
         let table = table(runs, elems);
         let memory = DeviceMemory::upload(self.compute(), &table);
@@ -347,7 +362,7 @@ impl Operations for Gpu {
 
     fn adamw(&self, work: Vec<AdamWork<'_, Self>>, scalars: Scalars) -> Result<()> {
         let failed = Error::device("step an optimizer on a GPU");
-        for AdamWork { param, grad, own, exp_avg, exp_avg_sq, runs: (runs, count) } in work {
+        for AdamWork { param, copy, grad, own, exp_avg, exp_avg_sq, runs: (runs, count) } in work {
             let elems = own.len();
             let grad = grad.run(own).map_err(&failed)?;
             let of = |values: &GpuValues| values.run(0..elems).map(|run| run.address).map_err(&failed);
@@ -356,6 +371,10 @@ impl Operations for Gpu {
             // SAFETY: f32 of this GPU on the compute stream, as many of each; the table was made for as many.
             let made = unsafe { self.shared.kernels.adamw(self.compute(), arrays, elems, runs, scalars) };
             made.map_err(&failed)?;
+            if let Some(copy) = copy {
+                let stepped = param.run(0..elems).map_err(&failed)?;
+                self.take_in(copy, 0..elems, stepped, Combine::Set).map_err(&failed)?;
+            }
         }
         Ok(())
     }
@@ -473,7 +492,8 @@ mod tests {
         let Err(Error::Device { source, .. }) = Gpu::with_ordinal(4096) else {
             panic!("a GPU with ordinal 4096");
         };
-        let said = matches!(*source, CollectiveError::Library { .. } | CollectiveError::Cuda { ordinal: 4096, .. });
+        let said =
+            matches!(*source, CollectiveError::Library { .. } | CollectiveError::Cuda { ordinal: 4096, .. });
         assert!(said, "{source}");
     }
 }

@@ -82,14 +82,21 @@ impl Kernels {
     ///
     /// # Safety
     /// Both are memory of the GPU of `stream`, `into` ours to write and `from` to read in turn on `stream`.
-    pub(super) unsafe fn combine(&self, stream: &Stream, into: Run, from: Run, how: Combine) -> GroupResult<()> {
+    pub(super) unsafe fn combine(
+        &self,
+        stream: &Stream,
+        into: Run,
+        from: Run,
+        how: Combine,
+    ) -> GroupResult<()> {
         let elems = into.elems.min(from.elems) as u64;
         if elems == 0 {
             return Ok(());
         }
         let adds = usize::from(how == Combine::Add);
         let kernel = self.combine[(number(into.precision) * 3 + number(from.precision)) * 2 + adds];
-        let arguments = &mut [Argument::new(&into.address), Argument::new(&from.address), Argument::new(&elems)];
+        let arguments =
+            &mut [Argument::new(&into.address), Argument::new(&from.address), Argument::new(&elems)];
         // SAFETY: two addresses and a number, as it takes; each has at least so many elements of its type.
         unsafe { kernel.launch(stream, blocks(elems), THREADS, arguments) }
     }
@@ -183,7 +190,9 @@ mod tests {
             match compile(SOURCE, capability) {
                 Ok(image) => assert!(image.len() > 1000, "{capability:?}: {} bytes", image.len()),
                 Err(Error::Library { reason, .. }) if reason.contains("cannot open shared object") => {
-                    return eprintln!("SKIPPED: NVRTC is not on this machine, nothing was compiled ({reason})");
+                    return eprintln!(
+                        "SKIPPED: NVRTC is not on this machine, nothing was compiled ({reason})"
+                    );
                 }
                 Err(error) => panic!("{capability:?}: {error}"),
             }

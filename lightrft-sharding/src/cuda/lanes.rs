@@ -158,7 +158,10 @@ mod tests {
             let mut world = self.world.borrow_mut();
             let now = world.clocks[self.lane];
             for (other, end, lane) in &world.uses {
-                assert!(*other != buffer || now[*lane] >= end[*lane], "buffer {buffer}: {end:?}, then {now:?}");
+                assert!(
+                    *other != buffer || now[*lane] >= end[*lane],
+                    "buffer {buffer}: {end:?}, then {now:?}"
+                );
             }
             world.clocks[self.lane][self.lane] += 1;
             let end = world.clocks[self.lane];

@@ -208,11 +208,12 @@ impl<Mem: Memory> AdamW<Mem> {
             let UnitState { exp_avg, exp_avg_sq, runs } = state;
             let (grad, own) = gradient.sum_or_zeros(&units.memory)?;
             let param = Mem::to_change(&mut store.param)?;
-            work.push(AdamWork { param, grad, own, exp_avg, exp_avg_sq, runs });
+            let copy = store.copy.as_mut().map_or(Ok(None), |copy| copy.out(units.version))?;
+            work.push(AdamWork { param, copy, grad, own, exp_avg, exp_avg_sq, runs });
         }
         pass(&self.memory, work, scalars)?;
         self.counters.steps += 1;
-        units.params_changed();
+        units.params_stepped();
         units.zero_gradients();
         Ok(StepReport { update: Update::Applied, grad_norm, clip_factor })
     }
@@ -234,7 +235,8 @@ impl<Mem: Memory> AdamW<Mem> {
 
     /// Bytes held from one step to the next: 8 for each element of the shard. None while it is offloaded from a device.
     pub fn persistent_bytes(&self) -> usize {
-        let bytes = |state: &UnitState<Mem>| state.exp_avg.capacity_bytes() + state.exp_avg_sq.capacity_bytes();
+        let bytes =
+            |state: &UnitState<Mem>| state.exp_avg.capacity_bytes() + state.exp_avg_sq.capacity_bytes();
         self.states.iter().map(bytes).sum()
     }
 
@@ -306,6 +308,12 @@ impl AdamW {
                 let name = unit.name().to_owned();
                 return Err(Error::Length { what: "the half-precision copy", name, got, expected });
             }
+        }
+        // One copy is written in the pass: the caller's, or else the one that the next gathers read.
+        for (unit, _) in
+            copies.iter().enumerate().filter(|(_, copy)| norm.is_finite() && copy.len().is_some())
+        {
+            units.forget_copy(unit);
         }
         let copies = copies.into_iter().chain(std::iter::repeat_with(CopyOut::default));
         self.update(units, lr, norm, |_, work, scalars| {

@@ -79,7 +79,7 @@ pub(super) struct Work<'a> {
 /// One step over units in host memory; the new parameters of each are also rounded into its copy.
 pub(crate) fn step_on_host(units: Vec<(AdamWork<'_, HostMemory>, CopyOut<'_>)>, scalars: Scalars) {
     let work = units.into_iter().map(|(unit, copy)| {
-        let AdamWork { param, grad, own, exp_avg, exp_avg_sq, runs } = unit;
+        let AdamWork { param, grad, own, exp_avg, exp_avg_sq, runs, .. } = unit;
         let param = &mut param.f32_mut()[..own.len()];
         let (exp_avg, exp_avg_sq) = (exp_avg.f32_mut(), exp_avg_sq.f32_mut());
         Work { arrays: Arrays { param, grad: &grad.f32()[own], exp_avg, exp_avg_sq }, copy, runs, start: 0 }

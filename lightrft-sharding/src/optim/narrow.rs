@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use crate::precision::UnitValues;
+
 /// Where an optimizer writes the parameters it has just updated, in half precision, while they are still in a register:
 /// 2 bytes an element of memory traffic instead of the 6 of a pass of its own.
 #[derive(Debug, Default)]
@@ -22,6 +24,15 @@ impl<'a> CopyOut<'a> {
             CopyOut::None => None,
             CopyOut::Bf16(out) => Some(out.len()),
             CopyOut::F16(out) => Some(out.len()),
+        }
+    }
+
+    /// This, or the first `elems` of `values` where this is nowhere.
+    pub(crate) fn or(self, values: Option<&'a mut UnitValues>, elems: usize) -> Self {
+        match (self, values) {
+            (CopyOut::None, Some(UnitValues::Bf16(values))) => CopyOut::Bf16(&mut values[..elems]),
+            (CopyOut::None, Some(UnitValues::F16(values))) => CopyOut::F16(&mut values[..elems]),
+            (this, _) => this,
         }
     }
 

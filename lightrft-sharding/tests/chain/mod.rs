@@ -8,7 +8,8 @@ use lightrft_collectives::nccl::{DeviceMemory, Stream};
 use lightrft_collectives::{Device, Dtype, Error as CollectiveError};
 use lightrft_sharding::cuda::{Argument, Gpu, GpuValues, Kernel, Program};
 use lightrft_sharding::{
-    BoxError, FlatParam, FlatUnit, HostMemory, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec, UnitValues,
+    BoxError, FlatParam, FlatUnit, HostMemory, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec,
+    UnitValues,
 };
 
 /// Inputs of so many rows, and what should come of them.
@@ -50,7 +51,8 @@ impl Chain {
 
     pub fn specs(&self) -> Vec<UnitSpec> {
         let param = |layer: usize, what: &str| ParamSpec::new(format!("layer{layer}.{what}"), [self.width]);
-        let unit = |layer| UnitSpec::new(format!("layer{layer}"), [param(layer, "weight"), param(layer, "bias")]);
+        let unit =
+            |layer| UnitSpec::new(format!("layer{layer}"), [param(layer, "weight"), param(layer, "bias")]);
         (0..self.layers).map(unit).collect()
     }
 
@@ -97,8 +99,7 @@ impl OnHost {
         grads: &mut StageGrads<'_>,
     ) -> lightrft_sharding::Result<Vec<f32>> {
         let columns = 0..self.0.width;
-        let of_weight: Vec<f32> =
-            columns.clone().map(|c| self.sum_rows(|i| input[i] * grad[i], c)).collect();
+        let of_weight: Vec<f32> = columns.clone().map(|c| self.sum_rows(|i| input[i] * grad[i], c)).collect();
         grads.add(unit, 0, &of_weight)?;
         let of_bias = grads.slice_mut(unit, 1)?;
         columns.for_each(|c| of_bias[c] += self.sum_rows(|i| grad[i], c));

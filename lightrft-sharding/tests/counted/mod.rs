@@ -2,11 +2,9 @@
 #![allow(dead_code, unreachable_pub)]
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use lightrft_collectives::{
-    Communicator, Dtype, Elements as _, GroupOptions, Operation, Result as GroupResult,
-};
+use lightrft_collectives::testing::Intercepted;
+use lightrft_collectives::{Communicator, Dtype, Elements as _, Operation};
 
 /// One collective.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,43 +18,9 @@ pub struct Call {
     pub ranks: usize,
 }
 
-#[derive(Debug)]
-pub struct Counted {
-    inner: Arc<dyn Communicator>,
-    calls: Arc<Mutex<Vec<Call>>>,
-}
-
-impl Counted {
-    pub fn new(inner: Arc<dyn Communicator>) -> Arc<Self> {
-        Arc::new(Self { inner, calls: Arc::default() })
-    }
-
-    pub fn take(&self) -> Vec<Call> {
-        std::mem::take(&mut *self.calls.lock().unwrap())
-    }
-
-    /// Their names alone.
-    pub fn take_ops(&self) -> Vec<&'static str> {
-        self.take().iter().map(|call| call.op).collect()
-    }
-}
-
-impl Communicator for Counted {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
-    }
-
-    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> GroupResult<()> {
-        let ranks = self.inner.world_size();
-        let (op, elems, dtype) = match &operation {
+impl Call {
+    fn of(operation: &Operation<'_>, ranks: usize) -> Self {
+        let (op, elems, dtype) = match operation {
             // The comparison of plans is of bytes.
             Operation::AllGather { input, .. } if input.dtype() != Dtype::U8 => {
                 ("gather", input.count(), input.dtype())
@@ -67,17 +31,35 @@ impl Communicator for Counted {
             Operation::AllReduce { data, .. } => ("all_reduce", data.count(), data.dtype()),
             _ => ("other", 0, Dtype::U8),
         };
-        self.calls.lock().unwrap().push(Call { op, elems, dtype, ranks });
-        self.inner.run_within(operation, timeout)
+        Self { op, elems, dtype, ranks }
+    }
+}
+
+/// A group, and the calls on it.
+#[derive(Clone, Debug)]
+pub struct Counted {
+    /// To be used in the place of the group.
+    pub comm: Arc<dyn Communicator>,
+    calls: Arc<Mutex<Vec<Call>>>,
+}
+
+impl Counted {
+    pub fn new(inner: Arc<dyn Communicator>) -> Self {
+        let calls = Arc::<Mutex<Vec<Call>>>::default();
+        let list = Arc::clone(&calls);
+        let comm = Intercepted::new(inner, move |comm, operation, timeout| {
+            list.lock().unwrap().push(Call::of(&operation, comm.world_size()));
+            comm.run_within(operation, timeout)
+        });
+        Self { comm: Arc::new(comm), calls }
     }
 
-    fn subgroup_with(
-        &self,
-        ranks: &[usize],
-        options: &GroupOptions,
-    ) -> GroupResult<Option<Arc<dyn Communicator>>> {
-        let group = self.inner.subgroup_with(ranks, options)?;
-        Ok(group
-            .map(|inner| Arc::new(Self { inner, calls: Arc::clone(&self.calls) }) as Arc<dyn Communicator>))
+    pub fn take(&self) -> Vec<Call> {
+        std::mem::take(&mut *self.calls.lock().unwrap())
+    }
+
+    /// Their names alone.
+    pub fn take_ops(&self) -> Vec<&'static str> {
+        self.take().iter().map(|call| call.op).collect()
     }
 }

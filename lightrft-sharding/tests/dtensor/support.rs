@@ -4,9 +4,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use lightrft_collectives::{
-    Call, Communicator, DeviceMesh, GroupOptions, MeshGroups, Operation, Result as GroupResult, local::World,
-};
+use lightrft_collectives::testing::Intercepted;
+use lightrft_collectives::{Call, Communicator, DeviceMesh, MeshGroups, local::World};
 use lightrft_sharding::{Cuts, Error, Layout, Placement, Region};
 use proptest::prelude::*;
 
@@ -140,39 +139,12 @@ impl Log {
 }
 
 /// A group that writes down what is asked of it, and so do the groups made of it.
-#[derive(Debug)]
-struct Counted {
-    inner: Arc<dyn Communicator>,
-    log: Log,
-}
-
-impl Communicator for Counted {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
-    }
-
-    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> GroupResult<()> {
-        self.log.0.lock().unwrap().push(operation.call());
-        self.inner.run_within(operation, timeout)
-    }
-
-    fn subgroup_with(
-        &self,
-        ranks: &[usize],
-        options: &GroupOptions,
-    ) -> GroupResult<Option<Arc<dyn Communicator>>> {
-        let log = self.log.clone();
-        let made = self.inner.subgroup_with(ranks, options)?;
-        Ok(made.map(|inner| Arc::new(Counted { inner, log }) as Arc<dyn Communicator>))
-    }
+fn counted(comm: Arc<dyn Communicator>, log: &Log) -> Arc<dyn Communicator> {
+    let log = log.clone();
+    Arc::new(Intercepted::new(comm, move |comm, operation, timeout| {
+        log.0.lock().unwrap().push(operation.call());
+        comm.run_within(operation, timeout)
+    }))
 }
 
 /// Runs a rank's function on every rank of a mesh; returns what they return, by rank.
@@ -184,8 +156,7 @@ pub(crate) fn on_mesh<T: Send>(
     let results = world.launch(|inner| {
         let log = Log::default();
         let rank = inner.rank();
-        let counted = Arc::new(Counted { inner, log: log.clone() });
-        let groups = Arc::new(MeshGroups::new(counted, (**mesh).clone())?);
+        let groups = Arc::new(MeshGroups::new(counted(inner, &log), (**mesh).clone())?);
         log.take();
         rank_main(rank, &groups, &log)
     });
