@@ -12,10 +12,9 @@ use crate::precision::{Combine, Precision};
 use crate::unit::ShardedUnits;
 
 /// What comes after a backward pass.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pass {
     /// Another, or the step: who knows.
-    #[default]
     Any,
     /// The step: what that would exchange can be exchanged beside this pass.
     Last,
@@ -42,7 +41,7 @@ enum AllReduced {
     /// This unit's accumulated gradient itself: nothing is copied.
     Lent(usize),
     /// Parts in a buffer.
-    Packed(#[allow(dead_code)] Lease, Parts),
+    Packed { parts: Parts, lease: Lease },
 }
 
 impl<Mem: Memory> ShardedUnits<Mem> {
@@ -100,7 +99,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
             Some(accum) => (accum, AllReduced::Lent(units[0])),
             None => {
                 let (Whole { values, lease }, parts) = self.pack_own(&units)?;
-                (values, AllReduced::Packed(lease, parts))
+                (values, AllReduced::Packed { parts, lease })
             }
         };
         let (replicas, queue) = (&self.groups.replicate, self.groups.sums.as_deref());
@@ -123,7 +122,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         };
         let units = match &what {
             AllReduced::Lent(unit) => vec![*unit],
-            AllReduced::Packed(_, parts) => units_of(parts),
+            AllReduced::Packed { parts, .. } => units_of(parts),
         };
         let names = self.names(&units);
         let values = match self.memory.finish(pending) {
@@ -135,7 +134,10 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         };
         match (what, self.stores[units[0]].grad.as_mut()) {
             (AllReduced::Lent(_), Some(gradient)) => gradient.accum = values,
-            (AllReduced::Packed(_, parts), _) => self.set_own(&values, &parts)?,
+            (AllReduced::Packed { parts, lease }, _) => {
+                self.set_own(&values, &parts)?;
+                drop((values, lease));
+            }
             (AllReduced::Lent(_), None) => {}
         }
         for unit in units {

@@ -4,11 +4,14 @@
 
 mod stages;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use lightrft_collectives::testing::Intercepted;
-use lightrft_collectives::{Communicator, Dtype, Elements as _, Operation, local::World};
+use lightrft_collectives::{
+    Communicator, Dtype, Elements as _, Error as GroupError, Operation, local::World,
+};
 use lightrft_sharding::{Error, Overlap, Policy, ShardSize, ShardedModel, Stage};
 use stages::Stages;
 
@@ -170,6 +173,44 @@ fn in_the_last_pass_stages_0_and_1_exchange_a_bucket_while_the_next_unit_compute
     let policy = Policy { shard_size: ShardSize::Ranks(2), ..policy };
     assert_eq!(held_back(&policy, Pass::Last, ["reduce", "reduced"], 2), [[STAGES; 2]; 4]);
     assert_eq!(held_back(&policy, Pass::Last, ["sum", "summed"], 3), [[STAGES; 2]; 4]);
+}
+
+#[test]
+fn a_last_pass_that_fails_leaves_gradients_that_can_be_zeroed_and_summed_anew() {
+    let policy = Policy { shard_size: ShardSize::Ranks(2), overlap: Overlap::On, ..Policy::default() };
+    // A reduce-scatter that fails while a sum over replicas is on its way, and such a sum itself; on all ranks alike.
+    for failing in ["reduce", "sum"] {
+        let ranks = World::new(4).timeout(4 * DEADLINE).launch(|comm| {
+            let asked = Arc::new(AtomicUsize::new(0));
+            let group = Intercepted::new(comm, move |comm, operation, timeout| {
+                let is_failing = match &operation {
+                    Operation::ReduceScatterInPlace { .. } => failing == "reduce",
+                    Operation::AllReduce { .. } => failing == "sum",
+                    _ => false,
+                };
+                if is_failing && asked.fetch_add(1, Ordering::Relaxed) == 2 {
+                    return Err(GroupError::Panicked { rank: comm.rank(), message: "the test's".to_owned() });
+                }
+                comm.run_within(operation, timeout)
+            });
+            let model = Stages { count: STAGES, elems: 64, compute: |_, _| {} };
+            let mut model = ShardedModel::new(model, Arc::new(group), policy.clone())?;
+            let ((), tape) = model.forward(&())?;
+            let failed = model.backward_last(tape, ()).unwrap_err();
+            assert!(matches!(failed, Error::Collective { .. }), "{failed}");
+            let ((), tape) = model.forward(&())?;
+            let refused = model.backward_last(tape, ()).unwrap_err();
+            assert!(matches!(refused, Error::IncompleteBackward), "{refused}");
+            model.units_mut().zero_gradients();
+            let ((), tape) = model.forward(&())?;
+            model.backward_last(tape, ())?;
+            for unit in 0..STAGES {
+                assert_eq!(model.units().grad(unit)?.unwrap(), [4.0; 32], "{failing}");
+            }
+            Ok::<_, Error>(())
+        });
+        ranks.unwrap();
+    }
 }
 
 /// Seconds of a forward pass, its backward and the sum of gradients on the slowest of `ranks`, where each collective takes
