@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::buffer::{Buffer, BufferMut, Host, HostMut};
 use crate::communicator::{Communicator, GroupOptions};
 use crate::error::{Error, Result};
+use crate::op::BLOCK;
 use crate::operation::{Call, Operation};
 use crate::within::forward;
 
@@ -34,7 +35,7 @@ pub trait Block {
 }
 
 /// A communicator whose calls on host memory are made on a device's: each slice is copied there, the call is made, and what it
-/// writes is copied back. Barriers stay on the host.
+/// writes is copied back. Barriers stay on the host, as do the blocks that calls made of several begin with.
 #[derive(Debug)]
 pub struct OnDevice {
     comm: Arc<dyn Communicator>,
@@ -53,6 +54,9 @@ impl Communicator for OnDevice {
 
     fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> Result<()> {
         let call = operation.call();
+        if operation.signature(self.world_size()).dtype == Some(BLOCK) {
+            return self.comm.run_within(operation, timeout);
+        }
         let twice = || Error::Place { call, got: "one of several", expected: "the only one of its kind" };
         let (mut input, mut output) = (None, None);
         {
