@@ -173,6 +173,14 @@ pub(crate) struct UnitGrads<Mem: Memory> {
     pub(crate) given: Vec<bool>,
 }
 
+/// Where a parameter's gradient goes, and whether there is one already.
+#[derive(Debug)]
+pub(crate) struct Slot<'a, Mem: Memory> {
+    pub(crate) values: &'a mut Mem::Values,
+    pub(crate) range: Range<usize>,
+    pub(crate) how: Combine,
+}
+
 /// Where a stage puts the gradients of its parameters. Units and parameters go by their place: `unit` counts the
 /// stage's own list of units, `param` the parameters of that unit.
 #[derive(Debug)]
@@ -210,12 +218,7 @@ impl<'a, Mem: Memory> StageGrads<'a, Mem> {
     }
 
     /// Where a gradient of `elems` elements of a parameter goes, and how; `None` for a frozen parameter.
-    pub(crate) fn place(
-        &mut self,
-        unit: usize,
-        param: usize,
-        elems: usize,
-    ) -> Result<Option<(&mut Mem::Values, Range<usize>, Combine)>> {
+    pub(crate) fn place(&mut self, unit: usize, param: usize, elems: usize) -> Result<Option<Slot<'_, Mem>>> {
         let (index, place) = self.locate(unit, param)?;
         let param = &self.layouts[index].params()[place];
         let range = param.range();
@@ -233,7 +236,7 @@ impl<'a, Mem: Memory> StageGrads<'a, Mem> {
             return Ok(None);
         };
         let how = if std::mem::replace(&mut given[place], true) { Combine::Add } else { Combine::Set };
-        Ok(Some((values, range, how)))
+        Ok(Some(Slot { values, range, how }))
     }
 
     /// Where a parameter's gradient lies, to be added to.
@@ -282,8 +285,10 @@ impl StageGrads<'_> {
     /// [`Error::Length`] for a gradient of another length.
     pub fn add(&mut self, unit: usize, param: usize, gradient: &[f32]) -> Result<()> {
         match self.place(unit, param, gradient.len())? {
-            Some((values, range, Combine::Set)) => values.f32_mut()[range].copy_from_slice(gradient),
-            Some((values, range, Combine::Add)) => {
+            Some(Slot { values, range, how: Combine::Set }) => {
+                values.f32_mut()[range].copy_from_slice(gradient)
+            }
+            Some(Slot { values, range, how: Combine::Add }) => {
                 for (sum, part) in values.f32_mut()[range].iter_mut().zip(gradient) {
                     *sum += part;
                 }

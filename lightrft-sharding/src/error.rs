@@ -297,6 +297,9 @@ pub enum Error {
     /// A step was asked of an optimizer whose state had been given up.
     #[error("the optimizer's state is offloaded: reload it before a step")]
     OptimizerOffloaded,
+    /// An average that had been given up was to be used.
+    #[error("the average is offloaded: reload it before it is used")]
+    AverageOffloaded,
     /// An average and the units it is asked to follow are not of one plan and rank.
     #[error("the average was made for another plan: {what}")]
     ForeignAverage {

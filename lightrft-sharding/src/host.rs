@@ -8,7 +8,7 @@ use lightrft_collectives::{
 };
 
 use crate::error::Result;
-use crate::memory::{AdamWork, Among, GatherCall, Memory, Operations, Segment, Values};
+use crate::memory::{AdamWork, Among, GatherCall, Memory, Operations, Segment, ShardRuns, Values};
 use crate::optim::{self, CopyOut, Decay, Scalars};
 use crate::precision::{Combine, Precision, UnitValues};
 
@@ -189,12 +189,26 @@ impl Operations for HostMemory {
         }
     }
 
-    fn runs(&self, runs: Vec<(Range<usize>, Decay)>, _: usize) -> Result<Self::Runs> {
-        Ok(runs)
+    fn runs(&self, shards: Vec<ShardRuns>) -> Result<Vec<Self::Runs>> {
+        Ok(shards.into_iter().map(|shard| shard.runs).collect())
     }
 
     fn adamw(&self, work: Vec<AdamWork<'_, Self>>, scalars: Scalars) -> Result<()> {
         adamw_and_copy(work, std::iter::repeat_with(CopyOut::default), scalars);
+        Ok(())
+    }
+
+    fn blend(&self, average: &mut UnitValues, values: &UnitValues, weight: f32) -> Result<()> {
+        let average = average.f32_mut();
+        let elems = average.len();
+        optim::blend(average, &values.f32()[..elems], weight);
+        Ok(())
+    }
+
+    fn swap(&self, values: &mut UnitValues, others: &mut UnitValues) -> Result<()> {
+        let values = values.f32_mut();
+        let elems = values.len();
+        others.f32_mut()[..elems].swap_with_slice(values);
         Ok(())
     }
 
@@ -218,6 +232,10 @@ impl Operations for HostMemory {
 
     fn restore(&self, _: Vec<&mut UnitValues>) -> Result<usize> {
         Ok(0)
+    }
+
+    fn trim(&self) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -63,6 +63,10 @@
 //! [`Layout`] says how it lies (replicated, sharded, ragged, or as contributions to a sum), and
 //! [`redistribute`](DTensor::redistribute) makes it lie otherwise.
 //!
+//! Units lie in host memory, or, with the feature `cuda`, in that of a GPU: `ShardedUnits<Gpu>` and `ShardedModel<M, Gpu>` are
+//! made by `on_gpu`, and all of the above holds for them. Which of the two is a type parameter, [`Memory`], that nobody needs
+//! to name who stays on the host.
+//!
 //! Not here: tensor operations, automatic differentiation and learning-rate schedules; files (`lightrft-ckpt`); the groups
 //! themselves (`lightrft-collectives`).
 

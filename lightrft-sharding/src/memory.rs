@@ -129,11 +129,17 @@ pub trait Operations: Clone + fmt::Debug + Send + Sync + 'static {
         queue: Option<&Queue>,
     ) -> GroupResult<Self::Pending>;
 
-    /// Intervals of a shard of `elems` elements, in a form that [`adamw`](Self::adamw) can use.
-    fn runs(&self, runs: Vec<(Range<usize>, Decay)>, elems: usize) -> Result<Self::Runs>;
+    /// The intervals of each shard, in a form that [`adamw`](Self::adamw) can use.
+    fn runs(&self, shards: Vec<ShardRuns>) -> Result<Vec<Self::Runs>>;
 
     /// One step of AdamW.
     fn adamw(&self, work: Vec<AdamWork<'_, Self>>, scalars: Scalars) -> Result<()>;
+
+    /// Moves f32 `average` by `weight` towards the first elements of `values`.
+    fn blend(&self, average: &mut Self::Values, values: &Self::Values, weight: f32) -> Result<()>;
+
+    /// Exchanges f32 `values` and the first elements of `others`.
+    fn swap(&self, values: &mut Self::Values, others: &mut Self::Values) -> Result<()>;
 
     /// The squares of all `parts`, f32, added to `total`: in f64, in an order that depends on the lengths alone.
     fn squares(
@@ -150,6 +156,9 @@ pub trait Operations: Clone + fmt::Debug + Send + Sync + 'static {
 
     /// Moves back what was [evicted](Self::evict), or nothing; the bytes that came.
     fn restore(&self, all: Vec<&mut Self::Values>) -> Result<usize>;
+
+    /// Lets others have what was freed.
+    fn trim(&self) -> Result<()>;
 }
 
 /// How a unit becomes whole.
@@ -199,6 +208,15 @@ pub enum Among {
     Shards(Arc<dyn Communicator>),
     /// Those that keep gathered units among them.
     Neighbours(Arc<dyn Communicator>),
+}
+
+/// What is updated of a shard, in intervals of it, ascending. What lies between them is padding.
+#[derive(Clone, Debug)]
+pub struct ShardRuns {
+    /// Each with whether it decays.
+    pub runs: Vec<(Range<usize>, Decay)>,
+    /// Elements of the shard.
+    pub elems: usize,
 }
 
 /// What AdamW updates of one unit: arrays of one length, f32.

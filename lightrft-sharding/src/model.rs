@@ -43,9 +43,12 @@ pub struct ShardedModel<M: StagedModel<Mem>, Mem: Memory = HostMemory> {
 pub struct Tape<'b, M: StagedModel<Mem>, Mem: Memory = HostMemory> {
     batch: &'b M::Batch,
     /// One entry for each stage; `None` for one that was skipped.
-    stages: Vec<Option<Record<M::Activation, M::Saved>>>,
+    stages: Records<M::Activation, M::Saved>,
     version: u64,
 }
+
+/// One entry for each stage.
+type Records<A, S> = Vec<Option<Record<A, S>>>;
 
 /// Of a stage that ran: its input, `None` for the first that did, and what it saved.
 struct Record<A, S> {
@@ -132,8 +135,7 @@ impl<M: StagedModel<Mem>, Mem: Memory> ShardedModel<M, Mem> {
         if let (Mode::Frozen, Some(unit)) = (self.units.mode(), self.units.plan().units().first()) {
             return Err(Error::Frozen { unit: unit.name().to_owned() });
         }
-        let mut stages: Vec<Option<Record<M::Activation, M::Saved>>> =
-            self.stages.iter().map(|_| None).collect();
+        let mut stages: Records<M::Activation, M::Saved> = self.stages.iter().map(|_| None).collect();
         let output = self.guarded(|this| {
             this.forget_old_units();
             let schedule = Arc::clone(&this.schedule);
@@ -251,7 +253,7 @@ impl<M: StagedModel<Mem>, Mem: Memory> ShardedModel<M, Mem> {
         &mut self,
         ops: &[Op],
         batch: &M::Batch,
-        mut tape: Option<&mut Vec<Option<Record<M::Activation, M::Saved>>>>,
+        mut tape: Option<&mut Records<M::Activation, M::Saved>>,
     ) -> Result<M::Activation> {
         let mut input: Option<M::Activation> = None;
         for &op in ops {

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::gradient::Gradient;
 use crate::memory::Memory;
 use crate::model::ShardedModel;
-use crate::optim::AdamW;
+use crate::optim::{AdamW, Ema};
 use crate::unit::{ShardedUnits, Store};
 
 /// What giving memory up, or taking it again, came to on this rank.
@@ -49,7 +49,8 @@ pub trait Offload {
 
 /// On the host, gives up all memory but what exists nowhere else: buffers, what hpZ and gathers keep, and gradients, if they are
 /// zero as between steps. Gradients that hold something stay. On a device, masters and gradients that hold something go to pinned
-/// memory of the host, too. Meanwhile whatever would gather or reduce returns [`Error::Offloaded`](crate::Error::Offloaded);
+/// memory of the host, too, which is kept for the next time. Meanwhile whatever would gather or reduce returns
+/// [`Error::Offloaded`](crate::Error::Offloaded);
 /// checkpoints may be written, and loaded.
 impl<Mem: Memory> Offload for ShardedUnits<Mem> {
     fn offload(&mut self) -> Result<OffloadReport> {
@@ -62,6 +63,7 @@ impl<Mem: Memory> Offload for ShardedUnits<Mem> {
             bytes += store.grad.as_mut().map_or(Ok(0), |gradient| gradient.release(&self.memory))?;
         }
         self.offloaded = true;
+        self.memory.trim()?;
         Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
     }
 
@@ -112,27 +114,45 @@ impl<M: StagedModel<Mem>, Mem: Memory> Offload for ShardedModel<M, Mem> {
     }
 }
 
-/// On a device, both means go to pinned memory of the host and back. On the host they are where offloading would put them:
-/// they stay, [`OffloadReport::bytes`] is 0, and neither call costs anything. Either way a step between the two is refused, so
-/// that a program which forgets to reload fails on a laptop too. Checkpoints may be written meanwhile.
-impl<Mem: Memory> Offload for AdamW<Mem> {
-    fn offload(&mut self) -> Result<OffloadReport> {
-        let start = Instant::now();
-        let memory = self.memory.clone();
-        let bytes = memory.evict(self.state_mut().flat_map(|(first, second)| [first, second]).collect())?;
-        self.offloaded = true;
-        Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
-    }
+/// For what goes along with units.
+macro_rules! offload_state {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        ///
+        /// On a device it goes to pinned memory of the host, which is kept for the next time. On the host it is where
+        /// offloading would put it: it stays, [`OffloadReport::bytes`] is 0, and neither call costs anything. Either way it is
+        /// not to be used between the two, so that a program which forgets to reload fails on a laptop too. Checkpoints
+        /// may be written meanwhile.
+        impl<Mem: Memory> Offload for $name<Mem> {
+            fn offload(&mut self) -> Result<OffloadReport> {
+                let start = Instant::now();
+                let (memory, values) = self.values_mut();
+                let bytes = memory.evict(values)?;
+                let trimmed = memory.trim();
+                self.offloaded = true;
+                trimmed?;
+                Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
+            }
 
-    fn reload(&mut self) -> Result<OffloadReport> {
-        let start = Instant::now();
-        let memory = self.memory.clone();
-        let bytes = memory.restore(self.state_mut().flat_map(|(first, second)| [first, second]).collect())?;
-        self.offloaded = false;
-        Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
-    }
+            fn reload(&mut self) -> Result<OffloadReport> {
+                let start = Instant::now();
+                let (memory, values) = self.values_mut();
+                let bytes = memory.restore(values)?;
+                self.offloaded = false;
+                Ok(OffloadReport { bytes, kept_bytes: self.persistent_bytes(), elapsed: start.elapsed() })
+            }
 
-    fn is_offloaded(&self) -> bool {
-        self.offloaded
-    }
+            fn is_offloaded(&self) -> bool {
+                self.offloaded
+            }
+        }
+    };
+}
+offload_state! {
+    /// Gives up both means.
+    AdamW
+}
+offload_state! {
+    /// Gives up the average.
+    Ema
 }

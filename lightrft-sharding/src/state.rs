@@ -112,7 +112,7 @@ fn saved_shards<'a, Mem: Memory>(
 }
 
 /// The parameters' parts of a shard.
-fn parts<'a>(
+pub(crate) fn parts<'a>(
     plan: &'a Plan,
     rank: usize,
     (kind, index): (StateKind, usize),

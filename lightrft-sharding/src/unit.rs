@@ -151,12 +151,6 @@ impl ShardedUnits {
     pub fn recycle(&mut self, values: impl Into<UnitValues>) {
         self.pool.put(values.into());
     }
-
-    /// This rank's shard of a unit's parameters, to be overwritten.
-    pub(crate) fn param_shards_mut(&mut self) -> impl Iterator<Item = &mut [f32]> + '_ {
-        self.params_changed();
-        self.stores.iter_mut().map(|store| Arc::make_mut(&mut store.param).f32_mut())
-    }
 }
 
 impl<Mem: Memory> ShardedUnits<Mem> {
@@ -395,6 +389,15 @@ impl<Mem: Memory> ShardedUnits<Mem> {
     pub(crate) fn grads(&self) -> Vec<(&Mem::Values, Range<usize>)> {
         let counted = self.plan.units().iter().zip(&self.stores).filter(|(unit, _)| self.counts(unit));
         counted.filter_map(|(_, store)| store.grad.as_ref()?.sum()).collect()
+    }
+
+    /// Refuses to use masters that have left the memory that is computed with.
+    pub(crate) fn check_here(&self) -> Result<()> {
+        let is_here = |param: &Mem::Values| param.len() == 0 || param.capacity_bytes() > 0;
+        match self.stores.iter().all(|store| is_here(&store.param)) {
+            true => Ok(()),
+            false => self.plan.units().iter().try_for_each(|unit| self.check_loaded(unit)),
+        }
     }
 
     /// Refuses to use what [`offload`](Self::offload) has freed.

@@ -36,6 +36,7 @@ symbols! {
     fn pop_current = "cuCtxPopCurrent_v2"(*mut usize) -> Code;
     fn stream_create = "cuStreamCreate"(*mut usize, c_uint) -> Code;
     fn stream_destroy = "cuStreamDestroy_v2"(usize) -> Code;
+    fn stream_synchronize = "cuStreamSynchronize"(usize) -> Code;
     fn stream_wait_event = "cuStreamWaitEvent"(usize, usize, c_uint) -> Code;
     fn stream_is_capturing = "cuStreamIsCapturing"(usize, *mut c_int) -> Code;
     fn event_create = "cuEventCreate"(*mut usize, c_uint) -> Code;
@@ -49,6 +50,8 @@ symbols! {
     fn download_async = "cuMemcpyDtoHAsync_v2"(*mut c_void, u64, usize, usize) -> Code;
     fn copy_async = "cuMemcpyDtoDAsync_v2"(u64, u64, usize, usize) -> Code;
     fn mem_get_info = "cuMemGetInfo_v2"(*mut usize, *mut usize) -> Code;
+    fn default_pool = "cuDeviceGetDefaultMemPool"(*mut usize, c_int) -> Code;
+    fn pool_trim = "cuMemPoolTrimTo"(usize, usize) -> Code;
     fn host_alloc = "cuMemHostAlloc"(*mut *mut c_void, usize, c_uint) -> Code;
     fn host_free = "cuMemFreeHost"(*mut c_void) -> Code;
     fn device_get_attribute = "cuDeviceGetAttribute"(*mut c_int, c_int, c_int) -> Code;
@@ -105,6 +108,8 @@ pub struct Gpu {
     pub(super) uuid: [u8; 16],
     /// Major and minor number of what its processors can do.
     capability: [c_int; 2],
+    /// What allocations on streams come from.
+    pool: usize,
 }
 
 /// While this lives, the GPU's context is the calling thread's current one. Not to be sent to another thread.
@@ -135,7 +140,7 @@ impl Gpu {
 
     fn open(ordinal: usize) -> Result<Gpu> {
         let driver = Driver::get()?;
-        let gpu = Gpu { driver, ordinal, context: 0, uuid: [0; 16], capability: [0; 2] };
+        let gpu = Gpu { driver, ordinal, context: 0, uuid: [0; 16], capability: [0; 2], pool: 0 };
         let mut count = 0;
         // SAFETY: each writes one value of its type.
         gpu.check("count the GPUs", unsafe { (driver.device_get_count)(&mut count) })?;
@@ -158,10 +163,13 @@ impl Gpu {
             let code = unsafe { (driver.device_get_attribute)(number, attribute, device) };
             gpu.check("ask a device what it can do", code)?;
         }
+        let mut pool = 0;
+        // SAFETY: as above.
+        gpu.check("find the memory pool", unsafe { (driver.default_pool)(&mut pool, device) })?;
         let mut context = 0;
         // SAFETY: as above.
         gpu.check("make a context", unsafe { (driver.primary_retain)(&mut context, device) })?;
-        Ok(Gpu { context, uuid, capability, ..gpu })
+        Ok(Gpu { context, uuid, capability, pool, ..gpu })
     }
 
     /// Number of GPUs that this process sees; an error where there is no driver.
@@ -338,6 +346,19 @@ impl Gpu {
         Ok(free)
     }
 
+    /// Gives back to the system what was freed on `stream`. The pool looks for what it can give when a stream is
+    /// synchronised; to see an event pass is not enough. Waits for the stream: ask for that before, with a deadline.
+    ///
+    /// # Safety
+    /// `stream` is live and of this GPU.
+    pub unsafe fn trim(&self, stream: usize) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the caller's promise.
+        self.check("wait for a stream", unsafe { (self.driver.stream_synchronize)(stream) })?;
+        // SAFETY: the pool is the device's own.
+        self.check("give memory back", unsafe { (self.driver.pool_trim)(self.pool, 0) })
+    }
+
     /// Major and minor number of what its processors can do, as in `sm_90`.
     pub fn capability(&self) -> [i32; 2] {
         self.capability
@@ -367,7 +388,13 @@ impl Gpu {
     ///
     /// # Safety
     /// `bytes` bytes at `to` are ours to write on `stream`; as many at `from` are pinned, and stay until it is done.
-    pub unsafe fn upload_pinned(&self, to: u64, from: *const c_void, bytes: usize, stream: usize) -> Result<()> {
+    pub unsafe fn upload_pinned(
+        &self,
+        to: u64,
+        from: *const c_void,
+        bytes: usize,
+        stream: usize,
+    ) -> Result<()> {
         let _current = self.enter()?;
         // SAFETY: the caller's promise.
         self.check("copy to the GPU", unsafe { (self.driver.upload_async)(to, from, bytes, stream) })
@@ -378,7 +405,13 @@ impl Gpu {
     /// # Safety
     /// `bytes` bytes at `from` are ours to read on `stream`; as many at `to` are pinned, and nobody else uses them until
     /// it is done.
-    pub unsafe fn download_pinned(&self, to: *mut c_void, from: u64, bytes: usize, stream: usize) -> Result<()> {
+    pub unsafe fn download_pinned(
+        &self,
+        to: *mut c_void,
+        from: u64,
+        bytes: usize,
+        stream: usize,
+    ) -> Result<()> {
         let _current = self.enter()?;
         // SAFETY: the caller's promise.
         self.check("copy from the GPU", unsafe { (self.driver.download_async)(to, from, bytes, stream) })

@@ -116,6 +116,21 @@ extern "C" __global__ void adamw(float *param, const float *grad, float *exp_avg
     }
 }
 
+// average <- average + weight (value - average)
+extern "C" __global__ void blend(float *average, const float *values, u64 elems, float weight) {
+    for (u64 i = first(); i < elems; i += stride()) {
+        average[i] = __fadd_rn(average[i], __fmul_rn(weight, __fsub_rn(values[i], average[i])));
+    }
+}
+
+extern "C" __global__ void swap(float *values, float *others, u64 elems) {
+    for (u64 i = first(); i < elems; i += stride()) {
+        float value = values[i];
+        values[i] = others[i];
+        others[i] = value;
+    }
+}
+
 // The sum of a block's numbers, in an order that is always the same.
 __device__ double sum_of_block(double mine) {
     __shared__ double sums[256];

@@ -27,6 +27,8 @@ pub(super) struct Kernels {
     /// By type of the target, of the source, and whether they add.
     combine: Vec<Kernel>,
     adamw: Kernel,
+    blend: Kernel,
+    swap: Kernel,
     squares: Kernel,
     add_partials: Kernel,
 }
@@ -71,6 +73,8 @@ impl Kernels {
         let made = Arc::new(Kernels {
             combine: combine.into_iter().flatten().map(find).collect::<GroupResult<_>>()?,
             adamw: find(c"adamw")?,
+            blend: find(c"blend")?,
+            swap: find(c"swap")?,
             squares: find(c"squares")?,
             add_partials: find(c"add_partials")?,
         });
@@ -130,6 +134,47 @@ impl Kernels {
         ];
         // SAFETY: in the kernel's order; `Scalars` has its layout. The rest is the caller's promise.
         unsafe { self.adamw.launch(stream, blocks(elems), THREADS, arguments) }
+    }
+
+    /// Moves `average` by `weight` towards `values`, which is as long.
+    ///
+    /// # Safety
+    /// As [`combine`](Self::combine), both f32.
+    pub(super) unsafe fn blend(
+        &self,
+        stream: &Stream,
+        average: Run,
+        values: Run,
+        weight: f32,
+    ) -> GroupResult<()> {
+        let elems = average.elems.min(values.elems) as u64;
+        if elems == 0 {
+            return Ok(());
+        }
+        let (average, values) = (average.address, values.address);
+        let arguments = &mut [
+            Argument::new(&average),
+            Argument::new(&values),
+            Argument::new(&elems),
+            Argument::new(&weight),
+        ];
+        // SAFETY: in the kernel's order. The rest is the caller's promise.
+        unsafe { self.blend.launch(stream, blocks(elems), THREADS, arguments) }
+    }
+
+    /// Exchanges two arrays of one length.
+    ///
+    /// # Safety
+    /// As [`combine`](Self::combine), both f32 and ours to write.
+    pub(super) unsafe fn swap(&self, stream: &Stream, values: Run, others: Run) -> GroupResult<()> {
+        let elems = values.elems.min(others.elems) as u64;
+        if elems == 0 {
+            return Ok(());
+        }
+        let arguments =
+            &mut [Argument::new(&values.address), Argument::new(&others.address), Argument::new(&elems)];
+        // SAFETY: in the kernel's order. The rest is the caller's promise.
+        unsafe { self.swap.launch(stream, blocks(elems), THREADS, arguments) }
     }
 
     /// Partial sums that `elems` elements have.

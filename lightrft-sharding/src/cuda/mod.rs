@@ -52,7 +52,10 @@
 mod gpu;
 mod kernels;
 mod lanes;
+mod operations;
 mod program;
+#[cfg(test)]
+mod tests;
 mod units;
 mod values;
 

@@ -3,13 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use lightrft_collectives::{Communicator, Device, DeviceMesh, DeviceMut};
+use lightrft_collectives::{Communicator, Device, DeviceMut};
 
 use super::gpu::{Gpu, misplaced};
 use super::kernels::Run;
 use super::values::{GpuValues, precision};
 use crate::buffers::{FullUnit, Lease};
-use crate::compute::{StageGrads, StagedModel};
+use crate::compute::{Slot, StageGrads, StagedModel};
 use crate::error::{Error, Result};
 use crate::exchange::Bucket;
 use crate::model::ShardedModel;
@@ -113,31 +113,8 @@ impl<M: StagedModel<Gpu>> ShardedModel<M, Gpu> {
     /// # Errors
     /// Those of [`new`](ShardedModel::new), and of [`ShardedUnits::on_gpu`].
     pub fn on_gpu(model: M, world: Arc<dyn Communicator>, gpu: &Gpu, policy: Policy) -> Result<Self> {
-        Self::on_gpus(model, (world, None), gpu, &policy)
-    }
-
-    /// As [`on_gpu`](Self::on_gpu), on a mesh of the caller's: see [`ShardedUnits::on_mesh`]. *Collective.*
-    ///
-    /// # Errors
-    /// As there.
-    pub fn on_mesh_of_gpus(
-        model: M,
-        world: Arc<dyn Communicator>,
-        mesh: &DeviceMesh,
-        gpu: &Gpu,
-        policy: Policy,
-    ) -> Result<Self> {
-        Self::on_gpus(model, (world, Some(mesh)), gpu, &policy)
-    }
-
-    fn on_gpus(
-        model: M,
-        (world, mesh): (Arc<dyn Communicator>, Option<&DeviceMesh>),
-        gpu: &Gpu,
-        policy: &Policy,
-    ) -> Result<Self> {
         let checked = gpu.check_group(&*world);
-        Self::cut(gpu.clone(), model, checked, (world, mesh), policy)
+        Self::cut(gpu.clone(), model, checked, (world, None), &policy)
     }
 }
 
@@ -157,7 +134,7 @@ impl StageGrads<'_, Gpu> {
             return Err(misplaced("the gradient", got, "F32, BF16 or F16".to_owned()));
         };
         let from = Run { precision, address: gradient.pointer(), elems: gradient.len() };
-        if let Some((values, range, how)) = self.place(unit, param, gradient.len())? {
+        if let Some(Slot { values, range, how }) = self.place(unit, param, gradient.len())? {
             memory.take_in(values, range, from, how).map_err(Error::device("add a gradient on a GPU"))?;
         }
         Ok(())

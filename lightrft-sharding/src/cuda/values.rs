@@ -19,17 +19,15 @@ use crate::precision::Precision;
 /// them before.
 #[derive(Debug)]
 pub struct GpuValues {
-    place: Place,
+    /// `None` while the values lie in pinned memory.
+    memory: Option<DeviceMemory>,
+    /// Where they lie while they are away. Kept when they have come back, since to pin memory takes far longer than to
+    /// copy to it, and they will go again.
+    pinned: Option<Pinned>,
     precision: Precision,
     /// Elements that count; the memory may have more.
     elems: usize,
     stream: Stream,
-}
-
-#[derive(Debug)]
-enum Place {
-    Gpu(DeviceMemory),
-    Host(Pinned),
 }
 
 /// The element type's name in the collectives.
@@ -55,7 +53,7 @@ impl GpuValues {
     /// `elems` elements of any value.
     pub(super) fn unset(stream: &Stream, precision: Precision, elems: usize) -> GroupResult<Self> {
         let memory = DeviceMemory::unset(stream, dtype(precision), elems)?;
-        Ok(Self { place: Place::Gpu(memory), precision, elems, stream: stream.clone() })
+        Ok(Self { memory: Some(memory), pinned: None, precision, elems, stream: stream.clone() })
     }
 
     /// The type of the elements.
@@ -107,8 +105,8 @@ impl GpuValues {
 
     /// Where a range lies and how many elements it has: none where they are not all there.
     fn part(&self, range: Range<usize>) -> (u64, usize) {
-        match &self.place {
-            Place::Gpu(memory) if range.start <= range.end && range.end <= self.elems => {
+        match &self.memory {
+            Some(memory) if range.start <= range.end && range.end <= self.elems => {
                 (memory.pointer() + (range.start * self.precision.bytes()) as u64, range.len())
             }
             _ => (0, 0),
@@ -122,7 +120,7 @@ impl GpuValues {
     pub(super) fn run(&self, range: Range<usize>) -> GroupResult<Run> {
         let (address, elems) = self.part(range.clone());
         if elems != range.len() {
-            let there = if matches!(self.place, Place::Gpu(_)) { self.elems } else { 0 };
+            let there = self.memory.as_ref().map_or(0, |_| self.elems);
             let message = format!("elements {range:?} of {there} were asked for");
             let ordinal = self.ordinal();
             return Err(CollectiveError::Cuda { doing: "use a buffer", ordinal, code: 1, message });
@@ -130,58 +128,63 @@ impl GpuValues {
         Ok(Run { precision: self.precision, address, elems })
     }
 
-    /// Pinned memory of the host as large as what it holds of the GPU's, with a copy of that on its way there.
-    pub(super) fn begin_eviction(&self) -> GroupResult<Option<Pinned>> {
-        let Place::Gpu(memory) = &self.place else { return Ok(None) };
+    /// Enqueues a copy to pinned memory, where they are not there.
+    pub(super) fn begin_eviction(&mut self) -> GroupResult<()> {
         let bytes = self.elems * self.precision.bytes();
-        if bytes == 0 {
-            return Ok(None);
-        }
-        let pinned = Pinned::new(&self.stream, bytes)?;
+        let Some(memory) = self.memory.as_ref().filter(|_| bytes > 0) else { return Ok(()) };
+        let pinned = match self.pinned.take() {
+            Some(pinned) if pinned.bytes == bytes => pinned,
+            _ => Pinned::new(&self.stream, bytes)?,
+        };
+        let address = self.pinned.insert(pinned).address;
         let (gpu, stream) = (self.stream.gpu(), self.stream.handle().0);
-        // SAFETY: as many bytes on both sides; nobody uses the pinned ones before the stream has come here, which its owner
-        // waits for, or forgets it.
-        unsafe { gpu.download_pinned(pinned.address, memory.pointer(), bytes, stream)? };
-        Ok(Some(pinned))
+        // SAFETY: as many bytes on both sides; nobody uses the pinned ones before the stream has come here, which whoever
+        // calls this waits for, or has them kept for ever.
+        unsafe { gpu.download_pinned(address, memory.pointer(), bytes, stream) }
     }
 
     /// Memory of the GPU for what lies in pinned memory, with a copy of that on its way there.
     pub(super) fn begin_restoration(&self) -> GroupResult<Option<DeviceMemory>> {
-        let Place::Host(pinned) = &self.place else { return Ok(None) };
+        let Some(pinned) = self.pinned.as_ref().filter(|_| self.memory.is_none()) else { return Ok(None) };
         let memory = DeviceMemory::unset(&self.stream, dtype(self.precision), self.elems)?;
         let (gpu, stream) = (self.stream.gpu(), self.stream.handle().0);
-        // SAFETY: as many bytes on both sides; the pinned ones stay until the stream has come here.
+        // SAFETY: as many bytes on both sides; the pinned ones stay until the stream has come here, as above.
         unsafe { gpu.upload_pinned(memory.pointer(), pinned.address, pinned.bytes, stream)? };
         Ok(Some(memory))
     }
 
-    /// Gives up the memory of the GPU for `pinned`, which has the values. The bytes that are given up.
-    pub(super) fn move_to_host(&mut self, pinned: Pinned) -> usize {
+    /// Gives up the memory of the GPU, once the pinned memory has the values. The bytes that are given up.
+    pub(super) fn leave(&mut self) -> usize {
         let bytes = self.capacity_bytes();
-        self.place = Place::Host(pinned);
+        if bytes > 0 {
+            self.memory = None;
+        }
         bytes
     }
 
-    /// Gives up the pinned memory for `memory`, which has the values. The bytes that are taken.
-    pub(super) fn move_to_gpu(&mut self, memory: DeviceMemory) -> usize {
-        self.place = Place::Gpu(memory);
+    /// The values are in `memory`. The bytes that are taken.
+    pub(super) fn come_back(&mut self, memory: DeviceMemory) -> usize {
+        self.memory = Some(memory);
         self.capacity_bytes()
+    }
+
+    /// The GPU may be at work on the pinned memory, and nobody knows until when: it is never freed.
+    pub(super) fn keep_pinned_for_ever(&mut self) {
+        if let Some(pinned) = &mut self.pinned {
+            pinned.is_free = false;
+        }
     }
 
     /// The f32 values while they lie in pinned memory.
     pub(super) fn on_host(&self) -> Option<&[f32]> {
-        match &self.place {
-            Place::Host(pinned) => Some(bytemuck::cast_slice(pinned.bytes())),
-            Place::Gpu(_) => None,
-        }
+        let pinned = self.pinned.as_ref().filter(|_| self.memory.is_none());
+        pinned.map(|pinned| bytemuck::cast_slice(pinned.bytes()))
     }
 
     /// As [`on_host`](Self::on_host), to be overwritten.
     pub(super) fn on_host_mut(&mut self) -> Option<&mut [f32]> {
-        match &mut self.place {
-            Place::Host(pinned) => Some(bytemuck::cast_slice_mut(pinned.bytes_mut())),
-            Place::Gpu(_) => None,
-        }
+        let pinned = self.pinned.as_mut().filter(|_| self.memory.is_none());
+        pinned.map(|pinned| bytemuck::cast_slice_mut(pinned.bytes_mut()))
     }
 }
 
@@ -195,10 +198,7 @@ impl Values for GpuValues {
     }
 
     fn capacity_bytes(&self) -> usize {
-        match &self.place {
-            Place::Gpu(memory) => memory.len() * self.precision.bytes(),
-            Place::Host(_) => 0,
-        }
+        self.memory.as_ref().map_or(0, |memory| memory.len() * self.precision.bytes())
     }
 
     fn resize(&mut self, elems: usize) {
@@ -207,9 +207,11 @@ impl Values for GpuValues {
 }
 
 /// Memory of the host that the GPU copies from and to by itself.
-pub(super) struct Pinned {
+struct Pinned {
     address: *mut c_void,
     bytes: usize,
+    /// Whether no copy can be under way any more when it is dropped.
+    is_free: bool,
     stream: Stream,
 }
 
@@ -226,7 +228,8 @@ impl fmt::Debug for Pinned {
 
 impl Pinned {
     fn new(stream: &Stream, bytes: usize) -> GroupResult<Self> {
-        Ok(Self { address: stream.gpu().allocate_pinned(bytes)?, bytes, stream: stream.clone() })
+        let address = stream.gpu().allocate_pinned(bytes)?;
+        Ok(Self { address, bytes, is_free: true, stream: stream.clone() })
     }
 
     fn bytes(&self) -> &[u8] {
@@ -243,7 +246,9 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: allocated by `new`; copies from and to it are over, or it is forgotten.
-        unsafe { self.stream.gpu().free_pinned(self.address) };
+        if self.is_free {
+            // SAFETY: allocated by `new`; copies from and to it are over.
+            unsafe { self.stream.gpu().free_pinned(self.address) };
+        }
     }
 }

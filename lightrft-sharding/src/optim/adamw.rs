@@ -12,7 +12,7 @@ use super::norm::{GradNorm, grad_norm};
 use crate::error::{Error, Result};
 use crate::flat::FlatUnit;
 use crate::host::{HostMemory, adamw_and_copy};
-use crate::memory::{AdamWork, Memory, Values as _};
+use crate::memory::{AdamWork, Memory, ShardRuns, Values as _};
 use crate::plan::Plan;
 use crate::precision::Precision;
 use crate::unit::{Mode, ShardedUnits};
@@ -130,13 +130,17 @@ impl<Mem: Memory> AdamW<Mem> {
             return Err(Error::Frozen { unit: unit.name().to_owned() });
         }
         let memory = units.memory.clone();
-        let state = |unit: &FlatUnit| -> Result<_> {
-            let elems = unit.trainable_shard_elems();
-            let zeros = || memory.zeros(Precision::F32, elems);
-            let runs = memory.runs(runs(unit, units.rank(), &rule), elems)?;
+        let shards = plan.units().iter();
+        let runs_of = |unit: &FlatUnit| ShardRuns {
+            runs: runs(unit, units.rank(), &rule),
+            elems: unit.trainable_shard_elems(),
+        };
+        let runs = memory.runs(shards.clone().map(runs_of).collect())?;
+        let state = |(unit, runs): (&FlatUnit, _)| -> Result<_> {
+            let zeros = || memory.zeros(Precision::F32, unit.trainable_shard_elems());
             Ok(UnitState { exp_avg: zeros()?, exp_avg_sq: zeros()?, runs })
         };
-        let states = plan.units().iter().map(state).collect::<Result<_>>()?;
+        let states = shards.zip(runs).map(state).collect::<Result<_>>()?;
         Ok(Self {
             memory,
             config,
@@ -245,6 +249,12 @@ impl<Mem: Memory> AdamW<Mem> {
         self.states.get(unit).map(|state| (&state.exp_avg, &state.exp_avg_sq))
     }
 
+    /// What its state consists of, and in which memory.
+    pub(crate) fn values_mut(&mut self) -> (&Mem, Vec<&mut Mem::Values>) {
+        let states = self.states.iter_mut();
+        (&self.memory, states.flat_map(|state| [&mut state.exp_avg, &mut state.exp_avg_sq]).collect())
+    }
+
     /// Both means of every unit, to be overwritten.
     pub(crate) fn state_mut(&mut self) -> impl Iterator<Item = (&mut Mem::Values, &mut Mem::Values)> + '_ {
         self.states.iter_mut().map(|state| (&mut state.exp_avg, &mut state.exp_avg_sq))
@@ -260,9 +270,8 @@ impl<Mem: Memory> AdamW<Mem> {
     }
 
     pub(crate) fn check_plan(&self, units: &ShardedUnits<Mem>) -> Result<()> {
-        let foreign = super::foreign(&self.plan, self.rank, units);
-        let elsewhere = || (!self.memory.is(&units.memory)).then(|| "it lies in other memory".to_owned());
-        foreign.or_else(elsewhere).map_or(Ok(()), |what| Err(Error::ForeignOptimizer { what }))
+        let foreign = super::foreign(&self.memory, &self.plan, self.rank, units);
+        foreign.map_or(Ok(()), |what| Err(Error::ForeignOptimizer { what }))
     }
 
     fn scalars(&self, steps: u64, lr: f64, clip_factor: f32) -> Scalars {

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::kernel;
 use crate::error::{BoxError, Error, Result};
 use crate::flat::FlatParam;
+use crate::host::HostMemory;
+use crate::memory::{Memory, Values as _};
 use crate::plan::Plan;
-use crate::state::{StateKind, StatePart};
+use crate::precision::{Combine, Precision};
+use crate::state::{StateKind, StatePart, parts};
 use crate::unit::{ShardedUnits, read_parts};
 
 /// How an average follows its parameters.
@@ -51,23 +53,27 @@ pub struct EmaCounters {
 ///
 /// Nothing is gathered and nothing is sent: an average of shards is the shard of the average, bit for bit, whatever is
 /// cut. (Where DeepSpeed cuts parameters, an average that is written through gathered parameters is lost.)
+///
+/// It lies in the memory of the units it is made for, and follows them there.
 #[derive(Debug)]
-pub struct Ema {
+pub struct Ema<Mem: Memory = HostMemory> {
+    memory: Mem,
     config: EmaConfig,
     plan: Arc<Plan>,
     rank: usize,
-    averages: Vec<Vec<f32>>,
+    averages: Vec<Mem::Values>,
     /// Whether this rank saves a unit's: of ranks that hold the same, one does.
     saves: Vec<bool>,
     counters: EmaCounters,
+    pub(crate) offloaded: bool,
 }
 
-impl Ema {
+impl<Mem: Memory> Ema<Mem> {
     /// An average that begins at the units' parameters as they are now.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`].
-    pub fn new(config: EmaConfig, units: &ShardedUnits) -> Result<Self> {
+    /// [`Error::InvalidSetting`], [`Error::Offloaded`].
+    pub fn new(config: EmaConfig, units: &ShardedUnits<Mem>) -> Result<Self> {
         let EmaConfig { beta, every } = config;
         if !(0.0..=1.0).contains(&beta) {
             let expected = "at least 0 and at most 1";
@@ -77,18 +83,23 @@ impl Ema {
             return Err(Error::InvalidSetting { setting: "every", value: 0.0, expected: "at least 1" });
         }
         let plan = Arc::clone(units.plan());
-        let all = 0..plan.units().len();
-        let averages = all.clone().map(|unit| Ok(learning(units, unit)?.to_vec())).collect::<Result<_>>()?;
-        let saves = all.map(|unit| units.speaks_for(unit)).collect::<Result<_>>()?;
-        Ok(Self { config, plan, rank: units.rank(), averages, saves, counters: EmaCounters::default() })
+        let memory = units.memory.clone();
+        let elems = plan.units().iter().map(|unit| unit.trainable_shard_elems());
+        let averages = elems.map(|elems| memory.unset(Precision::F32, elems)).collect::<Result<_>>()?;
+        let saves = (0..plan.units().len()).map(|unit| units.speaks_for(unit)).collect::<Result<_>>()?;
+        let (rank, counters) = (units.rank(), EmaCounters::default());
+        let mut average = Self { memory, config, plan, rank, averages, saves, counters, offloaded: false };
+        average.copy_from(units)?;
+        Ok(average)
     }
 
     /// Counts the call and, when it is the turn, moves the average towards the parameters. Call it after an optimizer
     /// step. Not collective.
     ///
     /// # Errors
-    /// [`Error::ForeignAverage`] for units of another plan or rank.
-    pub fn update(&mut self, units: &ShardedUnits) -> Result<EmaUpdate> {
+    /// [`Error::ForeignAverage`] for units of another plan, rank or memory; [`Error::AverageOffloaded`], and
+    /// [`Error::Offloaded`] for parameters that have left their device.
+    pub fn update(&mut self, units: &ShardedUnits<Mem>) -> Result<EmaUpdate> {
         self.check_plan(units)?;
         self.counters.calls += 1;
         if !self.counters.calls.is_multiple_of(self.config.every) {
@@ -96,8 +107,8 @@ impl Ema {
         }
         // As average + (1 - beta)(parameter - average), which leaves an average that equals its parameter as it is.
         let weight = (1.0 - self.config.beta) as f32;
-        for (unit, average) in self.averages.iter_mut().enumerate() {
-            kernel::blend(average, learning(units, unit)?, weight);
+        for (average, store) in self.averages.iter_mut().zip(&units.stores) {
+            self.memory.blend(average, &store.param, weight)?;
         }
         self.counters.updates += 1;
         Ok(EmaUpdate::Applied)
@@ -106,11 +117,12 @@ impl Ema {
     /// Begins anew at the units' parameters. The counters stay. Not collective.
     ///
     /// # Errors
-    /// [`Error::ForeignAverage`].
-    pub fn copy_from(&mut self, units: &ShardedUnits) -> Result<()> {
+    /// As [`update`](Self::update).
+    pub fn copy_from(&mut self, units: &ShardedUnits<Mem>) -> Result<()> {
         self.check_plan(units)?;
-        for (unit, average) in self.averages.iter_mut().enumerate() {
-            average.copy_from_slice(learning(units, unit)?);
+        for (average, store) in self.averages.iter_mut().zip(&units.stores) {
+            let all = 0..average.len();
+            self.memory.combine(average, all.clone(), &store.param, all, Combine::Set)?;
         }
         Ok(())
     }
@@ -119,11 +131,14 @@ impl Ema {
     /// is evaluated or exported. What the plan says is frozen stays as it is there. Not collective, but every rank must do it.
     ///
     /// # Errors
-    /// [`Error::ForeignAverage`].
-    pub fn copy_to(&self, units: &mut ShardedUnits) -> Result<()> {
+    /// As [`update`](Self::update).
+    pub fn copy_to(&self, units: &mut ShardedUnits<Mem>) -> Result<()> {
         self.check_plan(units)?;
-        for (average, param) in self.averages.iter().zip(units.param_shards_mut()) {
-            param[..average.len()].copy_from_slice(average);
+        units.params_changed();
+        for (average, store) in self.averages.iter().zip(&mut units.stores) {
+            let all = 0..average.len();
+            let param = Mem::to_change(&mut store.param)?;
+            self.memory.combine(param, all.clone(), average, all, Combine::Set)?;
         }
         Ok(())
     }
@@ -132,11 +147,12 @@ impl Ema {
     /// more to go on training. Needs no memory. Not collective, but every rank must do it.
     ///
     /// # Errors
-    /// [`Error::ForeignAverage`].
-    pub fn swap(&mut self, units: &mut ShardedUnits) -> Result<()> {
+    /// As [`update`](Self::update).
+    pub fn swap(&mut self, units: &mut ShardedUnits<Mem>) -> Result<()> {
         self.check_plan(units)?;
-        for (average, param) in self.averages.iter_mut().zip(units.param_shards_mut()) {
-            param[..average.len()].swap_with_slice(average);
+        units.params_changed();
+        for (average, store) in self.averages.iter_mut().zip(&mut units.stores) {
+            self.memory.swap(average, Mem::to_change(&mut store.param)?)?;
         }
         Ok(())
     }
@@ -156,33 +172,38 @@ impl Ema {
         self.counters = counters;
     }
 
-    /// This rank's shard of a unit's average: the first of the shard of the parameters, of those that learn.
-    pub fn average(&self, unit: usize) -> Option<&[f32]> {
-        self.averages.get(unit).map(Vec::as_slice)
-    }
-
-    /// Bytes held: 4 for each element of the shard that learns.
+    /// Bytes held: 4 for each element of the shard that learns. None while it is offloaded from a device.
     pub fn persistent_bytes(&self) -> usize {
-        self.averages.iter().map(Vec::capacity).sum::<usize>() * size_of::<f32>()
+        self.averages.iter().map(|average| average.capacity_bytes()).sum()
     }
 
-    /// Every part that this rank must save, as [`state_parts`](crate::state_parts) gives those of the parameters. Beside
-    /// them save [`counters`](Self::counters).
-    pub fn state_parts(&self) -> Vec<StatePart<'_>> {
-        let units = self.plan.units().iter().zip(&self.averages).enumerate();
-        let saved = units.zip(&self.saves).filter_map(|(unit, saves)| saves.then_some(unit));
-        let parts = saved.flat_map(|(index, (unit, average))| {
-            unit.trainable_parts(self.rank).filter_map(move |(param, owned)| {
-                Some(StatePart {
-                    kind: StateKind::Ema,
-                    unit: index,
-                    param: &unit.params()[param],
-                    range: owned.param,
-                    values: average.get(owned.shard)?,
-                })
-            })
-        });
-        parts.collect()
+    /// Shows every part that this rank must save to `visit`, wherever it lies, as [`visit_state`](crate::visit_state) shows
+    /// those of the parameters. Beside them save [`counters`](Self::counters).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn visit_state<E: Into<BoxError>>(
+        &self,
+        mut visit: impl FnMut(StatePart<'_>) -> Result<(), E>,
+    ) -> Result<()> {
+        for (unit, average) in self.saved() {
+            self.memory
+                .read(average, |average| {
+                    let mut parts = parts(&self.plan, self.rank, (StateKind::Ema, unit), average);
+                    parts.try_for_each(&mut visit)
+                })?
+                .map_err(|source| Error::Visit {
+                    unit: self.plan.units()[unit].name().to_owned(),
+                    source: source.into(),
+                })?;
+        }
+        Ok(())
+    }
+
+    /// The averages that this rank saves, and of which unit each is.
+    fn saved(&self) -> impl Iterator<Item = (usize, &Mem::Values)> {
+        let units = self.averages.iter().enumerate().zip(&self.saves);
+        units.filter_map(|(unit, saves)| saves.then_some(unit))
     }
 
     /// Fills this rank's part of the average from `read`, as [`load_state`](crate::load_state) fills the parameters.
@@ -195,20 +216,76 @@ impl Ema {
         mut read: impl FnMut(&FlatParam, Range<usize>, &mut [f32]) -> Result<(), E>,
     ) -> Result<()> {
         for (unit, average) in self.plan.units().iter().zip(&mut self.averages) {
-            read_parts(unit, self.rank, StateKind::Ema, average, &mut read)?;
+            let into = |shard: &mut [f32]| read_parts(unit, self.rank, StateKind::Ema, shard, &mut read);
+            self.memory.overwrite(average, into)?;
         }
         Ok(())
     }
 
-    fn check_plan(&self, units: &ShardedUnits) -> Result<()> {
-        let foreign = super::foreign(&self.plan, self.rank, units);
-        foreign.map_or(Ok(()), |what| Err(Error::ForeignAverage { what }))
+    fn check_plan(&self, units: &ShardedUnits<Mem>) -> Result<()> {
+        let foreign = super::foreign(&self.memory, &self.plan, self.rank, units);
+        foreign.map_or(Ok(()), |what| Err(Error::ForeignAverage { what }))?;
+        if self.offloaded {
+            return Err(Error::AverageOffloaded);
+        }
+        units.check_here()
+    }
+
+    /// What it consists of, and in which memory.
+    pub(crate) fn values_mut(&mut self) -> (&Mem, Vec<&mut Mem::Values>) {
+        (&self.memory, self.averages.iter_mut().collect())
     }
 }
 
-/// This rank's shard of a unit's parameters, those that learn.
-fn learning(units: &ShardedUnits, unit: usize) -> Result<&[f32]> {
-    let elems = units.plan().unit(unit)?.trainable_shard_elems();
-    let shard = units.param(unit)?;
-    Ok(shard.get(..elems).unwrap_or(shard))
+impl Ema {
+    /// This rank's shard of a unit's average: the first of the shard of the parameters, of those that learn.
+    pub fn average(&self, unit: usize) -> Option<&[f32]> {
+        self.averages.get(unit).map(|average| average.f32())
+    }
+
+    /// Every part that this rank must save, as [`state_parts`](crate::state_parts) gives those of the parameters. Beside
+    /// them save [`counters`](Self::counters).
+    pub fn state_parts(&self) -> Vec<StatePart<'_>> {
+        let of = |unit| (StateKind::Ema, unit);
+        let saved = self.saved();
+        saved.flat_map(|(unit, average)| parts(&self.plan, self.rank, of(unit), average.f32())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use lightrft_collectives::Single;
+
+    use super::*;
+    use crate::{Mode, Offload as _, ParamSpec, UnitSpec};
+
+    #[test]
+    fn an_average_that_is_offloaded_is_saved_and_loaded_but_not_moved() {
+        let unit = UnitSpec::new("u", [ParamSpec::new("w", [3])]);
+        let plan = Arc::new(Plan::new(vec![unit], 1).unwrap());
+        let mut units = ShardedUnits::new(plan, Single::world(), Mode::Train).unwrap();
+        let mut average = Ema::new(EmaConfig::lightrft(1), &units).unwrap();
+        let report = average.offload().unwrap();
+        assert_eq!((report.bytes, report.kept_bytes, average.is_offloaded()), (0, 12, true));
+        assert!(matches!(average.update(&units), Err(Error::AverageOffloaded)));
+        assert!(matches!(average.swap(&mut units), Err(Error::AverageOffloaded)));
+        assert_eq!(average.counters().calls, 0);
+        let twos = |_: &FlatParam, _, out: &mut [f32]| {
+            out.fill(2.0);
+            Ok::<_, Infallible>(())
+        };
+        average.load_state(twos).unwrap();
+        let mut seen = 0.0;
+        let add = |part: StatePart<'_>| {
+            seen += part.values.iter().sum::<f32>();
+            Ok::<_, Infallible>(())
+        };
+        average.visit_state(add).unwrap();
+        assert_eq!(seen, 6.0);
+        average.reload().unwrap();
+        average.copy_to(&mut units).unwrap();
+        assert_eq!(units.param(0).unwrap(), [2.0; 3]);
+    }
 }

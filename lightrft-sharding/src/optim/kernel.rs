@@ -238,7 +238,7 @@ pub(super) fn blend_slices(average: &mut [f32], value: &[f32], weight: f32) {
 }
 
 /// [`blend_slices`], on rayon's threads where there is enough of both.
-pub(super) fn blend(average: &mut [f32], value: &[f32], weight: f32) {
+pub(crate) fn blend(average: &mut [f32], value: &[f32], weight: f32) {
     let vectors = Vectors::widest();
     if average.len() < PARALLEL || rayon::current_num_threads() == 1 {
         return simd::blend(vectors, average, value, weight);

@@ -17,17 +17,25 @@ use crate::unit::ShardedUnits;
 pub use adamw::{AdamW, AdamWConfig, AdamWCounters, StepReport, Update};
 pub use decay::{Decay, decay_by_name};
 pub use ema::{Ema, EmaConfig, EmaCounters, EmaUpdate};
-pub(crate) use kernel::Scalars;
-pub(crate) use kernel::step_on_host;
+pub(crate) use kernel::{Scalars, blend, step_on_host};
 pub use narrow::CopyOut;
 pub(crate) use narrow::Narrow;
 pub(crate) use norm::sum_of_squares;
 pub use norm::{GradNorm, grad_norm, loss_scale};
 
-/// How units are other than those that a state was made for, with this plan and rank; `None` if they are not.
-fn foreign<Mem: Memory>(plan: &Arc<Plan>, rank: usize, units: &ShardedUnits<Mem>) -> Option<String> {
+/// How units are other than those that a state was made for, in this memory, with this plan and rank; `None` if they are
+/// not.
+fn foreign<Mem: Memory>(
+    memory: &Mem,
+    plan: &Arc<Plan>,
+    rank: usize,
+    units: &ShardedUnits<Mem>,
+) -> Option<String> {
     if rank != units.rank() {
         return Some(format!("it is of rank {rank}, the units are of rank {}", units.rank()));
+    }
+    if !memory.is(&units.memory) {
+        return Some("it lies in other memory".to_owned());
     }
     if Arc::ptr_eq(plan, units.plan()) || plan == units.plan() {
         return None;

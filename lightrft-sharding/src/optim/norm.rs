@@ -57,25 +57,33 @@ impl GradNorm {
 pub fn grad_norm<'a, Mem: Memory>(
     models: impl IntoIterator<Item = &'a mut ShardedUnits<Mem>>,
 ) -> Result<GradNorm> {
-    let mut sums: Vec<(Mem, Arc<dyn Communicator>, Option<Mem::Squares>)> = Vec::new();
+    let mut sums: Vec<GroupSum<Mem>> = Vec::new();
     for units in models {
         units.sync_gradients()?;
         let (memory, group) = (&units.memory, units.communicator());
-        let found = sums.iter_mut().find(|(its, other, _)| its.is(memory) && other.ranks() == group.ranks());
-        match found {
-            Some((_, _, sum)) => *sum = Some(memory.squares(sum.take(), &units.grads())?),
-            None => {
-                let sum = memory.squares(None, &units.grads())?;
-                sums.push((memory.clone(), Arc::clone(group), Some(sum)));
-            }
+        let same = |sum: &&mut GroupSum<Mem>| sum.memory.is(memory) && sum.group.ranks() == group.ranks();
+        match sums.iter_mut().find(same) {
+            Some(sum) => sum.squares = Some(memory.squares(sum.squares.take(), &units.grads())?),
+            None => sums.push(GroupSum {
+                memory: memory.clone(),
+                group: Arc::clone(group),
+                squares: Some(memory.squares(None, &units.grads())?),
+            }),
         }
     }
     let mut total = 0.0;
-    for (memory, group, sum) in sums {
+    for GroupSum { memory, group, squares } in sums {
         let failed = Error::collective("gradient norm", "all units");
-        total += sum.map_or(Ok(0.0), |sum| memory.total(sum, &*group)).map_err(failed)?;
+        total += squares.map_or(Ok(0.0), |squares| memory.total(squares, &*group)).map_err(failed)?;
     }
     Ok(GradNorm(total.sqrt() as f32))
+}
+
+/// The squares of models that are cut over one group and lie in one memory.
+struct GroupSum<Mem: Memory> {
+    memory: Mem,
+    group: Arc<dyn Communicator>,
+    squares: Option<Mem::Squares>,
 }
 
 /// What a rank multiplies the loss of a micro-batch by, so that the gradients that add up over `accumulation_steps`

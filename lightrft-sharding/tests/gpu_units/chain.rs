@@ -1,6 +1,6 @@
 //! A model that is the same, bit for bit, on the host and on a GPU: each layer scales its columns and adds a bias, and the head
 //! uses the first layer's scale again.
-#![allow(unreachable_pub, dead_code)]
+#![allow(unsafe_code, unreachable_pub, dead_code, clippy::unwrap_used, clippy::panic)]
 
 use std::convert::Infallible;
 
@@ -101,8 +101,10 @@ impl OnHost {
         let columns = 0..self.0.width;
         let of_weight: Vec<f32> = columns.clone().map(|c| self.sum_rows(|i| input[i] * grad[i], c)).collect();
         grads.add(unit, 0, &of_weight)?;
-        let of_bias = grads.slice_mut(unit, 1)?;
-        columns.for_each(|c| of_bias[c] += self.sum_rows(|i| grad[i], c));
+        if grads.wants(unit, 1)? {
+            let of_bias = grads.slice_mut(unit, 1)?;
+            columns.for_each(|c| of_bias[c] += self.sum_rows(|i| grad[i], c));
+        }
         Ok(grad.iter().zip(weight.iter().cycle()).map(|(g, w)| g * w).collect())
     }
 }
@@ -349,7 +351,9 @@ impl StagedModel<Gpu> for OnGpu {
             grad = self.map(&self.scale, &grad, tied)?;
         }
         grads.add(last, 0, device(&self.sum_of_products(input, &grad)?))?;
-        self.sum(grads.device_mut(last, 1)?.pointer(), None, &grad)?;
+        if grads.wants(last, 1)? {
+            self.sum(grads.device_mut(last, 1)?.pointer(), None, &grad)?;
+        }
         Ok(Some(self.map(&self.scale, &grad, own)?))
     }
 }
