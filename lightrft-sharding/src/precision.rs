@@ -9,15 +9,19 @@ use serde::{Deserialize, Serialize};
 use crate::optim::Narrow;
 
 /// A floating-point type that parameters are computed in, or gradients summed in. Master parameters are always f32.
+/// Written `f32`, `bf16`, `f16`; DeepSpeed's and torch's names are read, too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// IEEE single precision: 4 bytes.
     #[default]
+    #[serde(alias = "fp32", alias = "float32")]
     F32,
     /// The upper half of an f32, rounded to nearest even: 2 bytes, 8 bits of precision, f32's range.
+    #[serde(alias = "bfloat16")]
     Bf16,
     /// IEEE half precision: 2 bytes, 11 bits of precision, up to 65,504.
+    #[serde(alias = "fp16", alias = "float16")]
     F16,
 }
 

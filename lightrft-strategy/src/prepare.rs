@@ -8,11 +8,11 @@ use lightrft_ckpt::{Region, SafetensorsFile};
 use lightrft_collectives::Communicator;
 use lightrft_engine::Engine;
 use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, ModelError, Settings, weight_files};
-use lightrft_sharding::{AdamW, AdamWConfig, Mode, Policy, ShardedModel, Stage};
+use lightrft_sharding::{AdamW, AdamWConfig, Policy, Precision, ShardedModel};
 use safetensors::Dtype;
 
 use crate::config::{EngineType, StrategyConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::CausalLm;
 
 /// A policy that trains: sharded parameters and gradients, and the optimizer over this rank's shards.
@@ -34,24 +34,37 @@ pub struct Reference {
 }
 
 pub(crate) fn actor(config: &StrategyConfig, world: &Arc<dyn Communicator>, folder: &Path) -> Result<Actor> {
-    let stage = Stage::try_from(config.zero_stage)?;
-    let model = load(world, folder, Policy { stage, ..Policy::default() })?;
+    let decoder = DecoderConfig::from_folder(folder)?;
+    check_frozen(config, &decoder)?;
+    let model = load(config, world, folder, decoder, config.actor_policy()?)?;
     let optimizer = optimizer(config, &model)?;
     Ok(Actor { model, optimizer, accumulated: 0 })
 }
 
-/// Cut where the policy's parameters are, whole on every rank where they are not, as LightRFT has it.
 pub(crate) fn reference(
     config: &StrategyConfig,
     world: &Arc<dyn Communicator>,
     folder: &Path,
 ) -> Result<Reference> {
-    let stage = match Stage::try_from(config.zero_stage)? {
-        Stage::Zero3 => Stage::Zero3,
-        _ => Stage::Zero0,
-    };
-    let policy = Policy { mode: Mode::Frozen, stage, ..Policy::default() };
-    Ok(Reference { model: load(world, folder, policy)? })
+    let decoder = DecoderConfig::from_folder(folder)?;
+    Ok(Reference { model: load(config, world, folder, decoder, config.reference_policy()?)? })
+}
+
+/// A prefix that freezes nothing is a mistake in it, and so is one that freezes everything.
+fn check_frozen(config: &StrategyConfig, decoder: &DecoderConfig) -> Result<()> {
+    let names: Vec<String> =
+        decoder.parameter_groups().into_iter().flat_map(|g| g.parameters).map(|p| p.name).collect();
+    let fields = || format!("freeze_prefix = {:?}", config.freeze_prefix);
+    if let Some(prefix) =
+        config.freeze_prefix.iter().find(|prefix| !names.iter().any(|name| name.starts_with(prefix.as_str())))
+    {
+        return Err(Error::config(fields(), format!("no parameter's name begins with {prefix:?}")));
+    }
+    let is_frozen = |name: &String| config.freeze_prefix.iter().any(|prefix| name.starts_with(prefix));
+    if names.iter().all(is_frozen) {
+        return Err(Error::config(fields(), "no parameter is left to learn"));
+    }
+    Ok(())
 }
 
 pub(crate) fn engine(
@@ -86,9 +99,19 @@ fn optimizer(config: &StrategyConfig, model: &ShardedModel<CausalLm>) -> Result<
     Ok(AdamW::new(settings, model.units())?)
 }
 
-fn load(world: &Arc<dyn Communicator>, folder: &Path, policy: Policy) -> Result<ShardedModel<CausalLm>> {
-    let config = DecoderConfig::from_folder(folder)?;
-    let decoder = Decoder::new(config, DType::F32, &Device::Cpu)?;
+fn load(
+    config: &StrategyConfig,
+    world: &Arc<dyn Communicator>,
+    folder: &Path,
+    decoder: DecoderConfig,
+    policy: Policy,
+) -> Result<ShardedModel<CausalLm>> {
+    let dtype = match config.compute_dtype {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+        Precision::F16 => DType::F16,
+    };
+    let decoder = Decoder::new(decoder, dtype, &Device::Cpu)?;
     let mut model = ShardedModel::new(CausalLm::new(decoder), Arc::clone(world), policy)?;
     let files = ModelFiles::open(folder, model.model().decoder().config())?;
     model.units_mut().load(|param, range, into| files.read(param.name(), Region::Flat(range), into))?;

@@ -1,6 +1,8 @@
 //! A tiny model folder, and worlds of threads to train it on.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub(crate) mod counted;
+
 use std::path::Path;
 use std::sync::Arc;
 
