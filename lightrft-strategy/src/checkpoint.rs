@@ -10,7 +10,7 @@ use lightrft_ckpt::{
 };
 use lightrft_collectives::{Communicator, CommunicatorExt};
 use lightrft_data::SamplerState;
-use lightrft_sharding::{AdamWCounters, StateKind, load_state, state_parts};
+use lightrft_sharding::{AdamWCounters, Ema, EmaCounters, StateKind, load_state, state_parts};
 use serde::{Deserialize, Serialize};
 
 use crate::config::StrategyConfig;
@@ -54,6 +54,9 @@ struct Shared {
     run: RunState,
     optimizer_steps: u64,
     optimizer_skipped: u64,
+    /// Of the moving average, where one is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ema: Option<EmaCounters>,
 }
 
 /// A process group as the agreement that checkpoints ask for.
@@ -73,10 +76,11 @@ impl Agreement for Group<'_> {
     }
 }
 
-/// The tensor's name in a checkpoint: the parameter's own, or the optimizer's for it.
+/// The tensor's name in a checkpoint: the parameter's own, or the optimizer's or the average's for it.
 fn tensor_name(kind: StateKind, parameter: &str) -> String {
     match kind {
         StateKind::Param => parameter.to_owned(),
+        StateKind::Ema => format!("ema.{parameter}"),
         other => format!("optimizer.{}.{parameter}", other.as_str()),
     }
 }
@@ -90,12 +94,17 @@ pub(crate) fn save(
 ) -> Result<SaveReport> {
     let group = Group(&**world);
     let counters = actor.optimizer.counters();
-    let shared =
-        Shared { run: state.clone(), optimizer_steps: counters.steps, optimizer_skipped: counters.skipped };
+    let shared = Shared {
+        run: state.clone(),
+        optimizer_steps: counters.steps,
+        optimizer_skipped: counters.skipped,
+        ema: actor.ema.as_ref().map(Ema::counters),
+    };
     let mut snapshot = Snapshot::of_step(state.step);
     snapshot.shared = serde_json::to_value(&shared)
         .map_err(|e| Error::Resume { tag: snapshot.tag.clone(), what: e.to_string() })?;
-    for part in state_parts(actor.model.units(), Some(&actor.optimizer)) {
+    let average = actor.ema.iter().flat_map(Ema::state_parts);
+    for part in state_parts(actor.model.units(), Some(&actor.optimizer)).into_iter().chain(average) {
         let name = tensor_name(part.kind, part.param.name());
         snapshot.parts.push(Part::new(name, part.param.shape(), Region::Flat(part.range), part.values));
     }
@@ -122,12 +131,27 @@ pub(crate) fn load(
     let shared: Shared = serde_json::from_value(checkpoint.shared().clone())
         .map_err(|e| wrong(format!("its state cannot be read: {e}")))?;
     check(checkpoint.tag(), &shared.run)?;
-    let Actor { model, optimizer, accumulated } = actor;
+    let Actor { model, optimizer, ema, accumulated } = actor;
     load_state(model.units_mut(), Some(optimizer), |kind, param, range, into| {
         checkpoint.read_into(&tensor_name(kind, param.name()), &Region::Flat(range), into)
     })?;
     optimizer
         .set_counters(AdamWCounters { steps: shared.optimizer_steps, skipped: shared.optimizer_skipped });
+    match (ema, shared.ema) {
+        (Some(ema), Some(counters)) => {
+            ema.load_state(|param, range, into| {
+                let name = tensor_name(StateKind::Ema, param.name());
+                checkpoint.read_into(&name, &Region::Flat(range), into)
+            })?;
+            ema.set_counters(counters);
+        }
+        // A run that had none: the average begins here.
+        (Some(ema), None) => {
+            ema.copy_from(model.units())?;
+            ema.set_counters(EmaCounters::default());
+        }
+        (None, _) => {}
+    }
     // What a step that failed had accumulated belongs to other parameters.
     model.units_mut().zero_gradients();
     *accumulated = 0;
@@ -137,11 +161,18 @@ pub(crate) fn load(
 /// Compares names and shapes before anything is read, so that a refusal leaves the policy as it was.
 fn check_tensors(actor: &Actor, checkpoint: &Checkpoint) -> Result<()> {
     let plan = actor.model.units().plan();
+    // One that this run does not keep is passed over, one that it keeps and the checkpoint has not begins anew.
+    let has_average = checkpoint.shared()["ema"].is_object();
     let mut expected = Vec::new();
     for param in plan.units().iter().flat_map(|unit| unit.params()) {
-        // Of what is frozen there is no optimizer state.
-        let kinds = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq];
-        for kind in kinds.into_iter().take(if param.is_trainable() { 3 } else { 1 }) {
+        // Of what is frozen there is no optimizer state, and no average.
+        let kinds = [StateKind::Param, StateKind::ExpAvg, StateKind::ExpAvgSq, StateKind::Ema];
+        let count = match (param.is_trainable(), has_average) {
+            (false, _) => 1,
+            (true, false) => 3,
+            (true, true) => 4,
+        };
+        for kind in kinds.into_iter().take(count) {
             expected.push((tensor_name(kind, param.name()), param.shape()));
         }
     }

@@ -7,21 +7,23 @@ use std::sync::Arc;
 use lightrft_ckpt::{SafetensorsWriter, TensorSpec};
 use lightrft_collectives::Communicator;
 use lightrft_engine::embedded::{DecoderConfig, Weights};
+use lightrft_sharding::ShardedModel;
 use safetensors::Dtype;
 
 use crate::agree::agree;
 use crate::error::{Error, Result};
+use crate::model::CausalLm;
 use crate::prepare::Actor;
 
 /// Rank 0 writes `config.json`, `model.safetensors` and a copy of `tokenizer`; the others take part in the gathers.
 pub(crate) fn save_model(
     world: &Arc<dyn Communicator>,
-    actor: &mut Actor,
+    model: &mut ShardedModel<CausalLm>,
     folder: &Path,
     tokenizer: Option<&Path>,
 ) -> Result<()> {
-    let mut written = if world.rank() == 0 { begin(actor, folder, tokenizer).map(Some) } else { Ok(None) };
-    actor.model.units_mut().for_each_full_unit(|unit, values| -> Result<()> {
+    let mut written = if world.rank() == 0 { begin(model, folder, tokenizer).map(Some) } else { Ok(None) };
+    model.units_mut().for_each_full_unit(|unit, values| -> Result<()> {
         let Ok(Some(writer)) = written.as_mut() else { return Ok(()) };
         for param in unit.params() {
             if let Err(error) = writer.push(param.name(), bytemuck::cast_slice(&values[param.range()])) {
@@ -34,6 +36,22 @@ pub(crate) fn save_model(
     let finished = written.and_then(|writer| writer.map_or(Ok(()), |w| Ok(w.finish()?)));
     // The others learn whether the folder is there before they read from it.
     agree(&**world, "model export", finished)
+}
+
+/// The average takes the parameters' place for as long as the export takes.
+pub(crate) fn save_ema_model(
+    world: &Arc<dyn Communicator>,
+    actor: &mut Actor,
+    folder: &Path,
+    tokenizer: Option<&Path>,
+) -> Result<()> {
+    let Actor { model, ema: Some(ema), .. } = actor else {
+        return Err(Error::config("enable_ema = false", "there is no average to export"));
+    };
+    ema.swap(model.units_mut())?;
+    let saved = save_model(world, model, folder, tokenizer);
+    ema.swap(model.units_mut())?;
+    saved
 }
 
 /// Writes a model that lies in one process, such as a freshly drawn one, as a Hugging Face folder: `config.json` and
@@ -51,8 +69,12 @@ pub fn write_model(folder: &Path, config: &DecoderConfig, weights: &Weights) -> 
     Ok(writer.finish()?)
 }
 
-fn begin(actor: &Actor, folder: &Path, tokenizer: Option<&Path>) -> Result<SafetensorsWriter> {
-    let writer = open(folder, actor.model.model().decoder().config())?;
+fn begin(
+    model: &ShardedModel<CausalLm>,
+    folder: &Path,
+    tokenizer: Option<&Path>,
+) -> Result<SafetensorsWriter> {
+    let writer = open(folder, model.model().decoder().config())?;
     if let Some(source) = tokenizer {
         let copy = folder.join("tokenizer.json");
         if source != copy {

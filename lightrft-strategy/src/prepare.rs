@@ -8,7 +8,7 @@ use lightrft_ckpt::{Region, SafetensorsFile};
 use lightrft_collectives::Communicator;
 use lightrft_engine::Engine;
 use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, ModelError, Settings, weight_files};
-use lightrft_sharding::{AdamW, AdamWConfig, Policy, Precision, ShardedModel};
+use lightrft_sharding::{AdamW, AdamWConfig, Ema, EmaConfig, Policy, Precision, ShardedModel};
 use safetensors::Dtype;
 
 use crate::config::{EngineType, StrategyConfig};
@@ -22,6 +22,8 @@ pub struct Actor {
     pub model: ShardedModel<CausalLm>,
     /// AdamW over the shards.
     pub optimizer: AdamW,
+    /// The moving average of the parameters that learn, where [`enable_ema`](StrategyConfig::enable_ema) asks for one.
+    pub ema: Option<Ema>,
     /// Backward passes since the last optimizer step.
     pub(crate) accumulated: usize,
 }
@@ -38,7 +40,10 @@ pub(crate) fn actor(config: &StrategyConfig, world: &Arc<dyn Communicator>, fold
     check_frozen(config, &decoder)?;
     let model = load(config, world, folder, decoder, config.actor_policy()?)?;
     let optimizer = optimizer(config, &model)?;
-    Ok(Actor { model, optimizer, accumulated: 0 })
+    // Moved once for each optimizer step.
+    let average = EmaConfig { beta: config.ema_beta, every: 1 };
+    let ema = config.enable_ema.then(|| Ema::new(average, model.units())).transpose()?;
+    Ok(Actor { model, optimizer, ema, accumulated: 0 })
 }
 
 pub(crate) fn reference(

@@ -12,14 +12,15 @@ pub(crate) fn log_probs(model: &mut ShardedModel<CausalLm>, batch: &TokenBatch) 
     Ok(model.evaluate(batch)?.flatten_all()?.to_vec1::<f32>()?)
 }
 
-/// One pass; see [`Strategy::backward`](crate::Strategy::backward).
+/// One pass, whose loss is multiplied by `scale`; see [`Strategy::backward`](crate::Strategy::backward).
 pub(crate) fn backward<R>(
     actor: &mut Actor,
     batch: &TokenBatch,
+    scale: f32,
     loss: impl FnOnce(&[f32]) -> Result<(R, Vec<f32>)>,
 ) -> Result<R> {
     let (output, tape) = actor.model.forward(batch)?;
-    let (result, gradient) = loss(&output.flatten_all()?.to_vec1::<f32>()?)?;
+    let (result, mut gradient) = loss(&output.flatten_all()?.to_vec1::<f32>()?)?;
     let expected = batch.rows() * batch.cols();
     if gradient.len() != expected {
         return Err(Error::config(
@@ -27,6 +28,7 @@ pub(crate) fn backward<R>(
             format!("the loss must return one by each log-probability, {expected}"),
         ));
     }
+    gradient.iter_mut().for_each(|element| *element *= scale);
     let gradient = Tensor::from_vec(gradient, output.shape(), output.device())?;
     drop(output);
     actor.model.backward(tape, gradient)?;

@@ -1,11 +1,13 @@
 //! The type users hold: a world of ranks and a configuration that fits it. Each method is a line or two into a file
 //! beside this one.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
 use lightrft_collectives::{Communicator, CommunicatorExt, ReduceOp, Rendezvous};
 use lightrft_engine::{Completion, Engine, Request, Version};
+use lightrft_sharding::{Offload as _, OffloadReport, loss_scale};
 
 use crate::agree::agree;
 use crate::checkpoint::{self, RunState};
@@ -132,12 +134,20 @@ impl Strategy {
         step::log_probs(&mut actor.model, batch)
     }
 
+    /// What [`backward`](Self::backward) multiplies a loss by, one over the passes of a step times the ranks:
+    /// [`loss_scale`].
+    pub fn loss_scale(&self) -> f32 {
+        let positive = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
+        loss_scale(positive(self.accumulated_gradient()), positive(self.world_size()))
+    }
+
     /// One forward and backward pass. `loss` is given the log-probabilities `[rows, cols]` and returns what it likes,
     /// with the gradient by them; gradients of all ranks and passes add up until
     /// [`optimizer_step`](Self::optimizer_step). *Collective.*
     ///
-    /// The loss must already be divided by what the whole batch calls for, over all passes and ranks: see
-    /// [`Reduction`](crate::rl::Reduction).
+    /// The loss is the mean over this pass's sequences. Its gradient is multiplied by [`loss_scale`](Self::loss_scale), so
+    /// that what adds up is the gradient of the mean over [`train_batch_size`](StrategyConfig::train_batch_size)
+    /// sequences, however they were cut.
     ///
     /// # Errors
     /// The loss' own, or [`Error::Sharding`](crate::Error::Sharding).
@@ -147,7 +157,21 @@ impl Strategy {
         batch: &TokenBatch,
         loss: impl FnOnce(&[f32]) -> Result<(R, Vec<f32>)>,
     ) -> Result<R> {
-        step::backward(actor, batch, loss)
+        step::backward(actor, batch, self.loss_scale(), loss)
+    }
+
+    /// As [`backward`](Self::backward), for a loss that is divided already by what the batch as a whole calls for, such as
+    /// its number of tokens over all passes and ranks: see [`Reduction`](crate::rl::Reduction). *Collective.*
+    ///
+    /// # Errors
+    /// As there.
+    pub fn backward_unscaled<R>(
+        &self,
+        actor: &mut Actor,
+        batch: &TokenBatch,
+        loss: impl FnOnce(&[f32]) -> Result<(R, Vec<f32>)>,
+    ) -> Result<R> {
+        step::backward(actor, batch, 1.0, loss)
     }
 
     /// Clips the global gradient norm and steps AdamW, once enough passes have accumulated. *Collective.*
@@ -160,6 +184,39 @@ impl Strategy {
         lr: f64,
     ) -> Result<Option<lightrft_sharding::StepReport>> {
         step::optimizer_step(actor, self.accumulated_gradient(), lr)
+    }
+
+    /// Moves the average of the policy towards it, `average <- beta average + (1 - beta) parameter`, where
+    /// [`enable_ema`](StrategyConfig::enable_ema) keeps one. Call it once for each optimizer step. (LightRFT calls its own
+    /// after each pass, and moves the average after those that stepped.) Each rank moves its shard; nothing is sent.
+    ///
+    /// # Errors
+    /// [`Error::Sharding`](crate::Error::Sharding) for an average of another model.
+    pub fn moving_average(&self, actor: &mut Actor) -> Result<()> {
+        if let Some(ema) = &mut actor.ema {
+            ema.update(actor.model.units())?;
+        }
+        Ok(())
+    }
+
+    /// Lets the optimizer's state leave the device until [`maybe_load_optimizer`](Self::maybe_load_optimizer), where
+    /// [`adam_offload`](StrategyConfig::adam_offload) asks for it: `None` where it does not. A step in between is refused.
+    /// State in host memory is where it would go, and costs nothing.
+    ///
+    /// # Errors
+    /// [`Error::Sharding`](crate::Error::Sharding).
+    pub fn maybe_offload_optimizer(&self, actor: &mut Actor) -> Result<Option<OffloadReport>> {
+        let offload = || actor.optimizer.offload();
+        Ok(self.config.adam_offload.then(offload).transpose()?)
+    }
+
+    /// Takes the optimizer's state back; `None` where nothing asks for its offload.
+    ///
+    /// # Errors
+    /// [`Error::Sharding`](crate::Error::Sharding).
+    pub fn maybe_load_optimizer(&self, actor: &mut Actor) -> Result<Option<OffloadReport>> {
+        let reload = || actor.optimizer.reload();
+        Ok(self.config.adam_offload.then(reload).transpose()?)
     }
 
     /// Hands the requests of an engine group to its engine and each rank its own completions back. `engine` is given
@@ -218,7 +275,16 @@ impl Strategy {
     /// # Errors
     /// On every rank, when rank 0 cannot write.
     pub fn save_model(&self, actor: &mut Actor, folder: &Path, tokenizer: Option<&Path>) -> Result<()> {
-        export::save_model(&self.world, actor, folder, tokenizer)
+        export::save_model(&self.world, &mut actor.model, folder, tokenizer)
+    }
+
+    /// As [`save_model`](Self::save_model), with the moving average in place of the parameters that learn. The policy is
+    /// afterwards as it was. *Collective.*
+    ///
+    /// # Errors
+    /// As there; [`Error::Config`] where no average is kept.
+    pub fn save_ema_model(&self, actor: &mut Actor, folder: &Path, tokenizer: Option<&Path>) -> Result<()> {
+        export::save_ema_model(&self.world, actor, folder, tokenizer)
     }
 
     /// The mean of each value over ranks, in one call. *Collective.*

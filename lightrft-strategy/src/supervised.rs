@@ -31,7 +31,7 @@ impl Strategy {
         let mut loss = 0.0;
         for micro in sequences.chunks(self.config().micro_train_batch_size) {
             let batch = TokenBatch::new(actor.model.model().decoder(), micro)?;
-            loss += self.backward(actor, &batch, |log_probs| {
+            loss += self.backward_unscaled(actor, &batch, |log_probs| {
                 let (rows, cols) = (batch.rows(), batch.cols());
                 let mask = Matrix::new(batch.mask(), rows, cols)?;
                 let weights = reduction.row_weights(rows, cols, Some(mask))?;
@@ -47,7 +47,10 @@ impl Strategy {
             })?;
         }
         actor.accumulated = 0;
+        self.maybe_load_optimizer(actor)?;
         let report = actor.optimizer.step(actor.model.units_mut(), lr)?;
+        self.maybe_offload_optimizer(actor)?;
+        self.moving_average(actor)?;
         let mut total = [loss];
         self.all_reduce_mean(&mut total)?;
         Ok((total[0] * self.world_size() as f64, report))

@@ -3,29 +3,9 @@
 
 mod common;
 
-use common::{all_parameters, config, on_ranks, sequences, settings, write_folder};
-use lightrft_data::{SamplerState, Shuffle, Tail};
+use common::{all_parameters, config, on_ranks, run_state, sequences, settings, write_folder};
+use lightrft_strategy::Strategy;
 use lightrft_strategy::model::Sequence;
-use lightrft_strategy::{RunState, Strategy, StrategyConfig};
-
-fn state(step: u64) -> RunState {
-    RunState {
-        step,
-        updates: step,
-        total_steps: 10,
-        settings: StrategyConfig::default(),
-        sampler: SamplerState {
-            len: 100,
-            seed: 42,
-            shuffle: Shuffle::TorchExact,
-            tail: Tail::Drop,
-            epoch: 2,
-            consumed: 48,
-            world: 2,
-        },
-        client: serde_json::json!({ "accuracy_before": 0.1 }),
-    }
-}
 
 #[test]
 fn parameters_moments_and_state_come_back_on_any_number_of_ranks() {
@@ -46,10 +26,10 @@ fn parameters_moments_and_state_come_back_on_any_number_of_ranks() {
                 for _ in 0..2 {
                     strategy.supervised_step(&mut actor, &mine, 1e-2)?;
                 }
-                strategy.save_ckpt(&actor, &dir, &state(2))?;
+                strategy.save_ckpt(&actor, &dir, &run_state(2))?;
             } else {
                 let loaded = strategy.load_ckpt(&mut actor, &dir)?.unwrap();
-                assert_eq!(loaded.state, state(2));
+                assert_eq!(loaded.state, run_state(2));
                 assert_eq!(actor.optimizer.counters().steps, 2);
             }
             strategy.supervised_step(&mut actor, &mine, 1e-2)?;
@@ -76,7 +56,7 @@ fn a_checkpoint_of_another_model_is_refused_with_the_tensors_that_differ() {
     on_ranks(1, |world| {
         let strategy = Strategy::with_world(settings(12, 6), world)?;
         let actor = strategy.prepare_actor(&one)?;
-        strategy.save_ckpt(&actor, &dir, &state(2))?;
+        strategy.save_ckpt(&actor, &dir, &run_state(2))?;
         let mut wrong = strategy.prepare_actor(&other)?;
         let before = wrong.model.units().param(0)?.to_vec();
         let text = strategy.load_ckpt(&mut wrong, &dir).unwrap_err().to_string();

@@ -38,7 +38,8 @@ fn small(out: &Path, ranks: usize, more: &[&str]) -> Output {
         format!(
             "seed = 5\nrollout_batch_size = {rows}\nn_samples_per_prompt = 4\ntrain_batch_size = {}\n\
              micro_train_batch_size = 4\nprompt_max_len = 12\ngenerate_max_len = 4\nenable_engine_sleep = true\n\
-             actor_lr = 1e-3\nuse_kl_loss = true\nsave_steps = 2\nmax_ckpt_num = 2\nlog_parameters_hash = true\n",
+             actor_lr = 1e-3\nl2 = 1.0\nuse_kl_loss = true\nsave_steps = 2\nmax_ckpt_num = 2\nlog_parameters_hash = true\n\
+             enable_ema = true\nema_beta = 0.5\nadam_offload = true\nactor_offload = true\nreference_offload = true\n",
             2 * rows
         ),
     )
@@ -90,13 +91,21 @@ fn a_run_killed_with_sigkill_and_resumed_ends_as_an_unbroken_one_bit_for_bit() {
     assert_eq!(last_line(&killed)["resumed_exactly"], true, "{}", text(&killed));
     let model = |out: &Path| std::fs::read(out.join("trained/model.safetensors")).unwrap();
     assert!(model(&whole) == model(&broken), "the resumed run ended elsewhere");
+    let average = |out: &Path| std::fs::read(out.join("trained_ema/model.safetensors")).unwrap();
+    assert!(average(&whole) == average(&broken), "the average of the resumed run ended elsewhere");
+    assert!(average(&whole) != model(&whole));
     let steps = |out: &Path| lightrft_strategy::MetricsLog::read(&out.join("metrics.jsonl")).unwrap();
     let states = |out| {
         steps(out).iter().map(|l| (l["step"].clone(), l["parameters_hash"].clone())).collect::<Vec<_>>()
     };
     assert_eq!(states(&whole), states(&broken));
+    assert!(
+        states(&whole).is_sorted_by(|(_, one), (_, next)| one != next),
+        "every step moves the parameters"
+    );
     assert_eq!(steps(&whole).len(), 6);
     assert!(steps(&whole).iter().all(|l| l["log_prob_gap"].as_f64().unwrap() < 1e-4));
+    assert!(steps(&broken).iter().all(|l| l["offload"]["bytes"].as_u64().unwrap() > 0));
 
     // Rotation has kept two, and `latest` names the last.
     let mut kept: Vec<String> = std::fs::read_dir(broken.join("checkpoints"))

@@ -6,12 +6,13 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{config, on_ranks, settings, write_folder};
+use common::{config, on_ranks, sequences, settings, write_folder};
 use lightrft_collectives::Communicator;
 use lightrft_data::{JsonLines, JsonLinesOptions};
 use lightrft_engine::{
     Completion, Engine, Level, Limits, MemoryBytes, Parts, Request, State, Update, Version, Watch,
 };
+use lightrft_strategy::model::{Sequence, TokenBatch};
 use lightrft_strategy::{
     Grpo, GrpoParts, OldLogProbs, Result, Score, StepMetrics, Strategy, StrategyConfig, Text,
 };
@@ -90,6 +91,89 @@ fn updates_epochs_and_metrics_add_up() {
         assert!(m.grad_norm > 0.0 && m.skipped_updates == 0);
     }
     assert_ne!(ranks[0][0].parameters_hash, ranks[0][1].parameters_hash);
+}
+
+#[test]
+fn memory_given_up_around_generation_changes_no_bit_and_is_accounted_for() {
+    let folder = prepare();
+    let run_with = |config: StrategyConfig| run(folder.path(), &config, 2, |_| {}).swap_remove(0);
+    let hashes = |steps: &[StepMetrics]| steps.iter().map(|m| m.parameters_hash.clone()).collect::<Vec<_>>();
+    for zero_stage in [0, 2, 3] {
+        let base = StrategyConfig { zero_stage, ..small() };
+        let plain = run_with(base.clone());
+        assert!(plain.iter().all(|m| m.offload.is_none()));
+        let of = |actor_offload, adam_offload, reference_offload| {
+            let config = StrategyConfig { actor_offload, adam_offload, reference_offload, ..base.clone() };
+            let steps = run_with(config);
+            assert_eq!(hashes(&steps), hashes(&plain));
+            steps[1].offload.unwrap()
+        };
+        let (actor, adam, reference) =
+            (of(true, false, false), of(false, true, false), of(false, false, true));
+        let parameters = config(serde_json::json!({})).parameter_count() as u64;
+        // Gradients at the least: whole in stage 0, cut in the others.
+        let gradients = 4 * parameters * if zero_stage == 0 { 2 } else { 1 };
+        assert!(actor.bytes >= gradients, "stage {zero_stage}: {actor:?}");
+        assert!(actor.kept_bytes >= gradients, "masters stay: {actor:?}");
+        // Its state is in host memory, which is where it would go.
+        assert!(adam.bytes == 0 && adam.kept_bytes >= 2 * gradients, "stage {zero_stage}: {adam:?}");
+        assert!(reference.bytes > 0 && reference.kept_bytes > 0, "stage {zero_stage}: {reference:?}");
+        let all = of(true, true, true);
+        assert_eq!(all.bytes, actor.bytes + adam.bytes + reference.bytes);
+        assert!(all.seconds > 0.0);
+    }
+}
+
+#[test]
+fn an_optimizer_that_is_offloaded_refuses_to_step_until_it_is_loaded() {
+    let folder = prepare();
+    on_ranks(1, |world| {
+        let strategy = Strategy::with_world(StrategyConfig { adam_offload: true, ..small() }, world)?;
+        let mut grpo = Grpo::new(&strategy, parts(&strategy, folder.path())?)?;
+        let rows = [([3u32, 4], [5u32, 1])];
+        let rows = rows.each_ref().map(|(prompt, answer)| Sequence { prompt, answer });
+        // A step of the strategy's own loads it.
+        strategy.supervised_step(grpo.actor_mut(), &rows, 1e-3)?;
+        let actor = grpo.actor_mut();
+        assert!(actor.optimizer.step(actor.model.units_mut(), 1e-3).is_err());
+        assert!(strategy.maybe_load_optimizer(actor)?.is_some());
+        actor.optimizer.step(actor.model.units_mut(), 1e-3)?;
+        assert!(strategy.maybe_offload_optimizer(actor)?.is_some());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_mean_loss_is_divided_by_passes_and_ranks() {
+    let folder = prepare();
+    let rows = sequences(8);
+    // The gradient norm of one step, however the eight sequences are cut.
+    let norm = |ranks: usize, micro: usize| {
+        on_ranks(ranks, |world| {
+            let strategy = Strategy::with_world(settings(8, micro), world)?;
+            let mut actor = strategy.prepare_actor(folder.path())?;
+            assert_eq!(strategy.loss_scale(), micro as f32 / 8.0);
+            let mine = &rows[strategy.rank() * (8 / ranks)..][..8 / ranks];
+            let mut report = None;
+            for micro in mine.chunks(micro) {
+                let micro: Vec<Sequence<'_>> =
+                    micro.iter().map(|(prompt, answer)| Sequence { prompt, answer }).collect();
+                let batch = TokenBatch::new(actor.model.model().decoder(), &micro)?;
+                strategy.backward(&mut actor, &batch, |log_probs| {
+                    Ok(((), vec![-1.0 / micro.len() as f32; log_probs.len()]))
+                })?;
+                assert!(report.is_none(), "no step before the last pass");
+                report = strategy.optimizer_step(&mut actor, 0.0)?;
+            }
+            Ok(report.unwrap().grad_norm)
+        })
+        .remove(0)
+    };
+    let whole = norm(1, 8);
+    for (ranks, micro) in [(1, 4), (1, 1), (2, 4), (2, 1), (4, 2)] {
+        let cut = norm(ranks, micro);
+        assert!((cut / whole - 1.0).abs() < 1e-5, "{ranks} ranks by {micro}: {cut}, {whole}");
+    }
 }
 
 #[test]

@@ -37,6 +37,8 @@ struct Folders {
     result: PathBuf,
     /// The model after RL.
     trained: PathBuf,
+    /// Its moving average, where one is kept.
+    trained_ema: PathBuf,
 }
 
 impl Folders {
@@ -49,6 +51,7 @@ impl Folders {
             picture: out.join("reward.svg"),
             result: result_file(out),
             trained: out.join("trained"),
+            trained_ema: out.join("trained_ema"),
         }
     }
 
@@ -62,7 +65,7 @@ impl Folders {
             )
             .into());
         }
-        for folder in [&self.start, &self.random, &self.checkpoints, &self.trained] {
+        for folder in [&self.start, &self.random, &self.checkpoints, &self.trained, &self.trained_ema] {
             if folder.exists() {
                 std::fs::remove_dir_all(folder)?;
             }
@@ -158,7 +161,11 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
 
     let after = grpo.evaluate(&held_out, 0..held_out.len())?;
     say(&strategy, || format!("held-out accuracy after RL {after:.3}"));
-    strategy.save_model(grpo.actor_mut(), &folders.trained, Some(&folders.start.join("tokenizer.json")))?;
+    let tokenizer = folders.start.join("tokenizer.json");
+    strategy.save_model(grpo.actor_mut(), &folders.trained, Some(&tokenizer))?;
+    if strategy.config().enable_ema {
+        strategy.save_ema_model(grpo.actor_mut(), &folders.trained_ema, Some(&tokenizer))?;
+    }
     if strategy.is_rank_0() {
         let lines = MetricsLog::read(&folders.metrics)?;
         draw(&lines, &folders.picture)?;

@@ -27,6 +27,7 @@ use self::report::Tally;
 use crate::agree::agree;
 use crate::checkpoint::{Loaded, RunState};
 use crate::error::{Error, Result};
+use crate::offload::OffloadTally;
 use crate::prepare::{Actor, Reference};
 use crate::rl::shape_rewards;
 use crate::schedule::Schedule;
@@ -89,6 +90,8 @@ pub struct Grpo<'a> {
     version: u64,
     /// Whether the engine holds the policy's present weights; the same on every rank.
     engine_is_current: bool,
+    /// What was given up around generation in this step.
+    offloads: OffloadTally,
 }
 
 impl fmt::Debug for Grpo<'_> {
@@ -107,7 +110,7 @@ impl<'a> Grpo<'a> {
     /// # Errors
     /// [`Error::Prompt`] and [`Error::Tokenizer`] name the prompt; [`Error::Config`] for parts that do not fit the
     /// settings or each other. All ranks fail together.
-    pub fn new(strategy: &'a Strategy, parts: GrpoParts) -> Result<Self> {
+    pub fn new(strategy: &'a Strategy, mut parts: GrpoParts) -> Result<Self> {
         let checked = check_parts(strategy, &parts).and_then(|()| {
             let (rank, world) = (strategy.rank(), strategy.world_size());
             check_prompts(&parts.text, &parts.prompts, strategy.config().prompt_max_len, rank, world)
@@ -124,6 +127,13 @@ impl<'a> Grpo<'a> {
         })?;
         let updates = parts.total_steps.saturating_mul(config.updates_per_rollout() as u64);
         let schedule = config.schedule(updates)?;
+        let mut offloads = OffloadTally::default();
+        if config.adam_offload {
+            offloads.offload(&mut parts.actor.optimizer)?;
+        }
+        if let Some(reference) = parts.reference.as_mut().filter(|_| config.reference_offload) {
+            offloads.offload(&mut reference.model)?;
+        }
         Ok(Self {
             strategy,
             parts,
@@ -133,6 +143,7 @@ impl<'a> Grpo<'a> {
             updates: 0,
             version: 0,
             engine_is_current: false,
+            offloads,
         })
     }
 
@@ -142,7 +153,8 @@ impl<'a> Grpo<'a> {
     }
 
     /// The policy, for an export or a step of another kind. The engine is given its weights again before it generates,
-    /// so call this on every rank alike.
+    /// so call this on every rank alike. With [`adam_offload`](crate::StrategyConfig::adam_offload) its optimizer is
+    /// offloaded but while the loop trains: see [`Strategy::maybe_load_optimizer`].
     pub fn actor_mut(&mut self) -> &mut Actor {
         self.engine_is_current = false;
         &mut self.parts.actor
@@ -162,6 +174,7 @@ impl<'a> Grpo<'a> {
     /// As there.
     pub fn step_with(&mut self, between: impl FnOnce()) -> Result<StepMetrics> {
         let mut tally = Tally::default();
+        self.offloads = OffloadTally::default();
         let began = Instant::now();
         let mut clock = began;
         // Seconds since the last call.
@@ -192,7 +205,10 @@ impl<'a> Grpo<'a> {
         tally.seconds.update += lap();
         tally.seconds.all = began.elapsed().as_secs_f64();
 
+        let config = self.strategy.config();
+        tally.offloads = self.offloads;
         let total = tally.total(&**self.strategy.world(), config.updates_per_rollout())?;
+        let offloads = config.adam_offload || config.actor_offload || config.reference_offload;
         let parameters_hash = match config.log_parameters_hash {
             true => Some(format!("{:016x}", self.parameters_hash()?)),
             false => None,
@@ -216,6 +232,7 @@ impl<'a> Grpo<'a> {
             score_s: total.seconds.score,
             train_s: total.seconds.train,
             update_s: total.seconds.update,
+            offload: offloads.then_some(total.offload),
             parameters_hash,
         })
     }

@@ -4,6 +4,7 @@ use lightrft_collectives::{Communicator, CommunicatorExt, ReduceOp};
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::offload::{OffloadMetrics, OffloadTally};
 use crate::rl::{KlEstimator, PolicyStats};
 
 /// What one step did, over all ranks; the same on each of them.
@@ -47,6 +48,9 @@ pub struct StepMetrics {
     pub train_s: f64,
     /// Seconds in weight updates of the engine, mean over ranks.
     pub update_s: f64,
+    /// What giving memory up around generation came to, where a setting asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offload: Option<OffloadMetrics>,
     /// Hash over every rank's parameters after the step, where
     /// [`log_parameters_hash`](crate::StrategyConfig::log_parameters_hash) asks for it. Runs on as many ranks have the
     /// same hash when their parameters are the same, bit for bit.
@@ -69,6 +73,7 @@ pub(super) struct Tally {
     trained_tokens: usize,
     gap: f64,
     pub(super) seconds: Seconds,
+    pub(super) offloads: OffloadTally,
 }
 
 /// Where the time of a step went, on one rank.
@@ -92,6 +97,7 @@ pub(super) struct Totals {
     pub(super) log_prob_gap: f64,
     pub(super) tokens: f64,
     pub(super) seconds: Seconds,
+    pub(super) offload: OffloadMetrics,
 }
 
 impl Tally {
@@ -135,6 +141,9 @@ impl Tally {
             score,
             train,
             update,
+            self.offloads.bytes as f64,
+            self.offloads.kept_bytes as f64,
+            self.offloads.elapsed.as_secs_f64(),
         ];
         world.all_reduce(&mut sums, ReduceOp::Sum)?;
         let mut most = [self.gap, all];
@@ -153,6 +162,9 @@ impl Tally {
             score,
             train,
             update,
+            offloaded,
+            kept,
+            offload_seconds,
         ] = sums;
         let [log_prob_gap, all] = most;
         let ranks = world.world_size() as f64;
@@ -172,6 +184,11 @@ impl Tally {
                 train: train / ranks,
                 update: update / ranks,
                 all,
+            },
+            offload: OffloadMetrics {
+                bytes: offloaded as u64,
+                kept_bytes: kept as u64,
+                seconds: offload_seconds / ranks,
             },
         })
     }

@@ -120,7 +120,15 @@ impl Grpo<'_> {
     fn generate(&mut self, requests: &[Request]) -> Result<Vec<Completion>> {
         // An engine that slept after generating has dropped its weights.
         self.engine_is_current = !self.strategy.config().enable_engine_sleep;
-        self.strategy.gather_and_generate(self.parts.engine.as_deref_mut(), requests)
+        let offload = self.strategy.config().actor_offload;
+        if offload {
+            self.offloads.offload(&mut self.parts.actor.model)?;
+        }
+        let completions = self.strategy.gather_and_generate(self.parts.engine.as_deref_mut(), requests);
+        if offload {
+            self.offloads.reload(&mut self.parts.actor.model)?;
+        }
+        completions
     }
 
     fn judge(&self, asked: &Asked, completion: &Completion) -> Result<Score> {

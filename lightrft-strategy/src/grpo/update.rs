@@ -28,7 +28,11 @@ impl Grpo<'_> {
     /// Cuts a rollout into micro-batches, with log-probabilities under the reference, and under the policy before its
     /// first update where they are asked for. *Collective.*
     pub(super) fn micro_batches(&mut self, rollout: &Rollout) -> Result<Vec<Micro>> {
-        let size = self.strategy.config().micro_train_batch_size;
+        let config = self.strategy.config();
+        let size = config.micro_train_batch_size;
+        if let Some(reference) = self.parts.reference.as_mut().filter(|_| config.reference_offload) {
+            self.offloads.reload(&mut reference.model)?;
+        }
         let mut micros = Vec::new();
         for (at, chunk) in rollout.completions.chunks(size).enumerate() {
             let sequences: Vec<Sequence<'_>> = chunk
@@ -41,11 +45,14 @@ impl Grpo<'_> {
                 Some(reference) => Some(self.strategy.reference_log_probs(reference, &batch)?),
                 None => None,
             };
-            let old = match self.strategy.config().old_log_probs {
+            let old = match config.old_log_probs {
                 OldLogProbs::Engine => None,
                 OldLogProbs::Policy => Some(self.strategy.policy_log_probs(&mut self.parts.actor, &batch)?),
             };
             micros.push(Micro { first: at * size, batch, engine, old, reference });
+        }
+        if let Some(reference) = self.parts.reference.as_mut().filter(|_| config.reference_offload) {
+            self.offloads.offload(&mut reference.model)?;
         }
         Ok(micros)
     }
@@ -58,9 +65,14 @@ impl Grpo<'_> {
         tally: &mut Tally,
     ) -> Result<LastUpdate> {
         let config = self.strategy.config();
-        let reduction = Reduction::sequences_of(config.train_batch_size);
+        // Of the micro-batch: the strategy divides by their number, on all ranks.
+        let reduction = Reduction::sequences_of(config.micro_train_batch_size);
+        let scale = f64::from(self.strategy.loss_scale());
         let options =
             PolicyLoss { clip: ClipRange::symmetric(config.eps_clip), reduction, ..PolicyLoss::default() };
+        if config.adam_offload {
+            self.offloads.reload(&mut self.parts.actor.optimizer)?;
+        }
         let first_update = self.updates;
         let mut last = LastUpdate { grad_norm: 0.0, lr: 0.0 };
         for epoch in 0..config.max_epochs {
@@ -78,7 +90,7 @@ impl Grpo<'_> {
                         mask: Some(mask),
                     };
                     let mut out = policy_loss(&input, &options)?;
-                    tally.loss += out.loss;
+                    tally.loss += scale * out.loss;
                     tally.add_policy(&out.stats);
                     if let Some(reference) = &micro.reference {
                         if epoch == 0 {
@@ -87,7 +99,7 @@ impl Grpo<'_> {
                         if config.use_kl_loss {
                             let base = Matrix::new(reference, rows, cols)?;
                             let kl = kl_loss(new, base, Some(mask), config.kl_estimator, reduction)?;
-                            tally.loss += config.init_kl_coef * kl.loss;
+                            tally.loss += scale * config.init_kl_coef * kl.loss;
                             for (g, k) in out.grad.iter_mut().zip(&kl.grad) {
                                 *g += config.init_kl_coef as f32 * k;
                             }
@@ -100,10 +112,14 @@ impl Grpo<'_> {
                 })?;
                 let lr = self.schedule.lr(self.updates as usize);
                 if let Some(report) = self.strategy.optimizer_step(&mut self.parts.actor, lr)? {
+                    self.strategy.moving_average(&mut self.parts.actor)?;
                     self.updates += 1;
                     last = LastUpdate { grad_norm: f64::from(report.grad_norm), lr };
                 }
             }
+        }
+        if config.adam_offload {
+            self.offloads.offload(&mut self.parts.actor.optimizer)?;
         }
         Ok(last)
     }

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use candle_core::Device;
 use lightrft_collectives::Communicator;
 use lightrft_collectives::local::World;
+use lightrft_data::{SamplerState, Shuffle, Tail};
 use lightrft_engine::embedded::{DecoderConfig, Weights};
-use lightrft_strategy::{Actor, StrategyConfig};
+use lightrft_strategy::{Actor, RunState, StrategyConfig};
 
 /// A model small enough for many runs; `changes` are fields of its `config.json`.
 pub(crate) fn config(changes: serde_json::Value) -> DecoderConfig {
@@ -79,4 +80,24 @@ pub(crate) fn sequences(count: usize) -> Vec<(Vec<u32>, Vec<u32>)> {
             (tokens(prompt), tokens(9 - prompt))
         })
         .collect()
+}
+
+/// The state of a run that stands at `step`.
+pub(crate) fn run_state(step: u64) -> RunState {
+    RunState {
+        step,
+        updates: step,
+        total_steps: 10,
+        settings: StrategyConfig::default(),
+        sampler: SamplerState {
+            len: 100,
+            seed: 42,
+            shuffle: Shuffle::TorchExact,
+            tail: Tail::Drop,
+            epoch: 2,
+            consumed: 48,
+            world: 2,
+        },
+        client: serde_json::json!({ "accuracy_before": 0.1 }),
+    }
 }
