@@ -341,6 +341,40 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         failed.map_or(Ok(()), Err)
     }
 
+    /// As [`for_each_full_unit`](Self::for_each_full_unit), with the values that passes compute with, in the policy's
+    /// [`param_dtype`](Policy::param_dtype): for whoever must agree with the passes, such as an engine that generates what
+    /// they learn from. With [`prefetch`](Policy::prefetch) the next unit is gathered while one is shown, and hpZ keeps what
+    /// it keeps of a pass. *Collective*.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn for_each_computed_unit<E: Into<BoxError>>(
+        &mut self,
+        mut visit: impl FnMut(&FlatUnit, &UnitValues) -> Result<(), E>,
+    ) -> Result<()> {
+        let plan = Arc::clone(&self.plan);
+        let mut failed = None;
+        let mut ahead = None;
+        for (index, unit) in plan.units().iter().enumerate() {
+            let gathering = match ahead.take() {
+                Some(gathering) => gathering,
+                None => self.begin_gather(index)?,
+            };
+            let whole = self.finish_gather(index, gathering)?;
+            self.keep_near(index, &whole)?;
+            if self.policy.prefetch > 0 && index + 1 < plan.units().len() {
+                ahead = Some(self.begin_gather(index + 1)?);
+            }
+            if failed.is_none()
+                && let Err(source) = visit(unit, &whole.values)
+            {
+                failed = Some(Error::Visit { unit: unit.name().to_owned(), source: source.into() });
+            }
+            self.pool.put_whole(whole);
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
     /// Bytes held from one step to the next: of stage 3 in f32, 8 for each element of the shard when training and 4 when
     /// frozen. What hpZ and [`GatherFrom::Copy`](crate::GatherFrom::Copy) keep is among them; what stages 1 and 2 keep whole is counted as
     /// [transient](Self::transient_bytes).

@@ -85,6 +85,17 @@ fn run(
         let config = AdamWConfig { max_norm: 1.0, weight_decay: 0.1, ..AdamWConfig::default() };
         let mut adamw = AdamW::new(config, model.units())?;
         for round in 0..ROUNDS {
+            // As an engine is given the weights before it generates.
+            let mut streamed = Vec::new();
+            model.units_mut().for_each_computed_unit(|_, values| {
+                streamed.push(values.clone());
+                Ok::<_, Error>(())
+            })?;
+            let mut at = streamed.iter();
+            model.units_mut().for_each_full_unit(|_, values| {
+                assert_eq!(at.next(), Some(&rounded(values, policy.param_dtype)));
+                Ok::<_, Error>(())
+            })?;
             let mine = rank * ranks / world..(rank + 1) * ranks / world;
             let last = (mine.end - 1, PASSES - 1);
             for (rank, pass) in mine.flat_map(|rank| (0..PASSES).map(move |pass| (rank, pass))) {
@@ -112,6 +123,15 @@ fn run(
         Ok::<_, Error>((model.model().take_seen(), last))
     });
     all.unwrap()
+}
+
+fn rounded(values: &[f32], precision: Precision) -> lightrft_sharding::UnitValues {
+    use lightrft_sharding::UnitValues;
+    match precision {
+        Precision::F32 => UnitValues::F32(values.to_vec()),
+        Precision::Bf16 => UnitValues::Bf16(values.iter().copied().map(half::bf16::from_f32).collect()),
+        Precision::F16 => UnitValues::F16(values.iter().copied().map(half::f16::from_f32).collect()),
+    }
 }
 
 /// Units of parameters of any shape, scalars and empty ones included.

@@ -233,8 +233,8 @@ impl Strategy {
         self.engine_group.generate(engine, requests, between)
     }
 
-    /// Streams the policy's parameters into the engine as one transaction, one gathered unit in memory at a time.
-    /// *Collective.*
+    /// Streams the policy's parameters into the engine as one transaction, unit by unit, as the policy computes with them:
+    /// in [`param_dtype`](StrategyConfig::param_dtype). *Collective.*
     ///
     /// # Errors
     /// The engine's, on every rank; it is then stale until an update succeeds.

@@ -1,8 +1,11 @@
-//! Whole parameters streamed into an engine update: one gathered unit in memory at a time, one bucket for each.
+//! Whole parameters streamed into an engine update: one bucket for each unit, the next gathered while one is pushed.
+//!
+//! They are pushed as the trainer computes with them, in `param_dtype`: an engine with finer weights would sample from
+//! another policy than the one that learns from the samples.
 
 use lightrft_collectives::Communicator;
 use lightrft_engine::{Engine, NamedTensor, Parts, State, Update, Version};
-use lightrft_sharding::FlatUnit;
+use lightrft_sharding::{FlatParam, FlatUnit, UnitValues};
 use safetensors::Dtype;
 
 use crate::agree::agree;
@@ -18,7 +21,7 @@ pub(crate) fn update(
     version: Version,
 ) -> Result<()> {
     let mut update = engine.map(|engine| begin(engine, version)).transpose();
-    actor.model.units_mut().for_each_full_unit(|unit, values| -> Result<()> {
+    actor.model.units_mut().for_each_computed_unit(|unit, values| -> Result<()> {
         if let Ok(Some(open)) = update.as_mut()
             && let Err(error) = push(&mut **open, unit, values)
         {
@@ -39,11 +42,17 @@ fn begin<'e>(engine: &'e mut (dyn Engine + 'static), version: Version) -> Result
     Ok(engine.begin_update(version)?)
 }
 
-fn push(update: &mut (dyn Update + '_), unit: &FlatUnit, values: &[f32]) -> Result<()> {
-    let bucket: Vec<NamedTensor<'_>> = unit
-        .params()
-        .iter()
-        .map(|p| NamedTensor::new(p.name(), Dtype::F32, p.shape(), bytemuck::cast_slice(&values[p.range()])))
-        .collect::<Result<_, _>>()?;
-    Ok(update.push(&bucket)?)
+fn push(update: &mut (dyn Update + '_), unit: &FlatUnit, values: &UnitValues) -> Result<()> {
+    let tensors = unit.params().iter().map(|param| tensor(param, values));
+    Ok(update.push(&tensors.collect::<Result<Vec<_>, _>>()?)?)
+}
+
+/// A parameter's part of its unit.
+fn tensor<'u>(param: &'u FlatParam, values: &'u UnitValues) -> lightrft_engine::Result<NamedTensor<'u>> {
+    let (dtype, bytes): (Dtype, &[u8]) = match values {
+        UnitValues::F32(values) => (Dtype::F32, bytemuck::cast_slice(&values[param.range()])),
+        UnitValues::Bf16(values) => (Dtype::BF16, bytemuck::cast_slice(&values[param.range()])),
+        UnitValues::F16(values) => (Dtype::F16, bytemuck::cast_slice(&values[param.range()])),
+    };
+    NamedTensor::new(param.name(), dtype, param.shape(), bytes)
 }

@@ -10,8 +10,8 @@ use crate::error::Result;
 
 /// The parameters of one gathered unit.
 ///
-/// A graph that outlives the unit may hold the views: once the unit is freed they have no memory behind them, until
-/// [`with_values_of`] lends them another unit's.
+/// A graph that outlives the unit may hold the views: once the unit is freed they have no memory behind them, until they
+/// are lent that of the unit as gathered anew.
 #[derive(Clone, Debug)]
 pub struct BoundUnit {
     /// All values, with the padding.

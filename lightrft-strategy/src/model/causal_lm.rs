@@ -335,7 +335,8 @@ mod tests {
             .load(|param, range, out| {
                 let all =
                     weights.tensor(param.name()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                Ok::<_, Infallible>(out.copy_from_slice(&all[range]))
+                out.copy_from_slice(&all[range]);
+                Ok::<_, Infallible>(())
             })
             .unwrap();
         model
