@@ -60,3 +60,7 @@ pub use offload::OffloadMetrics;
 pub use prepare::{Actor, Reference};
 pub use strategy::Strategy;
 pub use text::Text;
+
+// Types of the settings.
+#[doc(no_inline)]
+pub use lightrft_sharding::{Precision, ShardSize};

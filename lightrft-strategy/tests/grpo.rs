@@ -12,10 +12,10 @@ use lightrft_data::{JsonLines, JsonLinesOptions};
 use lightrft_engine::{
     Completion, Engine, Level, Limits, MemoryBytes, Parts, Request, State, Update, Version, Watch,
 };
-use lightrft_sharding::{Precision, ShardSize};
 use lightrft_strategy::model::{Sequence, TokenBatch};
 use lightrft_strategy::{
-    Grpo, GrpoParts, OldLogProbs, Result, Score, StepMetrics, Strategy, StrategyConfig, Text,
+    Grpo, GrpoParts, OldLogProbs, Precision, Result, Score, ShardSize, StepMetrics, Strategy, StrategyConfig,
+    Text,
 };
 
 /// A model, and twelve questions, in a folder.
@@ -183,6 +183,9 @@ fn all_choices_at_once_train_and_resume_bit_for_bit() {
             let average =
                 |grpo: &mut Grpo<'_>| grpo.actor_mut().ema.as_ref().unwrap().average(1).unwrap().to_vec();
             let second = grpo.step()?;
+            let actor = grpo.actor_mut();
+            let (steps, moves) = (actor.optimizer.counters().steps, actor.ema.as_ref().unwrap().counters());
+            assert_eq!((steps, moves.updates), (4, 4), "two updates a rollout, and the average with each");
             assert!(second.log_prob_gap < gap, "{}", second.log_prob_gap);
 
             let mut again = Grpo::new(&strategy, parts(&strategy, folder.path())?)?;

@@ -8,9 +8,9 @@ use std::path::Path;
 use common::counted::{Call, Counted, Sent};
 use common::{all_parameters, config, on_ranks, sequences, settings, write_folder};
 use lightrft_collectives::Dtype;
-use lightrft_sharding::{Activations, Precision, ShardSize};
+use lightrft_sharding::Activations;
 use lightrft_strategy::model::{Sequence, TokenBatch};
-use lightrft_strategy::{Strategy, StrategyConfig};
+use lightrft_strategy::{Precision, ShardSize, Strategy, StrategyConfig};
 
 const ROWS: usize = 8;
 
