@@ -343,14 +343,14 @@ impl<Mem: Memory> ShardedUnits<Mem> {
 
     /// As [`for_each_full_unit`](Self::for_each_full_unit), with the values that passes compute with, in the policy's
     /// [`param_dtype`](Policy::param_dtype): for whoever must agree with the passes, such as an engine that generates what
-    /// they learn from. With [`prefetch`](Policy::prefetch) the next unit is gathered while one is shown, and hpZ keeps what
-    /// it keeps of a pass. *Collective*.
+    /// they learn from. On a device they are there in the order of its operations. With [`prefetch`](Policy::prefetch) the
+    /// next unit is gathered while one is shown, and hpZ keeps what it keeps of a pass. *Collective*.
     ///
     /// # Errors
     /// As there.
     pub fn for_each_computed_unit<E: Into<BoxError>>(
         &mut self,
-        mut visit: impl FnMut(&FlatUnit, &UnitValues) -> Result<(), E>,
+        mut visit: impl FnMut(&FlatUnit, &Mem::Values) -> Result<(), E>,
     ) -> Result<()> {
         let plan = Arc::clone(&self.plan);
         let mut failed = None;
