@@ -63,4 +63,4 @@ pub use text::Text;
 
 // Types of the settings.
 #[doc(no_inline)]
-pub use lightrft_sharding::{Precision, ShardSize};
+pub use lightrft_sharding::{GatherFrom, Precision, ShardSize};

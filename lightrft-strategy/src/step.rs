@@ -12,10 +12,12 @@ pub(crate) fn log_probs(model: &mut ShardedModel<CausalLm>, batch: &TokenBatch) 
     Ok(model.evaluate(batch)?.flatten_all()?.to_vec1::<f32>()?)
 }
 
-/// One pass, whose loss is multiplied by `scale`; see [`Strategy::backward`](crate::Strategy::backward).
+/// One pass of `passes` before the next step, whose loss is multiplied by `scale`; see
+/// [`Strategy::backward`](crate::Strategy::backward).
 pub(crate) fn backward<R>(
     actor: &mut Actor,
     batch: &TokenBatch,
+    passes: usize,
     scale: f32,
     loss: impl FnOnce(&[f32]) -> Result<(R, Vec<f32>)>,
 ) -> Result<R> {
@@ -31,7 +33,12 @@ pub(crate) fn backward<R>(
     gradient.iter_mut().for_each(|element| *element *= scale);
     let gradient = Tensor::from_vec(gradient, output.shape(), output.device())?;
     drop(output);
-    actor.model.backward(tape, gradient)?;
+    // What ranks sum once a step is summed in its last pass, beside computing where that is asked for.
+    if actor.accumulated + 1 == passes {
+        actor.model.backward_last(tape, gradient)?;
+    } else {
+        actor.model.backward(tape, gradient)?;
+    }
     actor.accumulated += 1;
     Ok(result)
 }

@@ -149,6 +149,9 @@ impl Strategy {
     /// that what adds up is the gradient of the mean over [`train_batch_size`](StrategyConfig::train_batch_size)
     /// sequences, however they were cut.
     ///
+    /// Call [`optimizer_step`](Self::optimizer_step) after each pass: in the last one before a step the ranks sum all that they
+    /// have not yet, and no pass is taken between that and the step.
+    ///
     /// # Errors
     /// The loss' own, or [`Error::Sharding`](crate::Error::Sharding).
     pub fn backward<R>(
@@ -157,7 +160,7 @@ impl Strategy {
         batch: &TokenBatch,
         loss: impl FnOnce(&[f32]) -> Result<(R, Vec<f32>)>,
     ) -> Result<R> {
-        step::backward(actor, batch, self.loss_scale(), loss)
+        step::backward(actor, batch, self.accumulated_gradient(), self.loss_scale(), loss)
     }
 
     /// As [`backward`](Self::backward), for a loss that is divided already by what the batch as a whole calls for, such as
@@ -171,7 +174,7 @@ impl Strategy {
         batch: &TokenBatch,
         loss: impl FnOnce(&[f32]) -> Result<(R, Vec<f32>)>,
     ) -> Result<R> {
-        step::backward(actor, batch, 1.0, loss)
+        step::backward(actor, batch, self.accumulated_gradient(), 1.0, loss)
     }
 
     /// Clips the global gradient norm and steps AdamW, once enough passes have accumulated. *Collective.*

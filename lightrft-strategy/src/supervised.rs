@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::{Sequence, TokenBatch};
 use crate::prepare::Actor;
 use crate::rl::{Matrix, Reduction};
+use crate::step;
 use crate::strategy::Strategy;
 
 impl Strategy {
@@ -29,9 +30,12 @@ impl Strategy {
         }
         let reduction = Reduction::sequences_of(sequences.len() * self.world_size());
         let mut loss = 0.0;
-        for micro in sequences.chunks(self.config().micro_train_batch_size) {
+        let size = self.config().micro_train_batch_size;
+        let passes = sequences.len().div_ceil(size);
+        actor.accumulated = 0;
+        for micro in sequences.chunks(size) {
             let batch = TokenBatch::new(actor.model.model().decoder(), micro)?;
-            loss += self.backward_unscaled(actor, &batch, |log_probs| {
+            loss += step::backward(actor, &batch, passes, 1.0, |log_probs| {
                 let (rows, cols) = (batch.rows(), batch.cols());
                 let mask = Matrix::new(batch.mask(), rows, cols)?;
                 let weights = reduction.row_weights(rows, cols, Some(mask))?;

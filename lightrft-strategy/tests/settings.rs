@@ -10,7 +10,7 @@ use common::{all_parameters, config, on_ranks, sequences, settings, write_folder
 use lightrft_collectives::Dtype;
 use lightrft_sharding::Activations;
 use lightrft_strategy::model::{Sequence, TokenBatch};
-use lightrft_strategy::{Precision, ShardSize, Strategy, StrategyConfig};
+use lightrft_strategy::{GatherFrom, Precision, ShardSize, Strategy, StrategyConfig};
 
 const ROWS: usize = 8;
 
@@ -178,6 +178,33 @@ fn parameters_travel_and_compute_in_the_types_that_are_asked_for() {
     }
     // Rounding every product is coarser than rounding the parameters.
     assert!(gathered.log_probs != computed.log_probs);
+}
+
+#[test]
+fn a_copy_that_gathers_read_takes_memory_and_changes_no_bit() {
+    let masters = StrategyConfig { param_dtype: Precision::Bf16, ..plain() };
+    let copy = StrategyConfig { gather_from: GatherFrom::Copy, ..masters.clone() };
+    let (masters, copy) = (train(2, &masters), train(2, &copy));
+    assert!(copy.kept_bytes * 16 >= masters.kept_bytes * 18 - 64 * UNITS, "2 bytes beside 16");
+    assert!(copy.parameters == masters.parameters && copy.log_probs == masters.log_probs);
+}
+
+#[test]
+fn what_is_summed_once_a_step_may_be_summed_beside_its_last_pass() {
+    let four = StrategyConfig { micro_train_batch_size: 1, ..plain() };
+    for settings in [
+        StrategyConfig { zero_stage: 0, ..four.clone() },
+        StrategyConfig { zero_stage: 1, ..four.clone() },
+        StrategyConfig { shard_size: ShardSize::Ranks(2), ..four },
+    ] {
+        // A bucket for each unit, that there is something to run beside the next.
+        let settings = StrategyConfig { reduce_bucket_size: 1, ..settings };
+        let beside = train(4, &StrategyConfig { overlap_comm: true, ..settings.clone() });
+        let after = train(4, &settings);
+        assert!(beside.parameters == after.parameters);
+        let sums = |run: &Run| run.calls.iter().filter(|call| call.sent != Sent::AllGather).count();
+        assert_eq!(sums(&beside), sums(&after), "stage {}", settings.zero_stage);
+    }
 }
 
 #[test]

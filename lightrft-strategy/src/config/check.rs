@@ -135,7 +135,7 @@ impl StrategyConfig {
 
 #[cfg(test)]
 mod tests {
-    use lightrft_sharding::{Precision, ShardSize};
+    use lightrft_sharding::{GatherFrom, Precision, ShardSize};
 
     use super::*;
     use crate::schedule::Shape;
@@ -186,11 +186,7 @@ mod tests {
             2,
             &["hpz_size = 2", "reshard_after_forward = false"],
         );
-        refused(
-            |c| (c.zero_stage, c.overlap_comm) = (1, true),
-            2,
-            &["zero_stage = 1", "overlap_comm = true"],
-        );
+        refused(|c| c.gather_from = GatherFrom::Copy, 2, &["gather_from", "param_dtype = \"f32\""]);
         refused(
             |c| (c.zero_stage, c.persistence_threshold) = (0, 7),
             2,
@@ -214,9 +210,9 @@ mod tests {
             &["zero_stage = 2", "reference_shard_size = 2"],
         );
         refused(
-            |c| (c.hpz_size, c.shard_size) = (4, ShardSize::Ranks(2)),
-            4,
-            &["hpz_size = 4", "share a shard = 2"],
+            |c| (c.hpz_size, c.shard_size) = (3, ShardSize::Ranks(4)),
+            8,
+            &["hpz_size = 3", "share a shard = 4"],
         );
         refused(
             |c| c.compute_dtype = Precision::Bf16,

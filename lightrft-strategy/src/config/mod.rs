@@ -6,7 +6,7 @@ mod sharding;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use lightrft_sharding::{Precision, ShardSize};
+use lightrft_sharding::{GatherFrom, Precision, ShardSize};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -61,12 +61,12 @@ pub struct StrategyConfig {
     /// the memory of all units between the passes.
     pub reshard_after_forward: bool,
     /// Neighbouring ranks that keep what forward gathered among them, until the parameters change: hpZ of ZeRO++, in
-    /// stage 3. 1 for none.
+    /// stage 3. 1 for none, and all that share a shard where it is more than those.
     #[serde(alias = "zpg")]
     pub hpz_size: usize,
     /// Stages that a gather runs ahead of computing; 0 waits for each. One more unit in memory for each.
     pub prefetch: usize,
-    /// Whether the gradients of stages 2 and 3 are exchanged beside the backward pass: one more gradient in memory.
+    /// Whether gradients are exchanged beside the backward pass: one more gradient in memory.
     pub overlap_comm: bool,
     /// Most elements of gradients in one exchange, in stages 0 to 2.
     pub reduce_bucket_size: usize,
@@ -75,6 +75,9 @@ pub struct StrategyConfig {
     /// What parameters are gathered in; masters are always f32. LightRFT's `bf16` is true or false, and its default true.
     #[serde(alias = "bf16", deserialize_with = "sharding::dtype_or_bf16")]
     pub param_dtype: Precision,
+    /// What gathers in a narrower type read of each shard: the f32 masters, which each gather rounds, or a copy of it, 2 bytes
+    /// for each parameter of the shard, which each step rounds.
+    pub gather_from: GatherFrom,
     /// What the model computes in: f32, into which narrower parameters are cast when they arrive, or the type of
     /// [`param_dtype`](Self::param_dtype), which is slower than f32 on a CPU.
     pub compute_dtype: Precision,
@@ -171,6 +174,7 @@ impl Default for StrategyConfig {
             reduce_bucket_size: 500_000_000,
             persistence_threshold: 0,
             param_dtype: Precision::F32,
+            gather_from: GatherFrom::Masters,
             compute_dtype: Precision::F32,
             reduce_dtype: Precision::F32,
             grad_accum_dtype: Precision::F32,

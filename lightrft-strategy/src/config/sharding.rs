@@ -1,7 +1,8 @@
 //! The settings as a [`Policy`] of sharding: how they map, which of them fit each other, and how a file writes them.
 
 use lightrft_sharding::{
-    Activations, Mode, Overlap, Policy, Precision, ReshardAfterForward, ShardSize, Stage, Trainable,
+    Activations, GatherFrom, Mode, Overlap, Policy, Precision, ReshardAfterForward, ShardSize, Stage,
+    Trainable,
 };
 use serde::{Deserialize, Deserializer};
 
@@ -32,6 +33,7 @@ impl StrategyConfig {
             overlap: if self.overlap_comm { Overlap::On } else { Overlap::Off },
             reduce_bucket_elems: self.reduce_bucket_size,
             param_dtype: self.param_dtype,
+            gather_from: self.gather_from,
             reduce_dtype: self.reduce_dtype,
             grad_accum_dtype: self.grad_accum_dtype,
             persistence_threshold: self.persistence_threshold,
@@ -83,11 +85,6 @@ impl StrategyConfig {
                 "stages 0 to 2 keep parameters whole, and never free them: true was expected",
             ),
             (
-                self.zero_stage < 2 && self.overlap_comm,
-                "overlap_comm = true".to_owned(),
-                "stages 0 and 1 exchange gradients at the step, beside which nothing is computed",
-            ),
-            (
                 self.zero_stage == 0 && self.persistence_threshold > 0,
                 format!("persistence_threshold = {}", self.persistence_threshold),
                 "stage 0 keeps every unit whole: 0 was expected",
@@ -123,7 +120,7 @@ impl StrategyConfig {
             ShardSize::Ranks(ranks) => ranks,
             _ => world,
         };
-        if !cut_over.is_multiple_of(self.hpz_size) {
+        if self.hpz_size < cut_over && !cut_over.is_multiple_of(self.hpz_size) {
             let fields = format!("hpz_size = {}, ranks that share a shard = {cut_over}", self.hpz_size);
             return Err(Error::config(fields, "the second must be a multiple of the first"));
         }
@@ -136,6 +133,12 @@ impl StrategyConfig {
                     name(self.param_dtype)
                 ),
                 "parameters are computed in as they were gathered, or in f32",
+            ));
+        }
+        if self.gather_from == GatherFrom::Copy && self.param_dtype == Precision::F32 {
+            return Err(Error::config(
+                "gather_from = \"copy\", param_dtype = \"f32\"",
+                "f32 masters are gathered where they lie",
             ));
         }
         if self.freeze_prefix.iter().any(String::is_empty) {
