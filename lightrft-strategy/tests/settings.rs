@@ -4,6 +4,7 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use common::counted::{Call, Counted, Sent};
 use common::{all_parameters, config, on_ranks, sequences, settings, write_folder};
@@ -53,7 +54,7 @@ fn train(ranks: usize, settings: &StrategyConfig) -> Run {
     let folder = model();
     let mut runs = on_ranks(ranks, |world| {
         let world = Counted::new(world);
-        let strategy = Strategy::with_world(settings.clone(), world.clone())?;
+        let strategy = Strategy::with_world(settings.clone(), Arc::clone(&world.comm))?;
         let mut actor = strategy.prepare_actor(folder.path())?;
         let all = sequences(ROWS);
         let share = ROWS / ranks;

@@ -2,11 +2,9 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use lightrft_collectives::{
-    Communicator, Dtype, Elements as _, GroupOptions, Operation, Result as GroupResult,
-};
+use lightrft_collectives::testing::Intercepted;
+use lightrft_collectives::{Communicator, Dtype, Elements as _, Operation};
 
 /// What is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,60 +23,40 @@ pub(crate) struct Call {
     pub(crate) ranks: usize,
 }
 
-#[derive(Debug)]
+impl Call {
+    fn of(operation: &Operation<'_>, ranks: usize) -> Option<Self> {
+        let (sent, dtype) = match operation {
+            Operation::AllGather { input, .. } => (Sent::AllGather, input.dtype()),
+            Operation::AllGatherInPlace { data } => (Sent::AllGather, data.dtype()),
+            Operation::ReduceScatter { input, .. } => (Sent::ReduceScatter, input.dtype()),
+            Operation::ReduceScatterInPlace { data, .. } => (Sent::ReduceScatter, data.dtype()),
+            Operation::AllReduce { data, .. } => (Sent::AllReduce, data.dtype()),
+            _ => return None,
+        };
+        matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16).then_some(Self { sent, dtype, ranks })
+    }
+}
+
+/// A group, and the calls on it.
 pub(crate) struct Counted {
-    inner: Arc<dyn Communicator>,
+    /// To be used in the place of the group.
+    pub(crate) comm: Arc<dyn Communicator>,
     calls: Arc<Mutex<Vec<Call>>>,
 }
 
 impl Counted {
-    pub(crate) fn new(inner: Arc<dyn Communicator>) -> Arc<Self> {
-        Arc::new(Self { inner, calls: Arc::default() })
+    pub(crate) fn new(inner: Arc<dyn Communicator>) -> Self {
+        let calls = Arc::<Mutex<Vec<Call>>>::default();
+        let list = Arc::clone(&calls);
+        let comm = Intercepted::new(inner, move |comm, operation, timeout| {
+            list.lock().unwrap().extend(Call::of(&operation, comm.world_size()));
+            comm.run_within(operation, timeout)
+        });
+        Self { comm: Arc::new(comm), calls }
     }
 
     /// What was sent since the last call.
     pub(crate) fn take(&self) -> Vec<Call> {
         std::mem::take(&mut *self.calls.lock().unwrap())
-    }
-}
-
-impl Communicator for Counted {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
-    }
-
-    fn run_within(&self, operation: Operation<'_>, timeout: Option<Duration>) -> GroupResult<()> {
-        let sent = match &operation {
-            Operation::AllGather { input, .. } => Some((Sent::AllGather, input.dtype())),
-            Operation::AllGatherInPlace { data } => Some((Sent::AllGather, data.dtype())),
-            Operation::ReduceScatter { input, .. } => Some((Sent::ReduceScatter, input.dtype())),
-            Operation::ReduceScatterInPlace { data, .. } => Some((Sent::ReduceScatter, data.dtype())),
-            Operation::AllReduce { data, .. } => Some((Sent::AllReduce, data.dtype())),
-            _ => None,
-        };
-        if let Some((sent, dtype @ (Dtype::F32 | Dtype::BF16 | Dtype::F16))) = sent {
-            let ranks = self.inner.world_size();
-            self.calls.lock().unwrap().push(Call { sent, dtype, ranks });
-        }
-        self.inner.run_within(operation, timeout)
-    }
-
-    fn subgroup_with(
-        &self,
-        ranks: &[usize],
-        options: &GroupOptions,
-    ) -> GroupResult<Option<Arc<dyn Communicator>>> {
-        let group = self.inner.subgroup_with(ranks, options)?;
-        let counted =
-            |inner| Arc::new(Self { inner, calls: Arc::clone(&self.calls) }) as Arc<dyn Communicator>;
-        Ok(group.map(counted))
     }
 }
