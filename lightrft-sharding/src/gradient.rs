@@ -209,7 +209,8 @@ impl<Mem: Memory> Gradient<Mem> {
             Exchange::ScatterAtStep => unit.trainable_padded_elems(),
             _ => unit.trainable_shard_elems(),
         };
-        if self.accum.len() == elems {
+        // One that was zeroed while it lay elsewhere has its length and no memory.
+        if self.accum.len() == elems && (elems == 0 || self.accum.capacity_bytes() > 0) {
             return Ok(0);
         }
         self.accum = memory.zeros(self.accum.precision(), elems)?;

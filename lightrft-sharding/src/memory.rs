@@ -148,6 +148,10 @@ pub trait Operations: Clone + fmt::Debug + Send + Sync + 'static {
         parts: &[(&Self::Values, Range<usize>)],
     ) -> Result<Self::Squares>;
 
+    /// Whether what `comm` was given has come to nothing, as far as is known: for where the device has been waited for. Never on
+    /// the host, where calls have said so themselves.
+    fn outcome(&self, comm: &dyn Communicator) -> GroupResult<()>;
+
     /// The sum over ranks, for the host: waits for what the device has been given.
     fn total(&self, squares: Self::Squares, comm: &dyn Communicator) -> GroupResult<f64>;
 

@@ -170,7 +170,8 @@ impl<M: StagedModel<Mem>, Mem: Memory> ShardedModel<M, Mem> {
     }
 
     /// As [`backward`](Self::backward), for the last pass before a step: what the ranks would still have to sum at the step is
-    /// summed in it, and no other pass is taken until the gradients are stepped or zeroed. *Collective*: all ranks do it in
+    /// summed in it. No other pass is to come before the gradients are stepped or zeroed; one that would be counted twice is
+    /// refused. *Collective*: all ranks do it in
     /// the same pass.
     ///
     /// Nothing else differs, in bits either. With [`Overlap::On`](crate::Overlap::On) it is what lets these sums run beside

@@ -34,7 +34,7 @@ pub trait Offload {
     /// Gives up what can be given up.
     ///
     /// # Errors
-    /// The implementation's; it is then not offloaded. None for what is in host memory.
+    /// The implementation's; [`is_offloaded`](Self::is_offloaded) then says whether it is. None for what is in host memory.
     fn offload(&mut self) -> Result<OffloadReport>;
 
     /// Takes it again.
@@ -99,10 +99,12 @@ impl<M: StagedModel<Mem>, Mem: Memory> Offload for ShardedModel<M, Mem> {
         let start = Instant::now();
         let before = self.units().transient_bytes().now;
         self.reshard();
-        // What was freed with the model's own tensors; what came back as buffers is counted as they are freed.
-        let freed = before - self.units().transient_bytes().now;
+        // What was freed with the model's own tensors; what came back as buffers, which may be larger than what was lent, is
+        // counted as they are freed.
+        let kept = self.units().transient_bytes().now;
         let report = self.units_mut().offload()?;
-        Ok(OffloadReport { bytes: freed + report.bytes, elapsed: start.elapsed(), ..report })
+        let bytes = (before + report.bytes).saturating_sub(kept);
+        Ok(OffloadReport { bytes, elapsed: start.elapsed(), ..report })
     }
 
     fn reload(&mut self) -> Result<OffloadReport> {

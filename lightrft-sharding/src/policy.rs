@@ -195,7 +195,7 @@ pub struct Policy {
     pub param_dtype: Precision,
     /// What gathers read where that is not f32.
     pub gather_from: GatherFrom,
-    /// What gradients are sent in. Sums over ranks are of f32 and rounded once.
+    /// What gradients are sent in. On the host sums over ranks are of f32 and rounded once; NCCL may round each partial sum.
     pub reduce_dtype: Precision,
     /// What gradients add up in over the passes of a step.
     pub grad_accum_dtype: Precision,

@@ -136,7 +136,10 @@ impl<Mem: Memory> ShardedUnits<Mem> {
             (AllReduced::Lent(_), Some(gradient)) => gradient.accum = values,
             (AllReduced::Packed { parts, lease }, _) => {
                 self.set_own(&values, &parts)?;
-                drop((values, lease));
+                // As in `take_sums`.
+                if parts.len() == 1 {
+                    self.pool.put_whole(Whole { values, lease });
+                }
             }
             (AllReduced::Lent(_), None) => {}
         }
@@ -162,7 +165,7 @@ impl<Mem: Memory> ShardedUnits<Mem> {
             && let Some(gradient) = self.stores[*unit].grad.as_mut()
             && let Err(error) = gradient.take_again(&self.memory, &self.plan.units()[*unit])
         {
-            // Whoever uses it next is told so by its length.
+            // Whoever uses it next gets an error, since its length is another.
             tracing::warn!(%error, unit, "no memory in the place of a gradient that was lent");
         }
     }

@@ -332,7 +332,12 @@ impl<Mem: Memory> ShardedUnits<Mem> {
         for (index, unit) in plan.units().iter().enumerate() {
             let full = self.gather(index)?.whole;
             if failed.is_none() {
-                let seen = self.memory.read(&full.values, |values| visit(unit, values))?;
+                let (memory, group) = (&self.memory, &*self.groups.shard);
+                let seen = memory.read(&full.values, |values| {
+                    // A device has been waited for, and what it has may be what was left of a gather that failed.
+                    memory.outcome(group).map_err(Error::collective("all-gather", unit.name()))?;
+                    Ok::<_, Error>(visit(unit, values))
+                })??;
                 let named = |source: E| Error::Visit { unit: unit.name().to_owned(), source: source.into() };
                 failed = seen.err().map(named);
             }
@@ -343,7 +348,8 @@ impl<Mem: Memory> ShardedUnits<Mem> {
 
     /// As [`for_each_full_unit`](Self::for_each_full_unit), with the values that passes compute with, in the policy's
     /// [`param_dtype`](Policy::param_dtype): for whoever must agree with the passes, such as an engine that generates what
-    /// they learn from. On a device they are there in the order of its operations. With [`prefetch`](Policy::prefetch) the
+    /// they learn from. On a device they are there in the order of its operations, and whether the gathers have come to a good end
+    /// is known once it has been waited for (`Nccl::health`). With [`prefetch`](Policy::prefetch) the
     /// next unit is gathered while one is shown, and hpZ keeps what it keeps of a pass. *Collective*.
     ///
     /// # Errors

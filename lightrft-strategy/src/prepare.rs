@@ -28,6 +28,15 @@ pub struct Actor {
     pub(crate) accumulated: usize,
 }
 
+impl Actor {
+    /// Forgets the gradients that passes have added up since the last step, and with them the passes: after a pass that
+    /// failed, or to begin anew. Not collective, but all ranks do it between the same passes.
+    pub fn discard_gradients(&mut self) {
+        self.model.units_mut().zero_gradients();
+        self.accumulated = 0;
+    }
+}
+
 /// A sharded model that only predicts.
 #[derive(Debug)]
 pub struct Reference {

@@ -195,6 +195,14 @@ impl Schedule {
             Shape::Polynomial { lr_end, .. } if !(lr_end >= 0.0 && lr_end < base_lr) => {
                 return range("lr_end", lr_end, "at least 0 and less than base_lr");
             }
+            Shape::Polynomial { power, .. } if !(power > 0.0 && power.is_finite()) => {
+                return range("power", power, "more than 0, finite");
+            }
+            Shape::CosineWithMinLr { min: MinLr::Rate(min) | MinLr::Fraction(min), .. }
+                if !(min >= 0.0 && min.is_finite()) =>
+            {
+                return range("min_lr", min, "at least 0, finite");
+            }
             Shape::InverseSqrt { timescale: Some(0) } => return range("timescale", 0.0, "at least 1"),
             Shape::CosineWithRestarts { num_cycles: 0 } => return range("num_cycles", 0.0, "at least 1"),
             Shape::CosineWithMinLr { min: MinLr::Rate(_), .. } if base_lr == 0.0 => {

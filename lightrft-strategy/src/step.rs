@@ -48,6 +48,8 @@ pub(crate) fn optimizer_step(actor: &mut Actor, accumulate: usize, lr: f64) -> R
     if actor.accumulated < accumulate {
         return Ok(None);
     }
+    // A step that is refused has changed nothing, and can be asked for again.
+    let report = actor.optimizer.step(actor.model.units_mut(), lr)?;
     actor.accumulated = 0;
-    Ok(Some(actor.optimizer.step(actor.model.units_mut(), lr)?))
+    Ok(Some(report))
 }

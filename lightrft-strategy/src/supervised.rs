@@ -32,7 +32,7 @@ impl Strategy {
         let mut loss = 0.0;
         let size = self.config().micro_train_batch_size;
         let passes = sequences.len().div_ceil(size);
-        actor.accumulated = 0;
+        actor.discard_gradients();
         for micro in sequences.chunks(size) {
             let batch = TokenBatch::new(actor.model.model().decoder(), micro)?;
             loss += step::backward(actor, &batch, passes, 1.0, |log_probs| {

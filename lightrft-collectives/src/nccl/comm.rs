@@ -238,7 +238,9 @@ impl Comm {
         let result = watched.map_err(|error| {
             // Told before anything else of CUDA is called, which may be stuck behind a launch.
             let error = watchdog::fail(self, error);
-            // The calls before it have ended by now: records end in the order in which they began.
+            // Records end in the order in which they began; of a failure that another thread has met the calls before this
+            // one may not have ended.
+            watchdog::forget(self);
             self.end_record(ticket, Outcome::Failed);
             watchdog::count_done(1);
             error

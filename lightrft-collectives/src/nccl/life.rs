@@ -134,6 +134,8 @@ impl Comm {
     /// Leaves the communicator to a thread that destroys it. Does not wait.
     pub(super) fn retire(self: Arc<Self>) {
         let healthy = self.host_failure(Call::Barrier).is_none();
+        // What was called last is compared, too, as long as the group lives.
+        self.tell(Duration::ZERO);
         // Before the process can end: the group on the host says goodbye in this thread.
         lock(&self.host).take();
         self.retiring.store(true, Ordering::SeqCst);

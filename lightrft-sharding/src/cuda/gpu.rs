@@ -111,6 +111,11 @@ impl Gpu {
         how: Combine,
     ) -> GroupResult<()> {
         let into = into.run(range)?;
+        if into.elems != from.elems {
+            let message = format!("{} elements for {}", from.elems, into.elems);
+            let (doing, ordinal) = ("combine buffers", self.ordinal());
+            return Err(CollectiveError::Cuda { doing, ordinal, code: 1, message });
+        }
         // SAFETY: memory of this GPU on the compute stream: `into` by its type, `from` as the caller has checked.
         unsafe { self.shared.kernels.combine(self.compute(), into, from, how) }
     }

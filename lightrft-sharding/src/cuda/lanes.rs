@@ -21,6 +21,9 @@ pub trait Timeline {
 
     /// What it is given from now on comes after the mark.
     fn wait_for(&self, mark: &Self::Mark) -> GroupResult<()>;
+
+    /// Waits until it has done all that it was given, for where no order can be had otherwise.
+    fn drain(&self);
 }
 
 impl Timeline for Stream {
@@ -32,6 +35,11 @@ impl Timeline for Stream {
 
     fn wait_for(&self, mark: &Event) -> GroupResult<()> {
         Stream::wait_for(self, mark)
+    }
+
+    fn drain(&self) {
+        // Calls have deadlines of their own; no call can be in its turn for longer than this.
+        let _ = self.wait(lightrft_collectives::DEFAULT_TIMEOUT);
     }
 }
 
@@ -79,8 +87,12 @@ impl<T: Timeline> Lanes<T> {
     pub(super) fn in_turn(&self, work: impl FnOnce(&T) -> GroupResult<()>) -> GroupResult<()> {
         self.beside.wait_for(&self.compute.mark()?)?;
         let worked = work(&self.beside);
-        self.compute.wait_for(&self.beside.mark()?)?;
-        worked
+        let ordered = self.beside.mark().and_then(|end| self.compute.wait_for(&end));
+        if ordered.is_err() {
+            // Its buffers are the caller's, who may free them at once.
+            self.beside.drain();
+        }
+        worked.and(ordered)
     }
 }
 
@@ -149,6 +161,14 @@ mod tests {
             let clock = &mut self.world.borrow_mut().clocks[self.lane];
             clock.iter_mut().zip(mark).for_each(|(mine, theirs)| *mine = (*mine).max(*theirs));
             Ok(())
+        }
+
+        /// What is done is before all that is given to any lane from now on.
+        fn drain(&self) {
+            let mut world = self.world.borrow_mut();
+            let done = world.clocks[self.lane];
+            let ahead = world.clocks.iter_mut().flat_map(|clock| clock.iter_mut().zip(done));
+            ahead.for_each(|(mine, done)| *mine = (*mine).max(done));
         }
     }
 

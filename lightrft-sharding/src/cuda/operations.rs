@@ -280,6 +280,10 @@ impl Operations for Gpu {
         Ok(total)
     }
 
+    fn outcome(&self, comm: &dyn Communicator) -> GroupResult<()> {
+        comm.failure(Call::Barrier).map_or(Ok(()), Err)
+    }
+
     /// The one place of a step where the host waits. What has failed on the way shows here, before the step has changed
     /// anything.
     fn total(&self, squares: DeviceMemory, comm: &dyn Communicator) -> GroupResult<f64> {

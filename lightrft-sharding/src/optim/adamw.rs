@@ -215,7 +215,12 @@ impl<Mem: Memory> AdamW<Mem> {
             let copy = store.copy.as_mut().map_or(Ok(None), |copy| copy.out(units.version))?;
             work.push(AdamWork { param, copy, grad, own, exp_avg, exp_avg_sq, runs });
         }
-        pass(&self.memory, work, scalars)?;
+        if let Err(error) = pass(&self.memory, work, scalars) {
+            // Some units may have been stepped: what was made of the masters is old, and the step is not to be repeated.
+            units.params_changed();
+            units.begin_backward();
+            return Err(error);
+        }
         self.counters.steps += 1;
         units.params_stepped();
         units.zero_gradients();

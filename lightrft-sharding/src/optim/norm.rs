@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::kernel::{BLOCK, PARALLEL, PIECE};
 use super::simd::{self, Vectors, prefetch};
 use crate::error::{Error, Result};
+use crate::groups::Groups;
 use crate::memory::Memory;
 use crate::unit::ShardedUnits;
 
@@ -58,8 +59,13 @@ pub fn grad_norm<'a, Mem: Memory>(
     models: impl IntoIterator<Item = &'a mut ShardedUnits<Mem>>,
 ) -> Result<GradNorm> {
     let mut sums: Vec<GroupSum<Mem>> = Vec::new();
+    let mut asked = Vec::new();
     for units in models {
         units.sync_gradients()?;
+        // Where units are not cut, no rank is heard of in the sum of squares: the gradients' own exchanges must have come
+        // to a good end.
+        let Groups { world, replicate, .. } = &units.groups;
+        asked.push((units.memory.clone(), [Arc::clone(world), Arc::clone(replicate)]));
         let (memory, group) = (&units.memory, units.communicator());
         let same = |sum: &&mut GroupSum<Mem>| sum.memory.is(memory) && sum.group.ranks() == group.ranks();
         match sums.iter_mut().find(same) {
@@ -72,9 +78,12 @@ pub fn grad_norm<'a, Mem: Memory>(
         }
     }
     let mut total = 0.0;
+    let failed = Error::collective("gradient norm", "all units");
     for GroupSum { memory, group, squares } in sums {
-        let failed = Error::collective("gradient norm", "all units");
-        total += squares.map_or(Ok(0.0), |squares| memory.total(squares, &*group)).map_err(failed)?;
+        total += squares.map_or(Ok(0.0), |squares| memory.total(squares, &*group)).map_err(&failed)?;
+    }
+    for (memory, groups) in asked {
+        groups.iter().try_for_each(|group| memory.outcome(&**group)).map_err(&failed)?;
     }
     Ok(GradNorm(total.sqrt() as f32))
 }

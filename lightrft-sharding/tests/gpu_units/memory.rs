@@ -137,4 +137,12 @@ fn gpu_memory_comes_back_as_it_went_and_is_refused_meanwhile() {
     adamw.step(model.units_mut(), 1e-2).unwrap();
     others.step(other.units_mut(), 1e-2).unwrap();
     assert_eq!(state(model.units(), &adamw), state(other.units(), &others));
+    // A gradient that is zeroed while it is away is one to train with again.
+    accumulate(&mut model);
+    model.offload().unwrap();
+    model.units_mut().zero_gradients();
+    model.reload().unwrap();
+    train(&mut model, &mut adamw, 2);
+    train(&mut other, &mut others, 2);
+    assert_eq!(state(model.units(), &adamw), state(other.units(), &others));
 }

@@ -121,7 +121,13 @@ impl StrategyConfig {
                 self.init_kl_coef >= 0.0 && self.init_kl_coef.is_finite(),
                 "finite, 0 or more",
             ),
-            ("max_ckpt_mem", self.max_ckpt_mem, self.max_ckpt_mem > 0.0, "positive"),
+            // Settings are kept in checkpoints as JSON, which has no infinity.
+            (
+                "max_ckpt_mem",
+                self.max_ckpt_mem,
+                self.max_ckpt_mem > 0.0 && self.max_ckpt_mem.is_finite(),
+                "positive and finite",
+            ),
             ("ema_beta", self.ema_beta, (0.0..=1.0).contains(&self.ema_beta), "in [0, 1]"),
         ];
         for (field, value, ok, expected) in ranges {

@@ -68,7 +68,7 @@ pub struct StrategyConfig {
     pub prefetch: usize,
     /// Whether gradients are exchanged beside the backward pass: one more gradient in memory.
     pub overlap_comm: bool,
-    /// Most elements of gradients in one exchange, in stages 0 to 2.
+    /// Most elements of gradients in one exchange: in stages 0 to 2, between replicas, and of units that stay whole.
     pub reduce_bucket_size: usize,
     /// Units of fewer elements are whole on every rank, in stages 1 to 3.
     pub persistence_threshold: usize,

@@ -135,6 +135,16 @@ impl StrategyConfig {
                 "parameters are computed in as they were gathered, or in f32",
             ));
         }
+        let small = [
+            ("compute_dtype", self.compute_dtype),
+            ("reduce_dtype", self.reduce_dtype),
+            ("grad_accum_dtype", self.grad_accum_dtype),
+        ];
+        if let Some((field, _)) = small.into_iter().find(|(_, dtype)| *dtype == Precision::F16) {
+            let expected =
+                "\"f32\" or \"bf16\": losses are not scaled up, and gradients are too small for f16";
+            return Err(Error::config(format!("{field} = \"f16\""), expected));
+        }
         if self.gather_from == GatherFrom::Copy && self.param_dtype == Precision::F32 {
             return Err(Error::config(
                 "gather_from = \"copy\", param_dtype = \"f32\"",

@@ -73,6 +73,8 @@ impl Grpo<'_> {
         if config.adam_offload {
             self.offloads.reload(&mut self.parts.actor.optimizer)?;
         }
+        // What a rollout before this one left unfinished is not of this one.
+        self.parts.actor.discard_gradients();
         let first_update = self.updates;
         let mut last = LastUpdate { grad_norm: 0.0, lr: 0.0 };
         for epoch in 0..config.max_epochs {

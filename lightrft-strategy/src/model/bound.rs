@@ -12,7 +12,7 @@ use crate::error::Result;
 ///
 /// A graph that outlives the unit may hold the views: once the unit is freed they have no memory behind them, until they
 /// are lent that of the unit as gathered anew.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct BoundUnit {
     /// All values, with the padding.
     flat: Tensor,
@@ -37,6 +37,11 @@ impl BoundUnit {
         };
         let params = unit.params().iter().map(view).collect::<Result<_>>()?;
         Ok(Self { flat, params })
+    }
+
+    /// The same tensors, for a graph. Not to be computed with once [`into_values`](Self::into_values) has taken their memory.
+    pub(super) fn share(&self) -> Self {
+        Self { flat: self.flat.clone(), params: Arc::clone(&self.params) }
     }
 
     /// Names and values, in the order of the unit.
@@ -73,15 +78,26 @@ pub(super) fn with_values_of<R>(
     bound: &[&BoundUnit],
     f: impl FnOnce() -> Result<R>,
 ) -> Result<R> {
-    let lent = || views.iter().zip(bound).filter(|(view, bound)| view.flat.id() != bound.flat.id());
-    for (view, bound) in lent() {
+    let mut lent = Lent(Vec::new());
+    for (view, &bound) in views.iter().zip(bound).filter(|(view, bound)| view.flat.id() != bound.flat.id()) {
         exchange(&view.flat, exchange(&bound.flat, nothing())?)?;
+        lent.0.push((view, bound));
     }
-    let result = f();
-    for (view, bound) in lent() {
-        exchange(&bound.flat, exchange(&view.flat, nothing())?)?;
+    f()
+}
+
+/// Views that have the memory of a unit, which gets it back however this ends.
+struct Lent<'a>(Vec<(&'a BoundUnit, &'a BoundUnit)>);
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        for (view, bound) in &self.0 {
+            // On the host an exchange does not fail.
+            if let Ok(values) = exchange(&view.flat, nothing()) {
+                let _ = exchange(&bound.flat, values);
+            }
+        }
     }
-    result
 }
 
 fn nothing() -> CpuStorage {

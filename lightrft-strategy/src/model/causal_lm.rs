@@ -69,7 +69,7 @@ impl CausalLm {
     ) -> Result<SavedStage> {
         let input = Var::from_tensor(input)?;
         let output = self.run(stage, params, batch, Some(input.as_tensor()))?;
-        Ok(SavedStage { output, input, units: params.iter().map(|&unit| unit.clone()).collect() })
+        Ok(SavedStage { output, input, units: params.iter().map(|unit| unit.share()).collect() })
     }
 }
 
@@ -211,7 +211,7 @@ impl StagedModel for CausalLm {
         grad_output: Tensor,
         grads: &mut StageGrads<'_>,
     ) -> Result<Option<Tensor>> {
-        let units = saved.units.clone();
+        let units: Vec<BoundUnit> = saved.units.iter().map(BoundUnit::share).collect();
         with_values_of(&units, params, || saved.pull(grad_output, grads))
     }
 }
@@ -295,7 +295,10 @@ mod tests {
         ) -> Result<(Tensor, Option<SavedStage>)> {
             self.note("forward");
             let ran = self.model.forward_saving(stage, params, batch, input)?;
-            self.held.lock().unwrap().extend(ran.1.iter().flat_map(|saved| saved.units.clone()));
+            self.held
+                .lock()
+                .unwrap()
+                .extend(ran.1.iter().flat_map(|saved| saved.units.iter().map(BoundUnit::share)));
             Ok(ran)
         }
         fn backward(

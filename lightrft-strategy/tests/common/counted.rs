@@ -30,7 +30,9 @@ impl Call {
             Operation::AllGatherInPlace { data } => (Sent::AllGather, data.dtype()),
             Operation::ReduceScatter { input, .. } => (Sent::ReduceScatter, input.dtype()),
             Operation::ReduceScatterInPlace { data, .. } => (Sent::ReduceScatter, data.dtype()),
+            Operation::AllGatherV { input, .. } => (Sent::AllGather, input.dtype()),
             Operation::AllReduce { data, .. } => (Sent::AllReduce, data.dtype()),
+            Operation::AllReduceInto { input, .. } => (Sent::AllReduce, input.dtype()),
             _ => return None,
         };
         matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16).then_some(Self { sent, dtype, ranks })
