@@ -214,8 +214,40 @@ fn an_optimizer_that_is_offloaded_refuses_to_step_until_it_is_loaded() {
         assert!(strategy.maybe_load_optimizer(actor)?.is_some());
         actor.optimizer.step(actor.model.units_mut(), 1e-3)?;
         assert!(strategy.maybe_offload_optimizer(actor)?.is_some());
+        // A step that is refused keeps its turn.
+        let batch = TokenBatch::new(actor.model.model().decoder(), &rows)?;
+        for _ in 0..strategy.accumulated_gradient() {
+            strategy.backward(actor, &batch, |log_probs| Ok(((), vec![-1.0; log_probs.len()])))?;
+        }
+        assert!(strategy.optimizer_step(actor, 1e-3).is_err());
+        strategy.maybe_load_optimizer(actor)?;
+        assert!(strategy.optimizer_step(actor, 1e-3)?.is_some());
         Ok(())
     });
+}
+
+#[test]
+fn passes_that_were_left_open_are_not_in_a_supervised_step() {
+    let folder = prepare();
+    let rows = sequences(8);
+    let parameters = |left_open: bool| {
+        on_ranks(1, |world| {
+            let strategy = Strategy::with_world(settings(8, 4), world)?;
+            let mut actor = strategy.prepare_actor(folder.path())?;
+            let all: Vec<Sequence<'_>> =
+                rows.iter().map(|(prompt, answer)| Sequence { prompt, answer }).collect();
+            if left_open {
+                let batch = TokenBatch::new(actor.model.model().decoder(), &all[..4])?;
+                strategy.backward(&mut actor, &batch, |log_probs| Ok(((), vec![-1.0; log_probs.len()])))?;
+            }
+            strategy.supervised_step(&mut actor, &all, 1e-3)?;
+            let units = actor.model.units();
+            (0..units.plan().units().len()).map(|unit| Ok(units.param(unit)?.to_vec())).collect()
+        })
+        .remove(0)
+    };
+    let [with, without]: [Vec<Vec<f32>>; 2] = [true, false].map(parameters);
+    assert!(with == without);
 }
 
 #[test]

@@ -192,6 +192,14 @@ mod tests {
             2,
             &["hpz_size = 2", "reshard_after_forward = false"],
         );
+        refused(
+            |c| (c.param_dtype, c.compute_dtype) = (Precision::F16, Precision::F16),
+            2,
+            &["compute_dtype = \"f16\""],
+        );
+        refused(|c| c.reduce_dtype = Precision::F16, 2, &["reduce_dtype = \"f16\""]);
+        refused(|c| c.grad_accum_dtype = Precision::F16, 2, &["grad_accum_dtype = \"f16\""]);
+        refused(|c| c.max_ckpt_mem = f64::INFINITY, 2, &["max_ckpt_mem = inf"]);
         refused(|c| c.gather_from = GatherFrom::Copy, 2, &["gather_from", "param_dtype = \"f32\""]);
         refused(
             |c| (c.zero_stage, c.persistence_threshold) = (0, 7),
