@@ -1,8 +1,7 @@
-//! The file operations that a checkpoint needs, as a seam, and the operating system's.
+//! The file operations that a checkpoint needs, as a seam.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write as _};
+use std::io;
 use std::path::Path;
 
 /// A file system on which checkpoints live.
@@ -28,10 +27,11 @@ pub trait FileSystem: fmt::Debug + Send + Sync {
     /// When it exists, or its parent does not.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
 
-    /// Creates a file to write. `bytes` is the length it will have, so that space can be set aside at once.
+    /// Creates a file to write. `bytes` is the length it will have: room is set aside where that can be, and a file
+    /// of which less is written may have that length nevertheless.
     ///
     /// # Errors
-    /// When it exists, or its parent does not.
+    /// When it exists, or its parent does not; [`io::ErrorKind::StorageFull`] when there is no room. No file is left.
     fn create(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn WriteFile>>;
 
     /// Opens a file to read.
@@ -82,6 +82,9 @@ pub trait FileSystem: fmt::Debug + Send + Sync {
 pub trait WriteFile: fmt::Debug + Send + Sync {
     /// Writes all of `bytes` at `offset`.
     ///
+    /// Large files are written in blocks whose offsets, and addresses in memory, are multiples of 4096; so are their
+    /// lengths, but for the last. An implementation may profit from that and must not need it.
+    ///
     /// # Errors
     /// When the file system refuses; some of the bytes may be there.
     fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
@@ -129,115 +132,6 @@ pub enum EntryKind {
     Dir,
     /// A link, socket or anything else: never followed, never removed.
     Other,
-}
-
-/// The operating system's file system, through the page cache.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct OsFileSystem;
-
-impl FileSystem for OsFileSystem {
-    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
-        if path.as_os_str().is_empty() || path.is_dir() {
-            return Ok(());
-        }
-        let parent = parent_of(path);
-        self.create_dir_all(parent)?;
-        match fs::create_dir(path) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-            Err(e) => Err(e),
-            Ok(()) => self.sync_dir(parent),
-        }
-    }
-
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir(path)
-    }
-
-    fn create(&self, path: &Path, _bytes: u64) -> io::Result<Box<dyn WriteFile>> {
-        Ok(Box::new(OpenOptions::new().write(true).create_new(true).open(path)?))
-    }
-
-    fn open(&self, path: &Path) -> io::Result<Box<dyn ReadFile>> {
-        let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-        }
-        Ok(Box::new(file))
-    }
-
-    fn list(&self, path: &Path) -> io::Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(path)? {
-            let entry = entry?;
-            let kind = match entry.file_type()? {
-                t if t.is_file() => EntryKind::File,
-                t if t.is_dir() => EntryKind::Dir,
-                _ => EntryKind::Other,
-            };
-            entries.push(Entry { name: entry.file_name().to_string_lossy().into_owned(), kind });
-        }
-        Ok(entries)
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)
-    }
-
-    fn remove_file(&self, path: &Path) -> io::Result<()> {
-        fs::remove_file(path)
-    }
-
-    fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        fs::remove_dir(path)
-    }
-
-    fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        File::open(path)?.sync_all()
-    }
-
-    fn try_lock(&self, path: &Path) -> io::Result<Option<Box<dyn Lock>>> {
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        match file.try_lock() {
-            Ok(()) => {
-                // For whoever wonders who holds it; nothing reads it back.
-                file.set_len(0)?;
-                writeln!(file, "{}", std::process::id())?;
-                Ok(Some(Box::new(OsLock { _file: file })))
-            }
-            Err(TryLockError::WouldBlock) => Ok(None),
-            // A free lock that cannot be had: network file systems without a lock service say so in several ways.
-            Err(TryLockError::Error(e)) => Err(io::Error::new(io::ErrorKind::Unsupported, e)),
-        }
-    }
-}
-
-#[derive(Debug)]
-struct OsLock {
-    /// Closing the file gives the lock up.
-    _file: File,
-}
-
-impl Lock for OsLock {}
-
-impl WriteFile for File {
-    fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        std::os::unix::fs::FileExt::write_all_at(self, bytes, offset)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        File::sync_data(self)
-    }
-}
-
-impl ReadFile for File {
-    fn bytes(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
-    }
-
-    fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        std::os::unix::fs::FileExt::read_exact_at(self, into, offset)
-    }
 }
 
 /// The directory that holds `path`'s name; `.` for a bare name.

@@ -47,12 +47,15 @@
 //! `lightrft-strategy`). Pickle is not read.
 
 mod agreement;
+mod aligned;
 mod blocks;
 mod catalog;
 mod element;
 mod error;
+mod direct;
 mod fs;
 mod manifest;
+mod os;
 mod plan;
 mod publish;
 mod reader;
@@ -73,7 +76,8 @@ pub use agreement::{Agreement, Alone};
 pub use catalog::Skipped;
 pub use element::Element;
 pub use error::{Difference, Error, Mismatch, Result};
-pub use fs::{Entry, EntryKind, FileSystem, Lock, OsFileSystem, ReadFile, WriteFile};
+pub use fs::{Entry, EntryKind, FileSystem, Lock, ReadFile, WriteFile};
+pub use os::OsFileSystem;
 pub use reader::{Checkpoint, Checkpoints, Listed, LoadReport, Verify, Which};
 pub use region::Region;
 pub use rotation::Rotation;

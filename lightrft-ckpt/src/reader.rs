@@ -14,7 +14,8 @@ use crate::blocks::{BlockReader, verify_file};
 use crate::catalog::{Found, Skipped, check_files, read_latest, scan};
 use crate::element::{Element, element_bytes};
 use crate::error::{Difference, Error, Mismatch, Result};
-use crate::fs::{FileSystem, OsFileSystem, ReadFile};
+use crate::fs::{FileSystem, ReadFile};
+use crate::os::OsFileSystem;
 use crate::manifest::{Manifest, TensorRecord, read_manifest};
 use crate::region::{Region, Shared};
 
@@ -85,7 +86,7 @@ struct Candidates {
 impl Checkpoints {
     /// The checkpoints in `dir`, which need not exist yet.
     pub fn open(dir: impl Into<PathBuf>) -> Self {
-        Self::open_on(Arc::new(OsFileSystem), dir)
+        Self::open_on(Arc::new(OsFileSystem::new()), dir)
     }
 
     /// Like [`open`](Self::open), on a file system of the caller's choice.

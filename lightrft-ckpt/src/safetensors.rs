@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 
 use crate::element::{Element, element_bytes, element_count};
 use crate::error::{Error, Result};
-use crate::fs::{FileSystem, OsFileSystem, ReadFile, WriteFile};
+use crate::fs::{FileSystem, ReadFile, WriteFile};
+use crate::os::OsFileSystem;
 use crate::publish;
 use crate::region::Region;
 use crate::writer::Sequential;
@@ -113,7 +114,7 @@ impl SafetensorsWriter {
         specs: impl IntoIterator<Item = TensorSpec>,
         metadata: &BTreeMap<String, String>,
     ) -> Result<Self> {
-        Self::create_on(Arc::new(OsFileSystem), path, specs, metadata)
+        Self::create_on(Arc::new(OsFileSystem::new()), path, specs, metadata)
     }
 
     /// Like [`create`](Self::create), on a file system of the caller's choice.
@@ -231,7 +232,7 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::Io`]; [`Error::Damaged`] when the header is not one, or the file is longer or shorter than it says.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
-        Self::open_on(&OsFileSystem, path)
+        Self::open_on(&OsFileSystem::new(), path)
     }
 
     /// Like [`open`](Self::open), on a file system of the caller's choice.

@@ -11,7 +11,8 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::agreement::{Agreement, agree};
 use crate::catalog::Skipped;
 use crate::error::{Error, Result};
-use crate::fs::{FileSystem, Lock, OsFileSystem};
+use crate::fs::{FileSystem, Lock};
+use crate::os::OsFileSystem;
 use crate::manifest::{BLOCK_BYTES, LOCK, Manifest, Place, RegionRecord, TMP_INFIX, TensorRecord, check_tag};
 use crate::plan::{Declared, Plan};
 use crate::publish::{point_latest, publish, seal, slot, unique};
@@ -78,7 +79,7 @@ impl Saver {
     /// # Errors
     /// [`Error::Busy`] when another process saves there; [`Error::Io`].
     pub fn open(dir: impl Into<PathBuf>, group: &dyn Agreement) -> Result<Saver> {
-        Self::open_on(Arc::new(OsFileSystem), dir, group)
+        Self::open_on(Arc::new(OsFileSystem::new()), dir, group)
     }
 
     /// Like [`open`](Self::open), on a file system of the caller's choice.

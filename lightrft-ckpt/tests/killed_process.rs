@@ -22,7 +22,7 @@ fn content(step: u64) -> Vec<u64> {
 #[test]
 fn child_that_saves_until_it_is_killed() {
     let Some(dir) = std::env::var_os(DIR_VARIABLE) else { return };
-    let told = Observed::new(OsFileSystem, |operation| {
+    let told = Observed::new(OsFileSystem::new(), |operation| {
         // A parent that is gone must not leave its child behind.
         writeln!(std::io::stdout(), "operation {}", operation.kind)
     });
