@@ -80,7 +80,7 @@ pub use fs::{Entry, EntryKind, FileSystem, Lock, ReadFile, WriteFile};
 pub use os::OsFileSystem;
 pub use reader::{Checkpoint, Checkpoints, Listed, LoadReport, Verify, Which};
 pub use region::Region;
-pub use rotation::Rotation;
+pub use rotation::{Rotated, Rotation};
 pub use safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec, write_safetensors};
 pub use saver::{SaveReport, Saver};
 pub use snapshot::{Part, Snapshot};

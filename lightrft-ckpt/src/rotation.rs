@@ -1,5 +1,10 @@
 //! Which checkpoints to let go, by count and by bytes. Decides, deletes nothing.
 
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::Skipped;
 use crate::error::{Error, Result};
 
 /// How many checkpoints, and how many bytes of them, a directory keeps.
@@ -37,6 +42,25 @@ impl Rotation {
     fn max_bytes(&self) -> u64 {
         // The conversion saturates: infinity is every byte there can be.
         (self.max_mem_gib * (1u64 << 30) as f64) as u64
+    }
+}
+
+/// What a rotation did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Rotated {
+    /// Checkpoints that were removed, oldest first.
+    pub removed: Vec<String>,
+    /// What should have been removed and could not, and why.
+    pub not_removed: Vec<Skipped>,
+}
+
+impl Rotated {
+    /// A rotation of `dir` that failed as a whole.
+    pub(crate) fn nothing(dir: &Path, error: &Error) -> Rotated {
+        let name = dir.display().to_string();
+        tracing::warn!(name, %error, "rotation failed");
+        Rotated { removed: Vec::new(), not_removed: vec![Skipped { name, reason: error.to_string() }] }
     }
 }
 

@@ -17,9 +17,9 @@ use crate::manifest::{BLOCK_BYTES, LOCK, Manifest, Place, RegionRecord, TMP_INFI
 use crate::plan::{Declared, Plan};
 use crate::publish::{point_latest, publish, seal, slot, unique};
 use crate::reader::Checkpoints;
-use crate::rotation::Rotation;
+use crate::rotation::{Rotated, Rotation};
 use crate::snapshot::Snapshot;
-use crate::sweep::{self, rotate};
+use crate::sweep;
 use crate::writer::{Staged, stage};
 
 /// The one group of ranks that saves checkpoints into a directory.
@@ -136,6 +136,22 @@ impl Saver {
         saved
     }
 
+    /// Lets go what the limits say, as [`save`](Self::save) does at its end. Every rank of the group calls this.
+    ///
+    /// For a run that saves with [`Rotation::KEEP_ALL`] and makes room later: several models that must keep a step in
+    /// common do so after all of them are saved.
+    ///
+    /// # Errors
+    /// [`Error::Rotation`]; [`Error::Io`]; [`Error::Rank`]; [`Error::Agreement`]. What could not be removed is no
+    /// error, but in the report.
+    pub fn rotate(&self, group: &dyn Agreement, limits: &Rotation) -> Result<Rotated> {
+        let rotated = limits.check().and_then(|()| match group.rank() {
+            0 => sweep::rotate(self.fs.as_ref(), &self.dir, None, None, limits),
+            _ => Ok(Rotated::default()),
+        });
+        Ok(agree(group, "rotating", rotated)?.into_iter().next().unwrap_or_default())
+    }
+
     fn save_staged(
         &self,
         group: &dyn Agreement,
@@ -217,13 +233,8 @@ impl Saver {
             .map_err(|e| Error::Latest { tag: snapshot.tag.clone(), source: Box::new(e) })?;
         let committed_after = begun.elapsed();
         // The checkpoint is safe. That room could not be made is worth telling, and no reason to call it unsaved.
-        let rotated = rotate(fs, &self.dir, &snapshot.tag, replaced.as_deref(), limits).unwrap_or_else(|e| {
-            let left = vec![Skipped { name: self.dir.display().to_string(), reason: e.to_string() }];
-            sweep::Rotated { removed: Vec::new(), left }
-        });
-        for left in &rotated.left {
-            tracing::warn!(name = left.name, reason = left.reason, "rotation could not remove");
-        }
+        let rotated = sweep::rotate(fs, &self.dir, Some(&snapshot.tag), replaced.as_deref(), limits);
+        let rotated = rotated.unwrap_or_else(|e| Rotated::nothing(&self.dir, &e));
         tracing::info!(tag = snapshot.tag, bytes = manifest.data_bytes, ?committed_after, "checkpoint saved");
         Ok(SaveReport {
             tag: snapshot.tag.clone(),
@@ -231,7 +242,7 @@ impl Saver {
             bytes: manifest.data_bytes + manifest_bytes,
             replaced: replaced.is_some(),
             removed: rotated.removed,
-            not_removed: rotated.left,
+            not_removed: rotated.not_removed,
             committed_after,
         })
     }

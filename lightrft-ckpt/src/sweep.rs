@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::fs::{EntryKind, FileSystem};
 use crate::manifest::{MANIFEST, read_manifest};
 use crate::publish::{foreign_entry, restore, retire};
-use crate::rotation::{Candidate, Rotation, choose};
+use crate::rotation::{Candidate, Rotated, Rotation, choose};
 
 /// Removes a directory that holds only parts of a checkpoint. Nothing is removed when it holds anything else.
 pub(crate) fn delete(fs: &dyn FileSystem, path: &Path) -> Result<()> {
@@ -85,25 +85,20 @@ pub(crate) fn delete_retired(fs: &dyn FileSystem, dir: &Path, retired: &[String]
     Ok(left)
 }
 
-/// What a rotation did.
-#[derive(Debug, Default)]
-pub(crate) struct Rotated {
-    pub(crate) removed: Vec<String>,
-    pub(crate) left: Vec<Skipped>,
-}
-
-/// Lets go what the limits say, after `saved` was published. `replaced` is the directory that `saved` took the tag
-/// of. Damaged checkpoints neither count nor go: whoever looks into them shall find them.
+/// Lets go what the limits say. `saved` was just published; `replaced` is the directory that it took the tag of.
+/// Damaged checkpoints neither count nor go: whoever looks into them shall find them.
 pub(crate) fn rotate(
     fs: &dyn FileSystem,
     dir: &Path,
-    saved: &str,
+    saved: Option<&str>,
     replaced: Option<&str>,
     limits: &Rotation,
 ) -> Result<Rotated> {
     let latest = read_latest(fs, dir).ok().flatten();
     let found = scan(fs, dir)?.found;
-    if let Some(newer) = found.first().filter(|newest| newest.tag != saved) {
+    if let (Some(newer), Some(saved)) = (found.first(), saved)
+        && newer.tag != saved
+    {
         tracing::warn!(
             saved,
             newest = newer.tag,
@@ -113,7 +108,7 @@ pub(crate) fn rotate(
     let candidates: Vec<Candidate> = found
         .iter()
         .filter(|f| check_files(fs, &dir.join(&f.dir), &f.manifest).is_ok())
-        .map(|f| candidate(fs, dir, f, f.tag == saved || Some(&f.tag) == latest.as_ref()))
+        .map(|f| candidate(fs, dir, f, [saved, latest.as_deref()].contains(&Some(&f.tag))))
         .collect();
 
     let mut rotated = Rotated::default();
@@ -126,10 +121,13 @@ pub(crate) fn rotate(
                     rotated.removed.push(name);
                 }
             }
-            Err(e) => rotated.left.push(Skipped { name, reason: e.to_string() }),
+            Err(e) => rotated.not_removed.push(Skipped { name, reason: e.to_string() }),
         }
     }
-    rotated.left.extend(delete_retired(fs, dir, &trash)?);
+    rotated.not_removed.extend(delete_retired(fs, dir, &trash)?);
+    for left in &rotated.not_removed {
+        tracing::warn!(name = left.name, reason = left.reason, "rotation could not remove");
+    }
     Ok(rotated)
 }
 
