@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::fs::{EntryKind, FileSystem};
 use crate::manifest::{
-    LATEST, Manifest, REPLACED_INFIX, TMP_INFIX, TRASH_PREFIX, check_tag, is_part_name, read_manifest,
+    LATEST, Manifest, REPLACED_INFIX, Summary, TMP_INFIX, TRASH_PREFIX, check_tag, is_part_name,
+    read_manifest, read_summary,
 };
 
 /// A directory that was passed over, and why.
@@ -20,14 +21,15 @@ pub struct Skipped {
     pub reason: String,
 }
 
-/// A checkpoint whose manifest is whole.
+/// A checkpoint whose manifest begins as it should.
 #[derive(Debug)]
 pub(crate) struct Found {
     /// The directory's name; differs from the tag while the tag is being saved again.
     pub(crate) dir: String,
     pub(crate) tag: String,
-    pub(crate) manifest: Manifest,
-    pub(crate) manifest_bytes: u64,
+    pub(crate) summary: Summary,
+    /// Bytes of all its files, the manifest's included.
+    pub(crate) bytes: u64,
 }
 
 #[derive(Debug, Default)]
@@ -79,7 +81,8 @@ fn is_unique(suffix: &str) -> bool {
     suffix.len() == 16 && suffix.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
-/// Finds every checkpoint with a whole manifest. A directory that does not exist holds none.
+/// Finds every checkpoint, by the summary at the head of its manifest: whether it is whole, [`read_whole`] tells. A
+/// directory that does not exist holds none.
 pub(crate) fn scan(fs: &dyn FileSystem, dir: &Path) -> Result<Scan> {
     let entries = match fs.list(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Scan::default()),
@@ -93,9 +96,10 @@ pub(crate) fn scan(fs: &dyn FileSystem, dir: &Path) -> Result<Scan> {
             Name::Aside { tag } => tag.to_owned(),
             _ => continue,
         };
-        match read_manifest(fs, &dir.join(&entry.name)) {
-            Ok(Some((manifest, manifest_bytes))) => {
-                let found = Found { dir: entry.name, tag, manifest, manifest_bytes };
+        match read_summary(fs, &dir.join(&entry.name)) {
+            Ok(Some((summary, manifest_bytes))) => {
+                let bytes = summary.data_bytes.saturating_add(manifest_bytes);
+                let found = Found { dir: entry.name, tag, summary, bytes };
                 if found.dir == found.tag { scan.found.push(found) } else { asides.push(found) }
             }
             Ok(None) if holds_parts(fs, &dir.join(&entry.name)) => {
@@ -118,15 +122,17 @@ pub(crate) fn scan(fs: &dyn FileSystem, dir: &Path) -> Result<Scan> {
 }
 
 fn order(found: &Found) -> (u64, u64, &str) {
-    (found.manifest.step, found.manifest.saved_unix_ms, &found.dir)
+    (found.summary.step, found.summary.saved_unix_ms, &found.dir)
 }
 
 fn holds_parts(fs: &dyn FileSystem, path: &Path) -> bool {
     fs.list(path).is_ok_and(|entries| entries.iter().any(|e| is_part_name(&e.name)))
 }
 
-/// Whether every file is there with the length that the manifest gives. Cheap: reads nothing.
-pub(crate) fn check_files(fs: &dyn FileSystem, dir: &Path, manifest: &Manifest) -> Result<()> {
+/// Reads and checks the whole manifest in `dir`, and whether every file is there with the length that it gives. Reads
+/// no data.
+pub(crate) fn read_whole(fs: &dyn FileSystem, dir: &Path) -> Result<Manifest> {
+    let manifest = read_manifest(fs, dir)?.ok_or_else(|| Error::damaged(dir, "it has no manifest"))?;
     for file in &manifest.files {
         let path = dir.join(&file.name);
         let opened = fs.open(&path).map_err(Error::io("open", &path))?;
@@ -135,7 +141,7 @@ pub(crate) fn check_files(fs: &dyn FileSystem, dir: &Path, manifest: &Manifest) 
             return Err(Error::damaged(path, format!("{bytes} bytes; the manifest says {}", file.bytes)));
         }
     }
-    Ok(())
+    Ok(manifest)
 }
 
 /// The tag that `latest` names, if there is a file that names one.

@@ -44,7 +44,7 @@ fn write_durably(fs: &dyn FileSystem, path: &Path, bytes: &[u8]) -> Result<()> {
 /// but has no name yet under which it would be looked for.
 pub(crate) fn seal(fs: &dyn FileSystem, staging: &Path, manifest: &Manifest) -> Result<u64> {
     let path = staging.join(MANIFEST);
-    let refuse = |reason| Error::Snapshot { tag: manifest.tag.clone(), reason };
+    let refuse = |reason| Error::Snapshot { tag: manifest.summary.tag.clone(), reason };
     let bytes =
         manifest.to_bytes().map_err(|e| refuse(format!("its state cannot be written as JSON: {e}")))?;
     // A manifest that could not be read back, say for state nested too deep, must not become a checkpoint.

@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::agreement::{Agreement, Alone, agree};
-use crate::blocks::{BlockReader, verify_file};
-use crate::catalog::{Found, Skipped, check_files, read_latest, scan};
+use crate::blocks::{BlockReader, Shard};
+use crate::catalog::{Found, Skipped, read_latest, read_whole, scan};
 use crate::element::{Element, element_bytes};
 use crate::error::{Difference, Error, Mismatch, Result};
-use crate::fs::{FileSystem, ReadFile};
+use crate::fs::FileSystem;
+use crate::manifest::{Manifest, TensorRecord};
 use crate::os::OsFileSystem;
-use crate::manifest::{Manifest, TensorRecord, read_manifest};
 use crate::region::{Region, Shared};
 
 /// A directory of checkpoints, to read from. Opening and reading change nothing on disk.
@@ -94,16 +94,17 @@ impl Checkpoints {
         Checkpoints { fs, dir: dir.into() }
     }
 
-    /// The checkpoints with a whole manifest, newest first.
+    /// The checkpoints, newest first: every directory with a manifest whose summary is whole. Whether the rest of it
+    /// is, [`load`](Self::load) finds out.
     ///
     /// # Errors
     /// [`Error::Io`] when the directory cannot be listed.
     pub fn list(&self) -> Result<Vec<Listed>> {
         let listed = |f: Found| Listed {
             tag: f.tag,
-            step: f.manifest.step,
-            world_size: f.manifest.world_size,
-            bytes: f.manifest.data_bytes.saturating_add(f.manifest_bytes),
+            step: f.summary.step,
+            world_size: f.summary.world_size,
+            bytes: f.bytes,
         };
         Ok(scan(self.fs.as_ref(), &self.dir)?.found.into_iter().map(listed).collect())
     }
@@ -142,13 +143,13 @@ impl Checkpoints {
             found.unwrap_or(Candidates { dirs: Vec::new(), skipped: Vec::new() });
         for (dir, tag) in dirs {
             let opened = self.open_one(group, &dir, &tag, verify);
-            let step = opened.as_ref().map(|c| c.manifest.step).map_err(ToString::to_string);
+            let step = opened.as_ref().map(|c| c.manifest.summary.step).map_err(ToString::to_string);
             // That it cannot be opened is news to exchange here, not a failure of the exchange.
             let steps = agree(group, "opening", Ok(step))?;
             let refused = steps.iter().enumerate().find_map(|(rank, s)| Some((rank, s.as_ref().err()?)));
             match (refused, opened) {
                 (None, Ok(checkpoint)) => {
-                    let report = LoadReport { tag, step: checkpoint.manifest.step, skipped };
+                    let report = LoadReport { tag, step: checkpoint.manifest.summary.step, skipped };
                     return Ok((checkpoint, report));
                 }
                 (_, Err(e)) if matches!(which, Which::Tag(_)) => return Err(e),
@@ -198,10 +199,7 @@ impl Checkpoints {
 
     fn open_one(&self, group: &dyn Agreement, dir: &str, tag: &str, verify: Verify) -> Result<Checkpoint> {
         let path = self.dir.join(dir);
-        let Some((manifest, _)) = read_manifest(self.fs.as_ref(), &path)? else {
-            return Err(Error::damaged(path, "its manifest is gone"));
-        };
-        check_files(self.fs.as_ref(), &path, &manifest)?;
+        let manifest = read_whole(self.fs.as_ref(), &path)?;
         let checkpoint = Checkpoint::new(self.fs.clone(), path, tag.to_owned(), manifest);
         if verify == Verify::Everything {
             checkpoint.verify_share(group.rank(), group.world_size())?;
@@ -218,14 +216,14 @@ pub struct Checkpoint {
     manifest: Manifest,
     by_name: HashMap<String, usize>,
     /// Opened when first read from.
-    files: Vec<Mutex<Option<Arc<dyn ReadFile>>>>,
+    shards: Vec<Mutex<Option<Arc<Shard>>>>,
 }
 
 impl Checkpoint {
     fn new(fs: Arc<dyn FileSystem>, path: PathBuf, tag: String, manifest: Manifest) -> Self {
         let by_name = manifest.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
-        let files = manifest.files.iter().map(|_| Mutex::new(None)).collect();
-        Checkpoint { fs, path, tag, manifest, by_name, files }
+        let shards = manifest.files.iter().map(|_| Mutex::new(None)).collect();
+        Checkpoint { fs, path, tag, manifest, by_name, shards }
     }
 
     /// The name by which it was found.
@@ -235,12 +233,12 @@ impl Checkpoint {
 
     /// The training step it was saved at.
     pub fn step(&self) -> u64 {
-        self.manifest.step
+        self.manifest.summary.step
     }
 
     /// Ranks that wrote it.
     pub fn world_size(&self) -> usize {
-        self.manifest.world_size
+        self.manifest.summary.world_size
     }
 
     /// Its directory.
@@ -322,12 +320,7 @@ impl Checkpoint {
             held.intersect(&wanted, &tensor.shape, &mut |run: Shared| {
                 let blocks = match &mut blocks {
                     Some(open) => open,
-                    none => none.insert(BlockReader::new(
-                        self.file(record.file)?,
-                        self.path.join(&self.manifest.files[record.file].name),
-                        record,
-                        self.manifest.block_bytes,
-                    )),
+                    none => none.insert(BlockReader::new(self.shard(record.file)?, record)),
                 };
                 let part = &mut into[run.in_second * size..(run.in_second + run.len) * size];
                 blocks.read((run.in_first * size) as u64, part)
@@ -374,12 +367,9 @@ impl Checkpoint {
 
     /// The share of [`verify`](Self::verify) of one rank among many.
     fn verify_share(&self, rank: usize, world_size: usize) -> Result<()> {
-        let regions = self.manifest.regions_by_file().map_err(|e| Error::damaged(&self.path, e))?;
-        for (i, (record, regions)) in self.manifest.files.iter().zip(regions).enumerate() {
-            if i % world_size == rank {
-                let path = self.path.join(&record.name);
-                verify_file(&self.file(i)?, &path, record, &regions, self.manifest.block_bytes)?;
-            }
+        for i in (rank..self.manifest.files.len()).step_by(world_size) {
+            let regions = self.manifest.tensors.iter().flat_map(|t| &t.regions).filter(|r| r.file == i);
+            self.shard(i)?.verify(regions)?;
         }
         Ok(())
     }
@@ -391,14 +381,14 @@ impl Checkpoint {
         }
     }
 
-    fn file(&self, index: usize) -> Result<Arc<dyn ReadFile>> {
-        // A panic while opening leaves `None` or an open file: either is fine to go on with.
-        let mut slot = self.files[index].lock().unwrap_or_else(PoisonError::into_inner);
+    fn shard(&self, index: usize) -> Result<Arc<Shard>> {
+        // A panic while opening leaves `None` or an open shard: either is fine to go on with.
+        let mut slot = self.shards[index].lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(open) = &*slot {
             return Ok(open.clone());
         }
-        let path = self.path.join(&self.manifest.files[index].name);
-        let open: Arc<dyn ReadFile> = self.fs.open(&path).map_err(Error::io("open", &path))?.into();
+        let record = &self.manifest.files[index];
+        let open = Arc::new(Shard::open(self.fs.as_ref(), &self.path, record, self.manifest.block_bytes)?);
         Ok(slot.insert(open).clone())
     }
 }
@@ -407,7 +397,7 @@ impl fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Checkpoint")
             .field("path", &self.path)
-            .field("step", &self.manifest.step)
+            .field("step", &self.manifest.summary.step)
             .field("tensors", &self.manifest.tensors.len())
             .finish_non_exhaustive()
     }

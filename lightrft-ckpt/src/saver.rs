@@ -12,15 +12,17 @@ use crate::agreement::{Agreement, agree};
 use crate::catalog::Skipped;
 use crate::error::{Error, Result};
 use crate::fs::{FileSystem, Lock};
+use crate::manifest::{
+    BLOCK_BYTES, FileRecord, LOCK, Manifest, Place, RegionRecord, Summary, TMP_INFIX, TensorRecord, check_tag,
+};
 use crate::os::OsFileSystem;
-use crate::manifest::{BLOCK_BYTES, LOCK, Manifest, Place, RegionRecord, TMP_INFIX, TensorRecord, check_tag};
 use crate::plan::{Declared, Plan};
 use crate::publish::{point_latest, publish, seal, slot, unique};
 use crate::reader::Checkpoints;
 use crate::rotation::{Rotated, Rotation};
 use crate::snapshot::Snapshot;
 use crate::sweep;
-use crate::writer::{Staged, stage};
+use crate::writer::stage;
 
 /// The one group of ranks that saves checkpoints into a directory.
 ///
@@ -68,7 +70,7 @@ struct Opening {
 /// What every rank says after its file is durable.
 #[derive(Serialize, Deserialize)]
 struct Written {
-    staged: Staged,
+    file: FileRecord,
     rank_state: Value,
 }
 
@@ -171,7 +173,7 @@ impl Saver {
 
         let path = self.dir.join(&staged_in);
         let staged = stage(fs, &path, rank, &plan, &snapshot.parts);
-        let written = staged.map(|staged| Written { staged, rank_state: snapshot.rank_state.clone() });
+        let written = staged.map(|file| Written { file, rank_state: snapshot.rank_state.clone() });
         let written = agree(group, "writing", written)?;
 
         let committed = if rank == 0 {
@@ -235,11 +237,16 @@ impl Saver {
         // The checkpoint is safe. That room could not be made is worth telling, and no reason to call it unsaved.
         let rotated = sweep::rotate(fs, &self.dir, Some(&snapshot.tag), replaced.as_deref(), limits);
         let rotated = rotated.unwrap_or_else(|e| Rotated::nothing(&self.dir, &e));
-        tracing::info!(tag = snapshot.tag, bytes = manifest.data_bytes, ?committed_after, "checkpoint saved");
+        tracing::info!(
+            tag = snapshot.tag,
+            bytes = manifest.summary.data_bytes,
+            ?committed_after,
+            "checkpoint saved"
+        );
         Ok(SaveReport {
             tag: snapshot.tag.clone(),
             step: snapshot.step,
-            bytes: manifest.data_bytes + manifest_bytes,
+            bytes: manifest.summary.data_bytes + manifest_bytes,
             replaced: replaced.is_some(),
             removed: rotated.removed,
             not_removed: rotated.not_removed,
@@ -296,21 +303,11 @@ fn manifest_of(snapshot: &Snapshot<'_>, plan: &Plan, written: Vec<Written>) -> R
         })
         .collect();
     for (rank, said) in written.iter().enumerate() {
-        let mine = plan.of_rank(rank);
-        if mine.len() != said.staged.sums.len() {
-            let reason = format!("it wrote {} regions of {}", said.staged.sums.len(), mine.len());
-            return Err(Error::Rank { rank, during: "writing", reason });
-        }
-        let mut offset = said.staged.file.header_bytes;
-        for ((name, tensor, region), sums) in mine.into_iter().zip(&said.staged.sums) {
+        let mut offset = said.file.header_bytes;
+        for (name, tensor, region) in plan.of_rank(rank) {
             let bytes = (region.span.len() * tensor.dtype.bitsize() / 8) as u64;
-            let record = RegionRecord {
-                place: Place::from(&region.span),
-                file: rank,
-                offset,
-                bytes,
-                xxh3: sums.clone(),
-            };
+            let place = Place::from(&region.span);
+            let record = RegionRecord { place, file: rank, offset, bytes, first_sum: 0 };
             offset += bytes;
             if let Ok(at) = tensors.binary_search_by(|t| t.name.as_str().cmp(name)) {
                 tensors[at].regions.push(record);
@@ -318,13 +315,15 @@ fn manifest_of(snapshot: &Snapshot<'_>, plan: &Plan, written: Vec<Written>) -> R
         }
     }
     let saved = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (files, ranks): (Vec<_>, Vec<_>) = written.into_iter().map(|w| (w.staged.file, w.rank_state)).unzip();
+    let (files, ranks): (Vec<_>, Vec<_>) = written.into_iter().map(|w| (w.file, w.rank_state)).unzip();
     Ok(Manifest {
-        tag: snapshot.tag.clone(),
-        step: snapshot.step,
-        world_size: ranks.len(),
-        saved_unix_ms: saved.as_millis().try_into().unwrap_or(u64::MAX),
-        data_bytes: files.iter().map(|f| f.bytes).sum(),
+        summary: Summary {
+            tag: snapshot.tag.clone(),
+            step: snapshot.step,
+            world_size: ranks.len(),
+            saved_unix_ms: saved.as_millis().try_into().unwrap_or(u64::MAX),
+            data_bytes: files.iter().map(|f| f.bytes).sum(),
+        },
         block_bytes: BLOCK_BYTES,
         files,
         tensors,

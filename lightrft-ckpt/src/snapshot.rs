@@ -6,6 +6,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::element::{Element, element_bytes};
+use crate::manifest::SUMS;
 use crate::region::{Region, Span};
 
 /// One rank's share of a checkpoint.
@@ -75,7 +76,8 @@ impl<'a> Part<'a> {
     /// The elements it covers; the error says what does not fit.
     pub(crate) fn span(&self) -> Result<Span, String> {
         let name = &self.name;
-        if name.is_empty() || name.len() > 4096 || name.contains(char::is_control) || name == "__metadata__" {
+        let taken = name == "__metadata__" || name == SUMS;
+        if taken || name.is_empty() || name.len() > 4096 || name.contains(char::is_control) {
             return Err(format!("{name:?} cannot name a tensor"));
         }
         let size = element_bytes(self.dtype)

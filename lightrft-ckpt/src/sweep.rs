@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::catalog::{Found, Name, Skipped, check_files, read_latest, scan};
+use crate::catalog::{Found, Name, Skipped, read_latest, read_whole, scan};
 use crate::error::{Error, Result};
 use crate::fs::{EntryKind, FileSystem};
-use crate::manifest::{MANIFEST, read_manifest};
+use crate::manifest::MANIFEST;
 use crate::publish::{foreign_entry, restore, retire};
 use crate::rotation::{Candidate, Rotated, Rotation, choose};
 
@@ -61,11 +61,7 @@ pub(crate) fn sweep(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<Skipped>> {
 
 /// Retires the old checkpoint of a tag that was saved again, after looking that the new one is there.
 fn retire_superseded(fs: &dyn FileSystem, dir: &Path, aside: &str, tag: &str) -> Result<String> {
-    let path = dir.join(tag);
-    match read_manifest(fs, &path)? {
-        Some((manifest, _)) => check_files(fs, &path, &manifest)?,
-        None => return Err(Error::damaged(path, "it has no manifest, so what it replaced is kept")),
-    }
+    read_whole(fs, &dir.join(tag))?;
     retire(fs, dir, aside)
 }
 
@@ -107,7 +103,7 @@ pub(crate) fn rotate(
     }
     let candidates: Vec<Candidate> = found
         .iter()
-        .filter(|f| check_files(fs, &dir.join(&f.dir), &f.manifest).is_ok())
+        .filter(|f| read_whole(fs, &dir.join(&f.dir)).is_ok())
         .map(|f| candidate(fs, dir, f, [saved, latest.as_deref()].contains(&Some(&f.tag))))
         .collect();
 
@@ -136,9 +132,9 @@ fn candidate(fs: &dyn FileSystem, dir: &Path, found: &Found, in_use: bool) -> Ca
     let shared = !matches!(foreign_entry(fs, &dir.join(&found.dir)), Ok(None));
     Candidate {
         name: found.dir.clone(),
-        step: found.manifest.step,
-        saved_unix_ms: found.manifest.saved_unix_ms,
-        bytes: found.manifest.data_bytes.saturating_add(found.manifest_bytes),
+        step: found.summary.step,
+        saved_unix_ms: found.summary.saved_unix_ms,
+        bytes: found.bytes,
         protected: in_use || shared,
     }
 }

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use safetensors::Dtype;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
 use crate::fs::{FileSystem, WriteFile};
-use crate::manifest::{BLOCK_BYTES, FileRecord, block_sum, rank_file};
+use crate::manifest::{BLOCK_BYTES, FileRecord, SUM_BYTES, SUMS, hex_sum, rank_file};
 use crate::plan::Plan;
 use crate::region::Span;
 use crate::safetensors::{TensorSpec, header};
@@ -20,14 +21,6 @@ const DATA_ALIGN: usize = 4096;
 /// Small writes are gathered up to this many bytes.
 const GATHER_BYTES: usize = 4 << 20;
 
-/// What a rank wrote: its file, and for each region it wrote, in file order, the checksums.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Staged {
-    pub(crate) file: FileRecord,
-    /// In the order of [`Plan::of_rank`].
-    pub(crate) sums: Vec<String>,
-}
-
 /// Writes this rank's file into the staging directory and makes it durable.
 pub(crate) fn stage(
     fs: &dyn FileSystem,
@@ -35,39 +28,47 @@ pub(crate) fn stage(
     rank: usize,
     plan: &Plan,
     parts: &[Part<'_>],
-) -> Result<Staged> {
+) -> Result<FileRecord> {
     let mine = plan.of_rank(rank);
-    let specs: Vec<TensorSpec> = mine
+    let mut specs: Vec<TensorSpec> = mine
         .iter()
         .map(|(name, tensor, region)| {
             let (key, shape) = entry_of(name, &tensor.shape, &region.span);
             TensorSpec::new(key, tensor.dtype, shape)
         })
         .collect();
+    let blocks: usize =
+        mine.iter().map(|(_, _, region)| parts[region.part].bytes.len().div_ceil(BLOCK_BYTES)).sum();
+    specs.push(TensorSpec::new(SUMS, Dtype::U8, [blocks, SUM_BYTES]));
     let about = BTreeMap::from([("format".to_owned(), "lightrft-shard".to_owned())]);
     let header = header(&specs, &about, DATA_ALIGN)?;
     let data: u64 = mine.iter().map(|(_, _, region)| parts[region.part].bytes.len() as u64).sum();
-    let bytes = header.len() as u64 + data;
+    let bytes = header.len() as u64 + data + (blocks * SUM_BYTES) as u64;
 
     let name = rank_file(rank);
     let path = dir.join(&name);
     let mut out = Sequential::new(fs.create(&path, bytes).map_err(Error::io("create", &path))?);
     out.append(&header).map_err(Error::io("write", &path))?;
-    let mut sums = Vec::with_capacity(mine.len());
+    let mut sums = Vec::with_capacity(blocks * SUM_BYTES);
     for (_, _, region) in &mine {
-        let mut sum = String::new();
         // A block is summed while it is in the cache for being written.
         for block in parts[region.part].bytes.chunks(BLOCK_BYTES) {
-            sum.push_str(&block_sum(block));
+            sums.extend_from_slice(&xxh3_64(block).to_le_bytes());
             out.append(block).map_err(Error::io("write", &path))?;
         }
-        sums.push(sum);
     }
+    out.append(&sums).map_err(Error::io("write", &path))?;
     out.sync().map_err(Error::io("write", &path))?;
     // Every rank makes its own name durable: on a network file system another machine's sync may not.
     fs.sync_dir(dir).map_err(Error::io("sync", dir))?;
-    let header_xxh3 = block_sum(&header);
-    Ok(Staged { file: FileRecord { name, bytes, header_bytes: header.len() as u64, header_xxh3 }, sums })
+    Ok(FileRecord {
+        name,
+        bytes,
+        header_bytes: header.len() as u64,
+        header_xxh3: hex_sum(&header),
+        sums_xxh3: hex_sum(&sums),
+        sums: blocks,
+    })
 }
 
 /// What a region is called in its rank's file, and its shape there. The name tells any safetensors reader what it

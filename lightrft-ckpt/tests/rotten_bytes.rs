@@ -90,7 +90,8 @@ fn rot_that_comes_after_opening_is_found_by_the_read_that_meets_it() {
     let (disk, at) = disk();
     let (checkpoint, _) = at.load(Which::Newest, Verify::Everything).unwrap();
     let mut content = disk.content(SHARD).unwrap();
-    let last = content.len() - 1; // The bias: bytes come after floats.
+    // The bias: bytes come after floats, and before the checksums of two blocks.
+    let last = content.len() - 2 * 8 - 1;
     content[last] ^= 4;
     disk.spoil(SHARD, content).unwrap();
     assert_eq!(checkpoint.read_vec::<f32>("weight", &Region::Whole).unwrap(), [2.5; 24]);
@@ -111,12 +112,22 @@ fn a_missing_shard_is_named() {
 #[test]
 fn a_file_that_is_not_a_manifest_is_an_error_and_no_allocation() {
     let (disk, at) = disk();
-    let garbage: [&[u8]; 5] = [
-        b"",
-        b"{}",
-        b"{\"format\":\"lightrft-checkpoint\",\"version\":2,\"xxh3\":\"0\",\"manifest\":{}}\n",
-        b"{\"format\":\"lightrft-checkpoint\",\"version\":1,\"xxh3\":\"0\",\"manifest\":{}}\n",
-        &[0xff; 100],
+    let whole = String::from_utf8(disk.content(MANIFEST).unwrap()).unwrap();
+    let (summary, rest) = whole.split_once('\n').unwrap();
+    let garbage = [
+        String::new(),
+        "{}".into(),
+        "\n".into(),
+        summary.into(),
+        rest.into(),
+        format!("{summary}\n"),
+        format!("{summary}\n{rest}{rest}"),
+        format!("{summary}\n\n{rest}"),
+        whole.replace("\"tag\":", "\"tag\": "),
+        "\u{0}".repeat(100),
+        "{".repeat(100_000),
     ];
-    every_spoilt_version_is_found(MANIFEST, garbage.into_iter().map(<[u8]>::to_vec), &disk, &at);
+    every_spoilt_version_is_found(MANIFEST, garbage.into_iter().map(String::into_bytes), &disk, &at);
+    let not_utf8 = [vec![0xff; 100], vec![0xff; 100_000]];
+    every_spoilt_version_is_found(MANIFEST, not_utf8.into_iter(), &disk, &at);
 }
