@@ -9,8 +9,8 @@ use crate::steps::command_line;
 use crate::workspace::Workspace;
 
 /// What can be measured, and the package whose bench of that name measures it.
-const BENCHES: [(&str, &str); 2] =
-    [("collectives", "lightrft-collectives"), ("sharding", "lightrft-sharding")];
+const BENCHES: [(&str, &str); 3] =
+    [("ckpt", "lightrft-ckpt"), ("collectives", "lightrft-collectives"), ("sharding", "lightrft-sharding")];
 
 /// Runs the bench named by the first argument; the rest are its own. Its exit code is ours.
 pub(crate) fn run(workspace: &Workspace, args: &[OsString]) -> ExitCode {

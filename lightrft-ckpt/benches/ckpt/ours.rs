@@ -1,0 +1,174 @@
+//! What is measured of ours alone: checksums, another world size, listings
+
+use std::error::Error;
+use std::fs;
+use std::hint::black_box;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use lightrft_ckpt::testing::{Observed, run_ranks};
+use lightrft_ckpt::{
+    Agreement as _, Alone, Checkpoints, OsFileSystem, Part, Region, Rotation, Saver, Snapshot, Verify, Which,
+};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::ground::{Ground, drop_cache};
+use crate::report::{Measured, Row, Target};
+use crate::state::{State, share};
+
+const SAVED_BY: usize = 4;
+const LOADED_BY: usize = 3;
+
+/// A checkpoint of four ranks read by three, cold: bytes read, counted where they are read, and time.
+pub(crate) fn reshard(ground: &Ground, state: &State, rounds: usize) -> Result<Row, Box<dyn Error>> {
+    let dir = ground.empty("reshard")?;
+    for saved in run_ranks(SAVED_BY, |group| -> lightrft_ckpt::Result<()> {
+        let saver = Saver::open(&dir, &group)?;
+        saver.save(&group, &state.snapshot(group.rank(), SAVED_BY), &Rotation::KEEP_ALL).map(drop)
+    }) {
+        saved?;
+    }
+    let read = Arc::new(AtomicU64::new(0));
+    let counter = read.clone();
+    let fs = Arc::new(Observed::new(OsFileSystem, move |operation| {
+        if operation.kind == "read" {
+            counter.fetch_add(operation.bytes, Ordering::Relaxed);
+        }
+        Ok(())
+    }));
+    let mut times = Vec::new();
+    let mut most = 0;
+    let mut into: Vec<Vec<Vec<f32>>> = (0..LOADED_BY)
+        .map(|rank| state.tensors().map(|(_, t)| vec![1.0; share(t.len(), rank, LOADED_BY).len()]).collect())
+        .collect();
+    for _ in 0..rounds {
+        drop_cache(&dir)?;
+        read.store(0, Ordering::Relaxed);
+        let begin = Instant::now();
+        std::thread::scope(|scope| -> lightrft_ckpt::Result<()> {
+            let loads: Vec<_> = into
+                .iter_mut()
+                .enumerate()
+                .map(|(rank, into)| {
+                    let at = Checkpoints::open_on(fs.clone(), &dir);
+                    scope.spawn(move || -> lightrft_ckpt::Result<()> {
+                        let (checkpoint, _) = at.load(Which::Newest, Verify::WhileReading)?;
+                        for ((name, elements), into) in state.tensors().zip(into) {
+                            let mine = share(elements.len(), rank, LOADED_BY);
+                            checkpoint.read_into(name, &Region::Flat(mine), into)?;
+                        }
+                        Ok(())
+                    })
+                })
+                .collect();
+            loads
+                .into_iter()
+                .try_for_each(|load| load.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
+        })?;
+        times.push(begin.elapsed().as_secs_f64());
+        most = most.max(read.load(Ordering::Relaxed));
+    }
+    for (rank, into) in into.iter().enumerate() {
+        for ((name, elements), into) in state.tensors().zip(into) {
+            if into[..] != elements[share(elements.len(), rank, LOADED_BY)] {
+                return Err(format!("what rank {rank} loaded of {name} is not what was saved").into());
+            }
+        }
+    }
+    ground.clear("reshard")?;
+    let ratio = most as f64 / state.bytes() as f64;
+    let met = ratio <= 1.02;
+    Ok(Row {
+        what: format!("cold load of {SAVED_BY} ranks' {} MiB by {LOADED_BY}", state.bytes() >> 20),
+        bytes: state.bytes(),
+        ours: Measured::of("ours", times).ok_or("no times")?,
+        others: Vec::new(),
+        targets: vec![Target { text: format!("reads <= 1.02x the bytes needed ({ratio:.4}x)"), met }],
+    })
+}
+
+/// Hashing alone, in one thread, in blocks as a checkpoint has them.
+pub(crate) fn hash(state: &State, rounds: usize) -> Result<Row, Box<dyn Error>> {
+    let times = (0..=rounds).map(|_| {
+        let begin = Instant::now();
+        for (_, elements) in state.tensors() {
+            for block in bytemuck::cast_slice::<f32, u8>(elements).chunks(256 << 10) {
+                black_box(xxh3_64(block));
+            }
+        }
+        begin.elapsed().as_secs_f64()
+    });
+    Ok(Row {
+        what: format!("checksums alone, one thread, {} MiB", state.bytes() >> 20),
+        bytes: state.bytes(),
+        ours: Measured::of("ours", times.collect()).ok_or("no times")?,
+        others: Vec::new(),
+        targets: Vec::new(),
+    })
+}
+
+const LISTED: usize = 1000;
+
+/// A thousand checkpoints of so many tensors each, listed.
+pub(crate) fn listing(
+    ground: &Ground,
+    tensors: usize,
+    elems: usize,
+    rounds: usize,
+) -> Result<Row, Box<dyn Error>> {
+    let dir = ground.empty("listing")?;
+    save_thousand(&dir, tensors, elems)?;
+    let at = Checkpoints::open(&dir);
+    let mut times = Vec::new();
+    for round in 0..=rounds {
+        let begin = Instant::now();
+        let listed = at.list()?;
+        let seconds = begin.elapsed().as_secs_f64();
+        if listed.len() != LISTED {
+            return Err(format!("{} checkpoints listed of {LISTED}", listed.len()).into());
+        }
+        if round > 0 {
+            times.push(seconds);
+        }
+    }
+    let manifest = fs::metadata(dir.join("0").join("manifest.json"))?.len();
+    ground.clear("listing")?;
+    let ours = Measured::of("ours", times).ok_or("no times")?;
+    let target = Target { text: "<= 50 ms".into(), met: ours.median() <= 50e-3 };
+    Ok(Row {
+        what: format!("list {LISTED} checkpoints of {tensors} tensors (manifests of {} KiB)", manifest >> 10),
+        bytes: 0,
+        ours,
+        others: Vec::new(),
+        targets: vec![target],
+    })
+}
+
+/// One is saved; the others are its manifest copied and its data linked, as whoever moves checkpoints may do.
+fn save_thousand(dir: &Path, tensors: usize, elems: usize) -> Result<(), Box<dyn Error>> {
+    let saver = Saver::open(dir, &Alone)?;
+    let elements = vec![1.0f32; elems];
+    let mut snapshot = Snapshot { tag: "0".into(), ..Snapshot::of_step(1) };
+    for i in 0..tensors {
+        let name = format!("model.layers.{}.self_attn.part_{}.weight", i / 12, i % 12);
+        snapshot.parts.push(Part::new(name, vec![elems], Region::Whole, &elements));
+    }
+    saver.save(&Alone, &snapshot, &Rotation::KEEP_ALL)?;
+    let files: Vec<_> =
+        fs::read_dir(dir.join("0"))?.map(|e| Ok(e?.file_name())).collect::<Result<_, std::io::Error>>()?;
+    for i in 1..LISTED {
+        let copy = dir.join(i.to_string());
+        fs::create_dir(&copy)?;
+        for name in &files {
+            let from = dir.join("0").join(name);
+            if name == "manifest.json" {
+                fs::copy(from, copy.join(name))?;
+            } else {
+                fs::hard_link(from, copy.join(name))?;
+            }
+        }
+    }
+    Ok(())
+}
