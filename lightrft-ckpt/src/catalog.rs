@@ -129,10 +129,15 @@ fn holds_parts(fs: &dyn FileSystem, path: &Path) -> bool {
     fs.list(path).is_ok_and(|entries| entries.iter().any(|e| is_part_name(&e.name)))
 }
 
-/// Reads and checks the whole manifest in `dir`, and whether every file is there with the length that it gives. Reads
-/// no data.
+/// Reads and checks the whole manifest in `dir`, and [`check_files`]. Reads no data.
 pub(crate) fn read_whole(fs: &dyn FileSystem, dir: &Path) -> Result<Manifest> {
     let manifest = read_manifest(fs, dir)?.ok_or_else(|| Error::damaged(dir, "it has no manifest"))?;
+    check_files(fs, dir, &manifest)?;
+    Ok(manifest)
+}
+
+/// Whether every file is there with the length that the manifest gives. Cheap: reads nothing.
+pub(crate) fn check_files(fs: &dyn FileSystem, dir: &Path, manifest: &Manifest) -> Result<()> {
     for file in &manifest.files {
         let path = dir.join(&file.name);
         let opened = fs.open(&path).map_err(Error::io("open", &path))?;
@@ -141,7 +146,7 @@ pub(crate) fn read_whole(fs: &dyn FileSystem, dir: &Path) -> Result<Manifest> {
             return Err(Error::damaged(path, format!("{bytes} bytes; the manifest says {}", file.bytes)));
         }
     }
-    Ok(manifest)
+    Ok(())
 }
 
 /// The tag that `latest` names, if there is a file that names one.

@@ -9,7 +9,7 @@ use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::agreement::{Agreement, agree};
-use crate::catalog::Skipped;
+use crate::catalog::{Skipped, check_files};
 use crate::error::{Error, Result};
 use crate::fs::{FileSystem, Lock};
 use crate::manifest::{
@@ -230,6 +230,8 @@ impl Saver {
         let fs = self.fs.as_ref();
         let manifest = manifest_of(snapshot, plan, written)?;
         let manifest_bytes = seal(fs, staging, &manifest)?;
+        // A cleaner of old files, or a directory that the ranks do not share after all, is noticed before it counts.
+        check_files(fs, staging, &manifest)?;
         let replaced = publish(fs, &self.dir, staging, &snapshot.tag)?;
         point_latest(fs, &self.dir, &snapshot.tag)
             .map_err(|e| Error::Latest { tag: snapshot.tag.clone(), source: Box::new(e) })?;

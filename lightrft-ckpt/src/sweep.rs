@@ -90,7 +90,12 @@ pub(crate) fn rotate(
     replaced: Option<&str>,
     limits: &Rotation,
 ) -> Result<Rotated> {
-    let latest = read_latest(fs, dir).ok().flatten();
+    let latest = match (read_latest(fs, dir), saved) {
+        (Ok(latest), _) => latest,
+        // It may name one that is to stay. Just after a save that is the one saved.
+        (Err(e @ Error::Io { .. }), None) => return Err(e),
+        (Err(_), _) => None,
+    };
     let found = scan(fs, dir)?.found;
     if let (Some(newer), Some(saved)) = (found.first(), saved)
         && newer.tag != saved

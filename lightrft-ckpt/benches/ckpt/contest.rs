@@ -39,8 +39,11 @@ const OURS: &str = "ours";
 const DCP: [&str; 2] = ["DCP", "DCP, 2 threads"];
 
 fn contenders(peers: bool) -> Vec<Contender> {
-    let mut all =
-        vec![Contender { label: OURS, by: By::Ours(Arc::new(OsFileSystem)), loads: vec![load(OURS, "")] }];
+    let mut all = vec![Contender {
+        label: OURS,
+        by: By::Ours(Arc::new(OsFileSystem::new())),
+        loads: vec![load(OURS, "")],
+    }];
     if peers {
         let torch = vec![load("torch.load", "torch"), load("torch.load mmap", "torch-mmap")];
         let safetensors =

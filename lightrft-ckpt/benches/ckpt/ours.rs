@@ -32,7 +32,7 @@ pub(crate) fn reshard(ground: &Ground, state: &State, rounds: usize) -> Result<R
     }
     let read = Arc::new(AtomicU64::new(0));
     let counter = read.clone();
-    let fs = Arc::new(Observed::new(OsFileSystem, move |operation| {
+    let fs = Arc::new(Observed::new(OsFileSystem::new(), move |operation| {
         if operation.kind == "read" {
             counter.fetch_add(operation.bytes, Ordering::Relaxed);
         }
