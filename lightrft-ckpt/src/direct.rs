@@ -135,7 +135,7 @@ mod tests {
             Scripted { answers: Mutex::new(answers), ..Scripted::default() }
         }
 
-        fn took(&self) -> Vec<(u64, usize)> {
+        fn took(&self) -> Taken {
             self.took.lock().unwrap().iter().map(|(at, bytes)| (*at, bytes.len())).collect()
         }
     }
@@ -164,10 +164,12 @@ mod tests {
         memory
     }
 
-    /// What went past the page cache and what through it.
-    fn took(file: &DirectFile<Scripted>) -> (Vec<(u64, usize)>, Vec<(u64, usize)>) {
+    /// Offsets and lengths of what went past the page cache, and of what went through it.
+    fn took(file: &DirectFile<Scripted>) -> (Taken, Taken) {
         (file.direct.as_ref().unwrap().took(), file.file.took())
     }
+
+    type Taken = Vec<(u64, usize)>;
 
     const A: u64 = ALIGN as u64;
 

@@ -65,6 +65,16 @@ pub enum Error {
         source: Box<dyn StdError + Send + Sync>,
     },
 
+    /// A save in the background panicked: a defect of the file system's or the group's implementation, or of this
+    /// crate. The checkpoints that were there are still there.
+    #[error("the save in the background panicked while {during}: {message}")]
+    Panicked {
+        /// The phase.
+        during: &'static str,
+        /// The panic's message.
+        message: String,
+    },
+
     /// The checkpoint is complete and durable, but what follows its publication was not done: `latest` still names
     /// an older one, and nothing was rotated. Loading the newest finds it.
     #[error("checkpoint `{tag}` is published and durable, but `latest` does not name it yet: {source}")]

@@ -26,6 +26,7 @@
 //! | To | use |
 //! |---|---|
 //! | save, with all ranks of a group | [`Saver`], [`Snapshot`], [`Part`], [`Region`] |
+//! | save while training goes on | [`BackgroundSaver`] |
 //! | let old ones go | [`Rotation`], applied after every save |
 //! | find and read | [`Checkpoints`], [`Which`], [`Checkpoint`] |
 //! | tell another model's checkpoint | [`Checkpoint::check_against`] |
@@ -48,6 +49,8 @@
 
 mod agreement;
 mod aligned;
+mod background;
+mod block_writer;
 mod blocks;
 mod catalog;
 mod direct;
@@ -56,6 +59,7 @@ mod error;
 mod fs;
 mod manifest;
 mod os;
+mod pieces;
 mod plan;
 mod publish;
 mod reader;
@@ -73,6 +77,7 @@ mod writer;
 
 pub use ::safetensors::Dtype;
 pub use agreement::{Agreement, Alone};
+pub use background::{BackgroundSaver, Phase, Progress};
 pub use catalog::Skipped;
 pub use element::Element;
 pub use error::{Difference, Error, Mismatch, Result};

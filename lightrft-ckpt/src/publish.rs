@@ -9,7 +9,6 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::error::{Error, Result};
 use crate::fs::{EntryKind, FileSystem, parent_of};
 use crate::manifest::{LATEST, MANIFEST, Manifest, REPLACED_INFIX, TMP_INFIX, TRASH_PREFIX, is_part_name};
-use crate::writer::Sequential;
 
 /// 16 hexadecimal digits that no other process and no earlier call uses.
 pub(crate) fn unique() -> String {
@@ -36,8 +35,7 @@ pub(crate) fn name_file(fs: &dyn FileSystem, staged: &Path, path: &Path) -> Resu
 
 fn write_durably(fs: &dyn FileSystem, path: &Path, bytes: &[u8]) -> Result<()> {
     let file = fs.create(path, bytes.len() as u64).map_err(Error::io("create", path))?;
-    let mut out = Sequential::new(file);
-    out.append(bytes).and_then(|()| out.sync()).map_err(Error::io("write", path))
+    file.write_all_at(0, bytes).and_then(|()| file.sync_data()).map_err(Error::io("write", path))
 }
 
 /// Puts the manifest into a staged checkpoint all of whose files are durable. The directory is complete after this,

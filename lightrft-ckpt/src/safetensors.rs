@@ -8,13 +8,13 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value, json};
 
+use crate::block_writer::Sequential;
 use crate::element::{Element, element_bytes, element_count};
 use crate::error::{Error, Result};
-use crate::fs::{FileSystem, ReadFile, WriteFile};
+use crate::fs::{FileSystem, ReadFile};
 use crate::os::OsFileSystem;
 use crate::publish;
 use crate::region::Region;
-use crate::writer::Sequential;
 
 /// Headers longer than this are refused, as by every reader of the format.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -101,7 +101,7 @@ pub struct SafetensorsWriter {
     specs: Vec<TensorSpec>,
     pushed: usize,
     /// `None` once finished.
-    out: Option<Sequential<Box<dyn WriteFile>>>,
+    out: Option<Sequential>,
 }
 
 impl SafetensorsWriter {

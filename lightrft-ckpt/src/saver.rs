@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,8 @@ use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::agreement::{Agreement, agree};
+use crate::aligned::AlignedBuf;
+use crate::block_writer::{Source, Writing};
 use crate::catalog::{Skipped, check_files};
 use crate::error::{Error, Result};
 use crate::fs::{FileSystem, Lock};
@@ -22,7 +25,7 @@ use crate::reader::Checkpoints;
 use crate::rotation::{Rotated, Rotation};
 use crate::snapshot::Snapshot;
 use crate::sweep;
-use crate::writer::stage;
+use crate::writer::RankFile;
 
 /// The one group of ranks that saves checkpoints into a directory.
 ///
@@ -34,6 +37,7 @@ pub struct Saver {
     dir: PathBuf,
     _lock: HeldLock,
     left: Vec<Skipped>,
+    writing: Writing,
 }
 
 /// What a save did, the same on every rank.
@@ -97,7 +101,23 @@ impl Saver {
             left
         });
         let left = agree(group, "opening", opened)?.into_iter().next().unwrap_or_default();
-        Ok(Saver { fs, dir, _lock: lock, left })
+        Ok(Saver { fs, dir, _lock: lock, left, writing: Writing::default() })
+    }
+
+    /// Lets so many threads of this rank write its file, one at least; 2 by custom. One thread fills and sums a block
+    /// while another's is being written; more than two help where one core cannot sum as fast as the disks write.
+    /// Each takes the memory of one block.
+    pub fn with_writers(self, threads: usize) -> Saver {
+        Saver { writing: self.writing.with_threads(threads), ..self }
+    }
+
+    /// Writes so many bytes at once, rounded up to a multiple of 4096; 8 MiB by custom.
+    pub fn with_block_bytes(self, bytes: usize) -> Saver {
+        Saver { writing: self.writing.with_block_bytes(bytes), ..self }
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// What the sweep at opening found and could not remove.
@@ -125,17 +145,12 @@ impl Saver {
         snapshot: &Snapshot<'_>,
         limits: &Rotation,
     ) -> Result<SaveReport> {
-        let begun = Instant::now();
-        let mut staging = None;
-        let saved = self.save_staged(group, snapshot, limits, begun, &mut staging);
-        // After a rank has failed nobody writes any more. After a lost rank somebody may: the next start sweeps.
-        if let (Err(e), Some(staging)) = (&saved, staging)
-            && group.rank() == 0
-            && !matches!(e, Error::Agreement { .. })
-        {
-            let _ = sweep::delete(self.fs.as_ref(), &staging);
-        }
-        saved
+        let begun = self.begin(group, snapshot, limits)?;
+        let staged = begun.rank_file(group.rank()).and_then(|file| {
+            let pieces = file.of_parts(&snapshot.parts);
+            self.stage(&begun, &file, Source::Pieces(&pieces), &AtomicU64::new(0))
+        });
+        self.conclude(group, begun, staged)
     }
 
     /// Lets go what the limits say, as [`save`](Self::save) does at its end. Every rank of the group calls this.
@@ -154,32 +169,90 @@ impl Saver {
         Ok(agree(group, "rotating", rotated)?.into_iter().next().unwrap_or_default())
     }
 
-    fn save_staged(
+    /// The first phase: all ranks agree on what to save, and rank 0 creates the staging directory.
+    pub(crate) fn begin(
         &self,
         group: &dyn Agreement,
         snapshot: &Snapshot<'_>,
         limits: &Rotation,
-        begun: Instant,
-        staging: &mut Option<PathBuf>,
+    ) -> Result<Begun> {
+        let since = Instant::now();
+        let mut staging = None;
+        let opening = self.opening(group.rank(), snapshot, limits, &mut staging);
+        let planned = agree(group, "planning", opening).and_then(|openings| {
+            let refuse = |reason| Error::Snapshot { tag: snapshot.tag.clone(), reason };
+            same_everywhere(&openings).map_err(refuse)?;
+            let staged_in = openings[0].staging.clone().unwrap_or_default();
+            let declared: Vec<Vec<Declared>> = openings.into_iter().map(|o| o.parts).collect();
+            Ok((self.dir.join(staged_in), Plan::new(&declared).map_err(refuse)?))
+        });
+        match planned {
+            Ok((staging, plan)) => Ok(Begun {
+                tag: snapshot.tag.clone(),
+                step: snapshot.step,
+                shared: snapshot.shared.clone(),
+                rank_state: snapshot.rank_state.clone(),
+                plan,
+                staging,
+                limits: *limits,
+                since,
+            }),
+            Err(e) => {
+                self.abandon(staging, &e);
+                Err(e)
+            }
+        }
+    }
+
+    /// The second phase, by each rank for itself: its file, durable in the staging directory.
+    pub(crate) fn stage(
+        &self,
+        begun: &Begun,
+        file: &RankFile,
+        source: Source<'_>,
+        written: &AtomicU64,
+    ) -> Result<FileRecord> {
+        file.stage(self.fs.as_ref(), &begun.staging, source, self.writing, written)
+    }
+
+    /// Lays a rank's file out in memory, so that its tensors may change before it is written.
+    pub(crate) fn copy(
+        &self,
+        file: &RankFile,
+        snapshot: &Snapshot<'_>,
+        image: &mut AlignedBuf,
+    ) -> Result<()> {
+        file.copy(&snapshot.parts, self.writing, image)
+            .map_err(Error::io("hold in memory", self.dir.join(&file.name)))
+    }
+
+    /// The last phase: all ranks tell how the second one went, rank 0 commits and rotates, all learn of it.
+    pub(crate) fn conclude(
+        &self,
+        group: &dyn Agreement,
+        begun: Begun,
+        staged: Result<FileRecord>,
     ) -> Result<SaveReport> {
-        let (fs, rank) = (self.fs.as_ref(), group.rank());
-        let opening = self.opening(rank, snapshot, limits, staging);
-        let openings = agree(group, "planning", opening)?;
-        let refuse = |reason| Error::Snapshot { tag: snapshot.tag.clone(), reason };
-        same_everywhere(&openings).map_err(refuse)?;
-        let staged_in = openings[0].staging.clone().unwrap_or_default();
-        let declared: Vec<Vec<Declared>> = openings.into_iter().map(|o| o.parts).collect();
-        let plan = Plan::new(&declared).map_err(refuse)?;
+        let concluded = self.agree_and_commit(group, &begun, staged);
+        if let Err(e) = &concluded
+            && group.rank() == 0
+        {
+            self.abandon(Some(begun.staging), e);
+        }
+        concluded
+    }
 
-        let path = self.dir.join(&staged_in);
-        let staged = stage(fs, &path, rank, &plan, &snapshot.parts);
-        let written = staged.map(|file| Written { file, rank_state: snapshot.rank_state.clone() });
+    fn agree_and_commit(
+        &self,
+        group: &dyn Agreement,
+        begun: &Begun,
+        staged: Result<FileRecord>,
+    ) -> Result<SaveReport> {
+        let written = staged.map(|file| Written { file, rank_state: begun.rank_state.clone() });
         let written = agree(group, "writing", written)?;
-
-        let committed = if rank == 0 {
-            self.commit(&path, snapshot, &plan, written, limits, begun).map(Some)
-        } else {
-            Ok(None)
+        let committed = match group.rank() {
+            0 => self.commit(begun, written).map(Some),
+            _ => Ok(None),
         };
         let reports = agree(group, "publishing", committed)?;
         reports.into_iter().next().flatten().ok_or_else(|| Error::Rank {
@@ -187,6 +260,16 @@ impl Saver {
             during: "publishing",
             reason: "it gave no report".into(),
         })
+    }
+
+    /// Removes what rank 0 created for a save that failed. After a rank has failed nobody writes any more. After a
+    /// lost rank somebody may: the next start sweeps.
+    fn abandon(&self, staging: Option<PathBuf>, failure: &Error) {
+        if let Some(staging) = staging
+            && !matches!(failure, Error::Agreement { .. })
+        {
+            let _ = sweep::delete(self.fs.as_ref(), &staging);
+        }
     }
 
     fn opening(
@@ -218,42 +301,50 @@ impl Saver {
     }
 
     /// Rank 0's part: from files that are durable to a checkpoint that is.
-    fn commit(
-        &self,
-        staging: &Path,
-        snapshot: &Snapshot<'_>,
-        plan: &Plan,
-        written: Vec<Written>,
-        limits: &Rotation,
-        begun: Instant,
-    ) -> Result<SaveReport> {
+    fn commit(&self, begun: &Begun, written: Vec<Written>) -> Result<SaveReport> {
         let fs = self.fs.as_ref();
-        let manifest = manifest_of(snapshot, plan, written)?;
-        let manifest_bytes = seal(fs, staging, &manifest)?;
+        let manifest = manifest_of(begun, written)?;
+        let manifest_bytes = seal(fs, &begun.staging, &manifest)?;
         // A cleaner of old files, or a directory that the ranks do not share after all, is noticed before it counts.
-        check_files(fs, staging, &manifest)?;
-        let replaced = publish(fs, &self.dir, staging, &snapshot.tag)?;
-        point_latest(fs, &self.dir, &snapshot.tag)
-            .map_err(|e| Error::Latest { tag: snapshot.tag.clone(), source: Box::new(e) })?;
-        let committed_after = begun.elapsed();
+        check_files(fs, &begun.staging, &manifest)?;
+        let replaced = publish(fs, &self.dir, &begun.staging, &begun.tag)?;
+        point_latest(fs, &self.dir, &begun.tag)
+            .map_err(|e| Error::Latest { tag: begun.tag.clone(), source: Box::new(e) })?;
+        let committed_after = begun.since.elapsed();
         // The checkpoint is safe. That room could not be made is worth telling, and no reason to call it unsaved.
-        let rotated = sweep::rotate(fs, &self.dir, Some(&snapshot.tag), replaced.as_deref(), limits);
+        let rotated = sweep::rotate(fs, &self.dir, Some(&begun.tag), replaced.as_deref(), &begun.limits);
         let rotated = rotated.unwrap_or_else(|e| Rotated::nothing(&self.dir, &e));
-        tracing::info!(
-            tag = snapshot.tag,
-            bytes = manifest.summary.data_bytes,
-            ?committed_after,
-            "checkpoint saved"
-        );
+        let bytes = manifest.summary.data_bytes;
+        tracing::info!(tag = begun.tag, bytes, ?committed_after, "checkpoint saved");
         Ok(SaveReport {
-            tag: snapshot.tag.clone(),
-            step: snapshot.step,
-            bytes: manifest.summary.data_bytes + manifest_bytes,
+            tag: begun.tag.clone(),
+            step: begun.step,
+            bytes: bytes + manifest_bytes,
             replaced: replaced.is_some(),
             removed: rotated.removed,
             not_removed: rotated.not_removed,
             committed_after,
         })
+    }
+}
+
+/// A save that all ranks have agreed on. Nothing in it belongs to the caller: what was shared at the call is saved.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    pub(crate) tag: String,
+    step: u64,
+    shared: Value,
+    rank_state: Value,
+    plan: Plan,
+    staging: PathBuf,
+    limits: Rotation,
+    since: Instant,
+}
+
+impl Begun {
+    /// The file that a rank is to write.
+    pub(crate) fn rank_file(&self, rank: usize) -> Result<RankFile> {
+        RankFile::new(&self.plan, rank)
     }
 }
 
@@ -295,8 +386,8 @@ fn same_everywhere(openings: &[Opening]) -> Result<(), String> {
 }
 
 /// Lays the ranks' reports side by side with the plan that they all followed.
-fn manifest_of(snapshot: &Snapshot<'_>, plan: &Plan, written: Vec<Written>) -> Result<Manifest> {
-    let mut tensors: Vec<TensorRecord> = (plan.tensors.iter())
+fn manifest_of(begun: &Begun, written: Vec<Written>) -> Result<Manifest> {
+    let mut tensors: Vec<TensorRecord> = (begun.plan.tensors.iter())
         .map(|(name, t)| TensorRecord {
             name: name.clone(),
             dtype: t.dtype,
@@ -306,7 +397,7 @@ fn manifest_of(snapshot: &Snapshot<'_>, plan: &Plan, written: Vec<Written>) -> R
         .collect();
     for (rank, said) in written.iter().enumerate() {
         let mut offset = said.file.header_bytes;
-        for (name, tensor, region) in plan.of_rank(rank) {
+        for (name, tensor, region) in begun.plan.of_rank(rank) {
             let bytes = (region.span.len() * tensor.dtype.bitsize() / 8) as u64;
             let place = Place::from(&region.span);
             let record = RegionRecord { place, file: rank, offset, bytes, first_sum: 0 };
@@ -320,8 +411,8 @@ fn manifest_of(snapshot: &Snapshot<'_>, plan: &Plan, written: Vec<Written>) -> R
     let (files, ranks): (Vec<_>, Vec<_>) = written.into_iter().map(|w| (w.file, w.rank_state)).unzip();
     Ok(Manifest {
         summary: Summary {
-            tag: snapshot.tag.clone(),
-            step: snapshot.step,
+            tag: begun.tag.clone(),
+            step: begun.step,
             world_size: ranks.len(),
             saved_unix_ms: saved.as_millis().try_into().unwrap_or(u64::MAX),
             data_bytes: files.iter().map(|f| f.bytes).sum(),
@@ -329,7 +420,7 @@ fn manifest_of(snapshot: &Snapshot<'_>, plan: &Plan, written: Vec<Written>) -> R
         block_bytes: BLOCK_BYTES,
         files,
         tensors,
-        shared: snapshot.shared.clone(),
+        shared: begun.shared.clone(),
         ranks,
     })
 }

@@ -3,72 +3,145 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, PoisonError};
 
 use safetensors::Dtype;
-use xxhash_rust::xxh3::xxh3_64;
 
+use crate::aligned::{ALIGN, AlignedBuf};
+use crate::block_writer::{BlockWriter, Source, Writing};
 use crate::error::{Error, Result};
-use crate::fs::{FileSystem, WriteFile};
-use crate::manifest::{BLOCK_BYTES, FileRecord, SUM_BYTES, SUMS, hex_sum, rank_file};
+use crate::fs::FileSystem;
+use crate::manifest::{FileRecord, SUM_BYTES, SUMS, hex_sum, rank_file};
+use crate::pieces::Pieces;
 use crate::plan::Plan;
 use crate::region::Span;
 use crate::safetensors::{TensorSpec, header};
 use crate::snapshot::Part;
 
-/// Data begins at a multiple of this, the page size and the strictest alignment of unbuffered writes.
-const DATA_ALIGN: usize = 4096;
+/// Bytes that a thread copies before it looks for more: little enough that threads end together.
+const COPY_BYTES: usize = 4 << 20;
 
-/// Small writes are gathered up to this many bytes.
-const GATHER_BYTES: usize = 4 << 20;
+/// A rank's file as the plan has it, before a byte of it is written.
+#[derive(Debug)]
+pub(crate) struct RankFile {
+    pub(crate) name: String,
+    header: Vec<u8>,
+    /// What follows the header: which part of the rank's snapshot, and its bytes. In the order of [`Plan::of_rank`].
+    regions: Vec<(usize, usize)>,
+    /// Of header and regions. The table of checksums follows.
+    content_bytes: usize,
+    /// Checksums in that table.
+    sums: usize,
+}
 
-/// Writes this rank's file into the staging directory and makes it durable.
-pub(crate) fn stage(
-    fs: &dyn FileSystem,
-    dir: &Path,
-    rank: usize,
-    plan: &Plan,
-    parts: &[Part<'_>],
-) -> Result<FileRecord> {
-    let mine = plan.of_rank(rank);
-    let mut specs: Vec<TensorSpec> = mine
-        .iter()
-        .map(|(name, tensor, region)| {
+impl RankFile {
+    pub(crate) fn new(plan: &Plan, rank: usize) -> Result<RankFile> {
+        let mine = plan.of_rank(rank);
+        let mut specs = Vec::with_capacity(mine.len() + 1);
+        let mut regions = Vec::with_capacity(mine.len());
+        let mut sums = 0;
+        for (name, tensor, region) in mine {
             let (key, shape) = entry_of(name, &tensor.shape, &region.span);
-            TensorSpec::new(key, tensor.dtype, shape)
-        })
-        .collect();
-    let blocks: usize =
-        mine.iter().map(|(_, _, region)| parts[region.part].bytes.len().div_ceil(BLOCK_BYTES)).sum();
-    specs.push(TensorSpec::new(SUMS, Dtype::U8, [blocks, SUM_BYTES]));
-    let about = BTreeMap::from([("format".to_owned(), "lightrft-shard".to_owned())]);
-    let header = header(&specs, &about, DATA_ALIGN)?;
-    let data: u64 = mine.iter().map(|(_, _, region)| parts[region.part].bytes.len() as u64).sum();
-    let bytes = header.len() as u64 + data + (blocks * SUM_BYTES) as u64;
-
-    let name = rank_file(rank);
-    let path = dir.join(&name);
-    let mut out = Sequential::new(fs.create(&path, bytes).map_err(Error::io("create", &path))?);
-    out.append(&header).map_err(Error::io("write", &path))?;
-    let mut sums = Vec::with_capacity(blocks * SUM_BYTES);
-    for (_, _, region) in &mine {
-        // A block is summed while it is in the cache for being written.
-        for block in parts[region.part].bytes.chunks(BLOCK_BYTES) {
-            sums.extend_from_slice(&xxh3_64(block).to_le_bytes());
-            out.append(block).map_err(Error::io("write", &path))?;
+            let spec = TensorSpec::new(key, tensor.dtype, shape);
+            let bytes = spec.bytes()?;
+            sums += Pieces::sums_of(bytes);
+            regions.push((region.part, bytes));
+            specs.push(spec);
         }
+        specs.push(TensorSpec::new(SUMS, Dtype::U8, [sums, SUM_BYTES]));
+        let about = BTreeMap::from([("format".to_owned(), "lightrft-shard".to_owned())]);
+        // The data begins where writes past the page cache may begin.
+        let header = header(&specs, &about, ALIGN)?;
+        let content_bytes = header.len() + regions.iter().map(|(_, bytes)| bytes).sum::<usize>();
+        Ok(RankFile { name: rank_file(rank), header, regions, content_bytes, sums })
     }
-    out.append(&sums).map_err(Error::io("write", &path))?;
-    out.sync().map_err(Error::io("write", &path))?;
-    // Every rank makes its own name durable: on a network file system another machine's sync may not.
-    fs.sync_dir(dir).map_err(Error::io("sync", dir))?;
-    Ok(FileRecord {
-        name,
-        bytes,
-        header_bytes: header.len() as u64,
-        header_xxh3: hex_sum(&header),
-        sums_xxh3: hex_sum(&sums),
-        sums: blocks,
-    })
+
+    /// Length of the file.
+    pub(crate) fn bytes(&self) -> u64 {
+        (self.content_bytes + self.sums * SUM_BYTES) as u64
+    }
+
+    /// Header and regions, as they lie in the rank's snapshot.
+    pub(crate) fn of_parts<'a>(&'a self, parts: &'a [Part<'_>]) -> Pieces<'a> {
+        let regions = self.regions.iter().map(|&(part, _)| &parts[part].bytes[..]);
+        Pieces::new([&self.header[..]].into_iter().chain(regions))
+    }
+
+    /// Header and regions, as they lie in an image of them.
+    pub(crate) fn of_image<'a>(&'a self, image: &'a AlignedBuf) -> Pieces<'a> {
+        let (header, mut rest) = image.bytes().split_at(self.header.len());
+        let regions = self.regions.iter().map(|&(_, bytes)| {
+            let (region, after) = rest.split_at(bytes);
+            rest = after;
+            region
+        });
+        Pieces::new([header].into_iter().chain(regions))
+    }
+
+    /// Copies header and regions from a rank's snapshot into an image of the file, by several threads.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub(crate) fn copy(
+        &self,
+        parts: &[Part<'_>],
+        writing: Writing,
+        image: &mut AlignedBuf,
+    ) -> io::Result<()> {
+        image.set_len(self.content_bytes)?;
+        let pieces = self.of_parts(parts);
+        let tasks = self.content_bytes.div_ceil(COPY_BYTES);
+        let chunks = Mutex::new(image.bytes_mut().chunks_mut(COPY_BYTES).enumerate());
+        writing.run(tasks, &mut vec![(); writing.threads], |()| {
+            // The lock is held for taking a chunk only.
+            let next = || chunks.lock().unwrap_or_else(PoisonError::into_inner).next();
+            while let Some((i, chunk)) = next() {
+                pieces.copy(i * COPY_BYTES, chunk);
+            }
+        });
+        Ok(())
+    }
+
+    /// Writes the file into the staging directory and makes it durable.
+    pub(crate) fn stage(
+        &self,
+        fs: &dyn FileSystem,
+        dir: &Path,
+        source: Source<'_>,
+        writing: Writing,
+        written: &AtomicU64,
+    ) -> Result<FileRecord> {
+        let path = dir.join(&self.name);
+        let failed = |source| Error::Io { op: "write", path: path.clone(), source };
+        let file = fs.create(&path, self.bytes()).map_err(Error::io("create", &path))?;
+        let mut writer = BlockWriter::new(writing);
+        // The table of checksums begins in the content's last page, so that page waits for them.
+        let whole = self.content_bytes - self.content_bytes % ALIGN;
+        let mut sums = writer.write_summed(file.as_ref(), source, whole, written).map_err(failed)?;
+        source.pieces().sum(whole, self.content_bytes, &mut sums);
+        // The header's blocks are summed with the rest, but its checksum is one over all of it.
+        let table: Vec<u8> =
+            sums.iter().skip(Pieces::sums_of(self.header.len())).flat_map(|sum| sum.to_le_bytes()).collect();
+        let mut last_page = vec![0; self.content_bytes - whole];
+        source.pieces().copy(whole, &mut last_page);
+        let end = Pieces::new([&last_page[..], &table]);
+        let end_bytes = end.bytes();
+        writer
+            .write(file.as_ref(), whole as u64, Source::Pieces(&end), end_bytes, written)
+            .map_err(failed)?;
+        file.sync_data().map_err(failed)?;
+        // Every rank makes its own name durable: on a network file system another machine's sync may not.
+        fs.sync_dir(dir).map_err(Error::io("sync", dir))?;
+        Ok(FileRecord {
+            name: self.name.clone(),
+            bytes: self.bytes(),
+            header_bytes: self.header.len() as u64,
+            header_xxh3: hex_sum(&self.header),
+            sums_xxh3: hex_sum(&table),
+            sums: self.sums,
+        })
+    }
 }
 
 /// What a region is called in its rank's file, and its shape there. The name tells any safetensors reader what it
@@ -78,48 +151,5 @@ fn entry_of(name: &str, shape: &[usize], span: &Span) -> (String, Vec<usize>) {
         Span::Flat(r) if r.len() == shape.iter().product::<usize>() => (name.to_owned(), shape.to_vec()),
         Span::Flat(r) => (format!("{name}@{}..{}", r.start, r.end), vec![r.len()]),
         Span::Block { start, extent } => (format!("{name}@{start:?}+{extent:?}"), extent.clone()),
-    }
-}
-
-/// Appends to a file, gathering small pieces into large writes.
-#[derive(Debug)]
-pub(crate) struct Sequential<F> {
-    file: F,
-    /// Where the gathered bytes belong.
-    at: u64,
-    gathered: Vec<u8>,
-}
-
-impl Sequential<Box<dyn WriteFile>> {
-    pub(crate) fn new(file: Box<dyn WriteFile>) -> Self {
-        Sequential { file, at: 0, gathered: Vec::new() }
-    }
-
-    pub(crate) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if self.gathered.len() + bytes.len() > GATHER_BYTES {
-            self.flush()?;
-        }
-        if bytes.len() >= GATHER_BYTES {
-            self.file.write_all_at(self.at, bytes)?;
-            self.at += bytes.len() as u64;
-        } else {
-            self.gathered.extend_from_slice(bytes);
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if !self.gathered.is_empty() {
-            self.file.write_all_at(self.at, &self.gathered)?;
-            self.at += self.gathered.len() as u64;
-            self.gathered.clear();
-        }
-        Ok(())
-    }
-
-    /// Writes what is gathered and makes the file durable.
-    pub(crate) fn sync(&mut self) -> io::Result<()> {
-        self.flush()?;
-        self.file.sync_data()
     }
 }
