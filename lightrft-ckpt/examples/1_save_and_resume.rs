@@ -35,7 +35,7 @@ impl Training {
         let mut snapshot = Snapshot::of_step(self.step);
         snapshot.parts.push(Part::new("weight", vec![8], Region::Whole, &self.weight));
         snapshot.parts.push(Part::new("momentum", vec![8], Region::Whole, &self.momentum));
-        saver.save(&Alone, &snapshot, &Rotation { max_num: 2, max_mem_gib: 1.0 })?;
+        saver.save(&Alone, &snapshot, &Rotation { max_num: 2, max_mem_gib: 1.0, ..Rotation::default() })?;
         Ok(())
     }
 

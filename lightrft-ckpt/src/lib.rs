@@ -14,7 +14,7 @@
 //! let mut snapshot = Snapshot::of_step(40);
 //! snapshot.parts.push(Part::new("layer.weight", &[2, 3][..], Region::Whole, &weight));
 //! snapshot.shared = serde_json::json!({"consumed_samples": 5120});
-//! saver.save(&Alone, &snapshot, &Rotation { max_num: 3, max_mem_gib: 1000.0 })?;
+//! saver.save(&Alone, &snapshot, &Rotation { max_num: 3, max_mem_gib: 1000.0, ..Rotation::default() })?;
 //!
 //! // Whoever resumes asks for the elements that it needs, whatever the ranks were that wrote them.
 //! let (checkpoint, _) = Checkpoints::open(dir).load(Which::Newest, Verify::Everything)?;
@@ -85,7 +85,7 @@ pub use fs::{Entry, EntryKind, FileSystem, Lock, ReadFile, WriteFile};
 pub use os::OsFileSystem;
 pub use reader::{Checkpoint, Checkpoints, Listed, LoadReport, Verify, Which};
 pub use region::Region;
-pub use rotation::{Rotated, Rotation};
+pub use rotation::{MemCounts, Rotated, Rotation};
 pub use safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec, write_safetensors};
 pub use saver::{SaveReport, Saver};
 pub use snapshot::{Part, Snapshot};

@@ -12,21 +12,41 @@ use crate::error::{Error, Result};
 pub struct Rotation {
     /// Checkpoints kept, counted after a save. At least 1.
     pub max_num: usize,
-    /// GiB kept (2^30 bytes), counted after a save. When reached exactly, nothing goes. The newest checkpoint stays,
-    /// however large.
+    /// GiB kept (2^30 bytes). When reached exactly, nothing goes. The newest checkpoint stays, however large.
     pub max_mem_gib: f64,
+    /// Which checkpoints those bytes are of.
+    pub mem_counts: MemCounts,
+}
+
+/// Which checkpoints [`Rotation::max_mem_gib`] limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MemCounts {
+    /// All of them: the limit holds after every save.
+    #[default]
+    All,
+    /// All but the one saved last. So LightRFT counts, which looks at the limit before it saves: one checkpoint more is
+    /// kept, and the directory may hold that much more than the limit.
+    AllBeforeSave,
 }
 
 impl Default for Rotation {
-    /// LightRFT's: 3 checkpoints, 1000 GiB.
+    /// LightRFT's limits, 3 checkpoints and 1000 GiB, the latter counted with all checkpoints.
     fn default() -> Self {
-        Rotation { max_num: 3, max_mem_gib: 1000.0 }
+        Rotation { max_num: 3, max_mem_gib: 1000.0, mem_counts: MemCounts::All }
     }
 }
 
 impl Rotation {
     /// Nothing ever goes.
-    pub const KEEP_ALL: Rotation = Rotation { max_num: usize::MAX, max_mem_gib: f64::INFINITY };
+    pub const KEEP_ALL: Rotation =
+        Rotation { max_num: usize::MAX, max_mem_gib: f64::INFINITY, mem_counts: MemCounts::All };
+
+    /// LightRFT's decisions, save by save, wherever those lose nothing. Here as everywhere a checkpoint goes only after
+    /// the next one is durable, by step instead of modification time, and directories that are no checkpoints neither
+    /// count nor go.
+    pub const fn lightrft(max_num: usize, max_mem_gib: f64) -> Rotation {
+        Rotation { max_num, max_mem_gib, mem_counts: MemCounts::AllBeforeSave }
+    }
 
     pub(crate) fn check(&self) -> Result<()> {
         let wrong = |field, value: String, expected| Err(Error::Rotation { field, value, expected });
@@ -72,8 +92,20 @@ pub(crate) struct Candidate {
     /// Tells apart checkpoints of the same step.
     pub(crate) saved_unix_ms: u64,
     pub(crate) bytes: u64,
+    /// It was saved last.
+    pub(crate) saved_last: bool,
     /// `latest` names it, it was just saved, or somebody keeps own files in it.
     pub(crate) protected: bool,
+}
+
+impl Candidate {
+    /// The bytes that count against the limit.
+    fn counted(&self, limits: &Rotation) -> u64 {
+        match limits.mem_counts {
+            MemCounts::AllBeforeSave if self.saved_last => 0,
+            _ => self.bytes,
+        }
+    }
 }
 
 /// The names to let go, oldest first. The newest by step and the protected ones stay, also when the limits are then
@@ -82,7 +114,7 @@ pub(crate) fn choose(candidates: &[Candidate], limits: &Rotation) -> Vec<String>
     let mut oldest_first: Vec<&Candidate> = candidates.iter().collect();
     oldest_first.sort_by_key(|c| (c.step, c.saved_unix_ms, &c.name));
     let mut count = candidates.len();
-    let mut bytes = candidates.iter().fold(0u64, |sum, c| sum.saturating_add(c.bytes));
+    let mut bytes = candidates.iter().fold(0u64, |sum, c| sum.saturating_add(c.counted(limits)));
     oldest_first.pop(); // The newest is not up for decision.
     let mut gone = Vec::new();
     for candidate in oldest_first.into_iter().filter(|c| !c.protected) {
@@ -90,7 +122,7 @@ pub(crate) fn choose(candidates: &[Candidate], limits: &Rotation) -> Vec<String>
             break;
         }
         count -= 1;
-        bytes -= candidate.bytes.min(bytes);
+        bytes -= candidate.counted(limits).min(bytes);
         gone.push(candidate.name.clone());
     }
     gone
@@ -106,7 +138,14 @@ mod tests {
         prop::collection::vec((0u64..6, 0u64..3, 0u64..(3 << 30), prop::bool::weighted(0.2)), 0..9).prop_map(
             |all| {
                 let named = |(i, (step, saved_unix_ms, bytes, protected)): (usize, (u64, u64, u64, bool))| {
-                    Candidate { name: format!("c{i}"), step, saved_unix_ms, bytes, protected }
+                    Candidate {
+                        name: format!("c{i}"),
+                        step,
+                        saved_unix_ms,
+                        bytes,
+                        saved_last: i == 0,
+                        protected,
+                    }
                 };
                 all.into_iter().enumerate().map(named).collect()
             },
@@ -114,7 +153,12 @@ mod tests {
     }
 
     fn limits() -> impl Strategy<Value = Rotation> {
-        (1usize..6, 0.0f64..8.0).prop_map(|(max_num, max_mem_gib)| Rotation { max_num, max_mem_gib })
+        let mem_counts = prop_oneof![Just(MemCounts::All), Just(MemCounts::AllBeforeSave)];
+        (1usize..6, 0.0f64..8.0, mem_counts).prop_map(|(max_num, max_mem_gib, mem_counts)| Rotation {
+            max_num,
+            max_mem_gib,
+            mem_counts,
+        })
     }
 
     fn newest(all: &[Candidate]) -> Option<&Candidate> {
@@ -134,7 +178,7 @@ mod tests {
         fn what_stays_is_within_the_limits_or_may_not_go(all in candidates(), limits in limits()) {
             let gone = choose(&all, &limits);
             let stay: Vec<_> = all.iter().filter(|c| !gone.contains(&c.name)).collect();
-            let bytes: u64 = stay.iter().map(|c| c.bytes).sum();
+            let bytes: u64 = stay.iter().map(|c| c.counted(&limits)).sum();
             let within = stay.len() <= limits.max_num && bytes <= limits.max_bytes();
             prop_assert!(within || stay.iter().all(|c| c.protected || Some(*c) == newest(&all)));
         }
@@ -145,7 +189,7 @@ mod tests {
             if let Some(last) = gone.last() {
                 // Put the last one back: the limits are exceeded.
                 let stay: Vec<_> = all.iter().filter(|c| !gone.contains(&c.name) || c.name == *last).collect();
-                let bytes: u64 = stay.iter().map(|c| c.bytes).sum();
+                let bytes: u64 = stay.iter().map(|c| c.counted(&limits)).sum();
                 prop_assert!(stay.len() > limits.max_num || bytes > limits.max_bytes());
             }
         }
@@ -166,6 +210,15 @@ mod tests {
             let gone = choose(&all, &limits);
             let stay: Vec<_> = all.into_iter().filter(|c| !gone.contains(&c.name)).collect();
             prop_assert!(choose(&stay, &limits).is_empty());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_lightrft_counts_keeps_as_much_or_more(all in candidates(), limits in limits()) {
+            let all_counted = choose(&all, &Rotation { mem_counts: MemCounts::All, ..limits });
+            let fewer = choose(&all, &Rotation { mem_counts: MemCounts::AllBeforeSave, ..limits });
+            prop_assert!(fewer.iter().all(|name| all_counted.contains(name)));
         }
     }
 

@@ -109,7 +109,7 @@ pub(crate) fn rotate(
     let candidates: Vec<Candidate> = found
         .iter()
         .filter(|f| read_whole(fs, &dir.join(&f.dir)).is_ok())
-        .map(|f| candidate(fs, dir, f, [saved, latest.as_deref()].contains(&Some(&f.tag))))
+        .map(|f| candidate(fs, dir, f, saved, latest.as_deref()))
         .collect();
 
     let mut rotated = Rotated::default();
@@ -132,14 +132,22 @@ pub(crate) fn rotate(
     Ok(rotated)
 }
 
-fn candidate(fs: &dyn FileSystem, dir: &Path, found: &Found, in_use: bool) -> Candidate {
+fn candidate(
+    fs: &dyn FileSystem,
+    dir: &Path,
+    found: &Found,
+    saved: Option<&str>,
+    latest: Option<&str>,
+) -> Candidate {
     // Somebody's notes in a checkpoint's directory are a reason to keep both.
     let shared = !matches!(foreign_entry(fs, &dir.join(&found.dir)), Ok(None));
+    let tag = Some(found.tag.as_str());
     Candidate {
         name: found.dir.clone(),
         step: found.summary.step,
         saved_unix_ms: found.summary.saved_unix_ms,
         bytes: found.bytes,
-        protected: in_use || shared,
+        saved_last: tag == saved.or(latest),
+        protected: [saved, latest].contains(&tag) || shared,
     }
 }

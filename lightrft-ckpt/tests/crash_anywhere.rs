@@ -28,7 +28,7 @@ fn save_as(saver: &Saver, group: &dyn Agreement, step: u64, run: u64) -> Result<
     let mut snapshot = Snapshot::of_step(step);
     snapshot.parts.push(Part::new("w", vec![ELEMENTS], Region::Flat(mine.clone()), &all[mine]));
     snapshot.shared = serde_json::json!({ "run": run });
-    saver.save(group, &snapshot, &Rotation { max_num: 2, max_mem_gib: 1.0 })
+    saver.save(group, &snapshot, &Rotation { max_num: 2, max_mem_gib: 1.0, ..Rotation::default() })
 }
 
 fn open_and_save(disk: &SimulatedDisk, step: u64, run: u64) -> Result<SaveReport> {

@@ -258,7 +258,13 @@ fn a_later_version_is_refused_by_its_number_passed_over_and_never_deleted() {
 
     let saver = Saver::open(dir.path(), &Alone).unwrap();
     for step in 1..4 {
-        saver.save(&Alone, &Snapshot::of_step(step), &Rotation { max_num: 1, max_mem_gib: 0.0 }).unwrap();
+        saver
+            .save(
+                &Alone,
+                &Snapshot::of_step(step),
+                &Rotation { max_num: 1, max_mem_gib: 0.0, ..Rotation::default() },
+            )
+            .unwrap();
     }
     let (checkpoint, report) = at.load(Which::Newest, Verify::Everything).unwrap();
     assert_eq!((checkpoint.step(), report.skipped.len()), (3, 1));

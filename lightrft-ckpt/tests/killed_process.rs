@@ -64,7 +64,9 @@ fn child_that_saves_until_it_is_killed() {
         let mut snapshot = Snapshot::of_step(step_of(save));
         snapshot.parts.push(Part::new("w", vec![weight.len()], Region::Whole, &weight));
         snapshot.shared = save.into();
-        saver.save(&Alone, &snapshot, &Rotation { max_num, max_mem_gib: 1.0 }).unwrap();
+        saver
+            .save(&Alone, &snapshot, &Rotation { max_num, max_mem_gib: 1.0, ..Rotation::default() })
+            .unwrap();
         if writeln!(std::io::stdout(), "saved {save}").is_err() {
             return;
         }

@@ -86,8 +86,9 @@ fn child_that_saves_with_another() {
     let folder = Path::new(&folder);
     let rank: usize = std::env::var(RANK_VARIABLE).unwrap().parse().unwrap();
     let group = Pair::join(rank, &folder.join("socket"));
-    let told =
-        Observed::new(OsFileSystem::new(), |operation| writeln!(io::stdout(), "operation {}", operation.kind));
+    let told = Observed::new(OsFileSystem::new(), |operation| {
+        writeln!(io::stdout(), "operation {}", operation.kind)
+    });
     let outcome = Saver::open_on(Arc::new(told), folder.join("checkpoints"), &group).and_then(|saver| {
         let newest = saver.checkpoints().load_together(&group, Which::Newest, Verify::Everything);
         let begin = newest.map_or(1, |(newest, _)| newest.step() + 1);
@@ -96,7 +97,11 @@ fn child_that_saves_with_another() {
             let mine = ELEMENTS * rank / 2..ELEMENTS * (rank + 1) / 2;
             let mut snapshot = Snapshot::of_step(step);
             snapshot.parts.push(Part::new("w", vec![ELEMENTS], Region::Flat(mine.clone()), &all[mine]));
-            saver.save(&group, &snapshot, &Rotation { max_num: 2, max_mem_gib: 1.0 })?;
+            saver.save(
+                &group,
+                &snapshot,
+                &Rotation { max_num: 2, max_mem_gib: 1.0, ..Rotation::default() },
+            )?;
             if writeln!(io::stdout(), "saved {step}").is_err() {
                 break;
             }

@@ -10,7 +10,7 @@ use lightrft_ckpt::{
     Saver, Snapshot, Verify, Which,
 };
 
-const KEEP: Rotation = Rotation { max_num: 2, max_mem_gib: 1.0 };
+const KEEP: Rotation = Rotation { max_num: 2, max_mem_gib: 1.0, ..Rotation::KEEP_ALL };
 
 fn save(saver: &Saver, group: &dyn Agreement, step: u64) -> Result<SaveReport> {
     save_tagged(saver, group, &format!("global_step{step}"), step)
@@ -216,7 +216,11 @@ fn tags_that_could_escape_or_collide_are_refused() {
         assert!(matches!(refused, Err(Error::Snapshot { .. })), "{tag:?}: {refused:?}");
     }
     assert_eq!(names(dir.path()), [""; 0]);
-    let refused = saver.save(&Alone, &Snapshot::of_step(1), &Rotation { max_num: 0, max_mem_gib: 1.0 });
+    let refused = saver.save(
+        &Alone,
+        &Snapshot::of_step(1),
+        &Rotation { max_num: 0, max_mem_gib: 1.0, ..Rotation::default() },
+    );
     assert!(matches!(refused, Err(Error::Rotation { field: "max_num", .. })));
 }
 

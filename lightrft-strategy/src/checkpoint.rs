@@ -108,7 +108,8 @@ pub(crate) fn save(
         let name = tensor_name(part.kind, part.param.name());
         snapshot.parts.push(Part::new(name, part.param.shape(), Region::Flat(part.range), part.values));
     }
-    let limits = Rotation { max_num: config.max_ckpt_num, max_mem_gib: config.max_ckpt_mem };
+    let limits =
+        Rotation { max_num: config.max_ckpt_num, max_mem_gib: config.max_ckpt_mem, ..Rotation::default() };
     Ok(Saver::open(dir, &group)?.save(&group, &snapshot, &limits)?)
 }
 
