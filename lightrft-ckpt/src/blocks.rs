@@ -1,13 +1,113 @@
-//! Reading a region by its checksummed blocks: no byte is handed out that was not verified.
+//! Reading a shard by its checksummed blocks: no byte is handed out that was not verified.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
 use crate::fs::{FileSystem, ReadFile};
 use crate::manifest::{FileRecord, RegionRecord, SUM_BYTES, hex_sum};
+
+/// Whole blocks of at least so many bytes are read straight to where they belong; less goes through a buffer, together
+/// with what lies beside it.
+const DIRECT_BYTES: u64 = 128 << 10;
+
+/// No read is longer. What was read is verified at once, while it is in the cache.
+const READ_BYTES: u64 = 4 << 20;
+
+/// Bytes of a buffer for small pieces that lie side by side.
+const GATHER_BYTES: u64 = 1 << 20;
+
+/// Bytes of a region that are wanted somewhere.
+#[derive(Debug)]
+pub(crate) struct Piece<'m, 'd> {
+    region: &'m RegionRecord,
+    /// First byte, counted within the region.
+    at: u64,
+    bytes: u64,
+    /// Where they belong; `None` when they are only to be verified.
+    into: Option<&'d mut [u8]>,
+}
+
+impl<'m, 'd> Piece<'m, 'd> {
+    /// The file it lies in, and where: the order in which pieces are read.
+    pub(crate) fn place(&self) -> (usize, u64) {
+        (self.region.file, self.region.offset + self.at)
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Cuts the bytes of a region from `at` on, which belong into `into`, so that as many as possible are whole blocks
+    /// that need no buffer.
+    pub(crate) fn cut(
+        region: &'m RegionRecord,
+        block_bytes: u64,
+        at: u64,
+        into: &'d mut [u8],
+        push: &mut impl FnMut(Self),
+    ) {
+        let end = at + into.len() as u64;
+        let whole_from = at.next_multiple_of(block_bytes);
+        let whole_to = if end == region.bytes { end } else { end / block_bytes * block_bytes };
+        let (mut at, mut rest) = (at, into);
+        let mut piece = |to: u64| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut((to - at) as usize);
+            if !now.is_empty() {
+                push(Piece { region, at, bytes: now.len() as u64, into: Some(now) });
+            }
+            (at, rest) = (to, later);
+        };
+        if whole_from + DIRECT_BYTES <= whole_to {
+            piece(whole_from);
+            let step = at_most(READ_BYTES, block_bytes);
+            let mut to = whole_from;
+            while to < whole_to {
+                to = (to + step).min(whole_to);
+                piece(to);
+            }
+        }
+        piece(end);
+    }
+
+    /// A region in pieces that are only to be verified.
+    pub(crate) fn verify_all(region: &'m RegionRecord, block_bytes: u64, push: &mut impl FnMut(Self)) {
+        let step = at_most(GATHER_BYTES, block_bytes);
+        let mut at = 0;
+        while at < region.bytes {
+            let bytes = step.min(region.bytes - at);
+            push(Piece { region, at, bytes, into: None });
+            at += bytes;
+        }
+    }
+
+    /// The blocks it lies in.
+    fn blocks(&self, block_bytes: u64) -> Blocks {
+        let first = self.at / block_bytes;
+        let begin = first * block_bytes;
+        let end = (self.at + self.bytes).next_multiple_of(block_bytes).min(self.region.bytes);
+        Blocks {
+            offset: self.region.offset + begin,
+            bytes: end - begin,
+            first_sum: self.region.first_sum + first as usize,
+        }
+    }
+}
+
+/// Whole blocks, one or more, of at most so many bytes.
+fn at_most(bytes: u64, block_bytes: u64) -> u64 {
+    (bytes / block_bytes).max(1) * block_bytes
+}
+
+/// Neighbouring blocks of a region, by their bytes in the file.
+#[derive(Clone, Copy, Debug)]
+struct Blocks {
+    offset: u64,
+    bytes: u64,
+    /// The place of the first one's checksum in the file's table.
+    first_sum: usize,
+}
 
 /// A rank's file, open, with the checksums of its blocks.
 #[derive(Debug)]
@@ -42,19 +142,93 @@ impl Shard {
         Ok(Shard { file, path, record: record.clone(), sums, block_bytes: block_bytes as u64 })
     }
 
-    /// Reads the header and every block of the file's regions and compares their checksums.
-    pub(crate) fn verify<'a>(
-        self: &Arc<Self>,
-        regions: impl Iterator<Item = &'a RegionRecord>,
-    ) -> Result<()> {
+    /// Reads the header and compares its checksum.
+    pub(crate) fn verify_header(&self) -> Result<()> {
         let mut header = vec![0; self.record.header_bytes as usize];
-        self.file.read_exact_at(0, &mut header).map_err(Error::io("read", &self.path))?;
-        same_sum(&self.path, "its header", &self.record.header_xxh3, &header)?;
-        for region in regions {
-            let mut blocks = BlockReader::new(self.clone(), region);
-            for index in 0..region.bytes.div_ceil(self.block_bytes) {
-                blocks.keep(index)?;
+        self.read(0, &mut header)?;
+        same_sum(&self.path, "its header", &self.record.header_xxh3, &header)
+    }
+
+    /// Reads pieces of this file, given in the order of their bytes, verifies every block that they lie in, and puts
+    /// them where they belong. `buffer` is for use here alone, and is kept from call to call to save its allocation.
+    pub(crate) fn fetch(&self, pieces: &mut [Piece<'_, '_>], buffer: &mut Vec<u8>) -> Result<()> {
+        let mut rest = pieces;
+        while let Some(first) = rest.first_mut() {
+            let blocks = first.blocks(self.block_bytes);
+            let direct = blocks.bytes == first.bytes && first.bytes >= DIRECT_BYTES;
+            if direct && let Some(into) = first.into.as_deref_mut() {
+                self.read(blocks.offset, into)?;
+                self.check(blocks, into)?;
+                rest = &mut rest[1..];
+            } else {
+                let (count, end) = self.neighbours(rest);
+                let (now, later) = std::mem::take(&mut rest).split_at_mut(count);
+                self.gather(now, blocks.offset, end, buffer)?;
+                rest = later;
             }
+        }
+        Ok(())
+    }
+
+    /// How many of the first pieces lie side by side and fit the buffer, and where the last of them ends.
+    fn neighbours(&self, pieces: &[Piece<'_, '_>]) -> (usize, u64) {
+        let mut all = pieces.iter().map(|p| (p.blocks(self.block_bytes), p));
+        let Some((first, _)) = all.next() else { return (0, 0) };
+        let (mut count, mut end) = (1, first.offset + first.bytes);
+        for (blocks, piece) in all {
+            let next_end = end.max(blocks.offset + blocks.bytes);
+            let large = piece.into.is_some() && piece.bytes >= DIRECT_BYTES;
+            if large || blocks.offset > end || next_end - first.offset > GATHER_BYTES {
+                break;
+            }
+            (count, end) = (count + 1, next_end);
+        }
+        (count, end)
+    }
+
+    /// Reads the bytes `begin..end` of the file, in which the pieces and all of their blocks lie.
+    fn gather(&self, pieces: &mut [Piece<'_, '_>], begin: u64, end: u64, buffer: &mut Vec<u8>) -> Result<()> {
+        buffer.resize((end - begin) as usize, 0);
+        self.read(begin, buffer)?;
+        let mut verified = 0;
+        for piece in pieces {
+            let mut blocks = piece.blocks(self.block_bytes);
+            // Pieces may share a block with the piece before.
+            while blocks.first_sum < verified && blocks.bytes > 0 {
+                let known = self.block_bytes.min(blocks.bytes);
+                blocks = Blocks {
+                    offset: blocks.offset + known,
+                    bytes: blocks.bytes - known,
+                    first_sum: blocks.first_sum + 1,
+                };
+            }
+            let at = (blocks.offset - begin) as usize;
+            self.check(blocks, &buffer[at..at + blocks.bytes as usize])?;
+            verified = verified.max(blocks.first_sum + blocks.bytes.div_ceil(self.block_bytes) as usize);
+            if let Some(into) = piece.into.as_deref_mut() {
+                let at = (piece.region.offset + piece.at - begin) as usize;
+                into.copy_from_slice(&buffer[at..at + into.len()]);
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(offset, into).map_err(Error::io("read", &self.path))
+    }
+
+    fn check(&self, blocks: Blocks, content: &[u8]) -> Result<()> {
+        let mut at = blocks.offset;
+        for (i, block) in content.chunks(self.block_bytes as usize).enumerate() {
+            let (actual, recorded) = (xxh3_64(block), self.sums.get(blocks.first_sum + i).copied());
+            let end = at + block.len() as u64;
+            if recorded != Some(actual) {
+                let recorded = recorded.unwrap_or_default();
+                let reason =
+                    format!("bytes {at}..{end} have checksum {actual:016x}, saved was {recorded:016x}");
+                return Err(Error::damaged(&self.path, reason));
+            }
+            at = end;
         }
         Ok(())
     }
@@ -66,79 +240,4 @@ fn same_sum(path: &Path, what: &str, recorded: &str, bytes: &[u8]) -> Result<()>
         return Ok(());
     }
     Err(Error::damaged(path, format!("{what} has checksum {actual}, saved was {recorded}")))
-}
-
-/// Reads parts of one region, in ascending order for the least work: a block that several parts lie in is read once.
-pub(crate) struct BlockReader<'a> {
-    shard: Arc<Shard>,
-    record: &'a RegionRecord,
-    /// The verified block read last, when it was not read straight to its destination.
-    kept: Vec<u8>,
-    kept_index: Option<u64>,
-}
-
-impl<'a> BlockReader<'a> {
-    pub(crate) fn new(shard: Arc<Shard>, record: &'a RegionRecord) -> Self {
-        BlockReader { shard, record, kept: Vec::new(), kept_index: None }
-    }
-
-    /// Fills `into` from byte `at` of the region on. The caller keeps to the region.
-    pub(crate) fn read(&mut self, at: u64, into: &mut [u8]) -> Result<()> {
-        let mut at = at;
-        let mut rest = into;
-        while !rest.is_empty() {
-            let index = at / self.shard.block_bytes;
-            let (block_at, block_len) = self.extent(index);
-            let skip = (at - block_at) as usize;
-            let len = rest.len().min(block_len - skip);
-            let (now, later) = rest.split_at_mut(len);
-            if len == block_len {
-                self.shard
-                    .file
-                    .read_exact_at(self.record.offset + block_at, now)
-                    .map_err(Error::io("read", &self.shard.path))?;
-                self.check(index, now)?;
-            } else {
-                self.keep(index)?;
-                now.copy_from_slice(&self.kept[skip..skip + len]);
-            }
-            at += len as u64;
-            rest = later;
-        }
-        Ok(())
-    }
-
-    /// Where a block begins in the region, and its length.
-    fn extent(&self, index: u64) -> (u64, usize) {
-        let at = index * self.shard.block_bytes;
-        (at, self.shard.block_bytes.min(self.record.bytes - at) as usize)
-    }
-
-    fn keep(&mut self, index: u64) -> Result<()> {
-        if self.kept_index == Some(index) {
-            return Ok(());
-        }
-        self.kept_index = None;
-        let (at, len) = self.extent(index);
-        self.kept.resize(len, 0);
-        self.shard
-            .file
-            .read_exact_at(self.record.offset + at, &mut self.kept)
-            .map_err(Error::io("read", &self.shard.path))?;
-        self.check(index, &self.kept)?;
-        self.kept_index = Some(index);
-        Ok(())
-    }
-
-    fn check(&self, index: u64, block: &[u8]) -> Result<()> {
-        let (actual, recorded) =
-            (xxh3_64(block), self.shard.sums.get(self.record.first_sum + index as usize));
-        if recorded == Some(&actual) {
-            return Ok(());
-        }
-        let at = self.record.offset + index * self.shard.block_bytes;
-        let end = at + block.len() as u64;
-        let reason = format!("bytes {at}..{end} have checksum {actual:016x}, saved were {recorded:x?}");
-        Err(Error::damaged(&self.shard.path, reason))
-    }
 }

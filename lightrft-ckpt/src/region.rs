@@ -98,31 +98,48 @@ impl Span {
         }
     }
 
-    /// Visits every run that `self` and `other` share, in the order of `self`'s elements, until a visit fails.
+    /// Visits every run that `self` and `other` share, in the order of both spans' elements, until a visit fails.
     pub(crate) fn intersect<E>(
         &self,
         other: &Span,
         shape: &[usize],
         visit: &mut dyn FnMut(Shared) -> Result<(), E>,
     ) -> Result<(), E> {
+        self.intersect_within(0..self.len(), other, shape, visit)
+    }
+
+    /// Like [`intersect`](Self::intersect), for those of `self`'s elements that lie in `part`, without stepping
+    /// through the others. Places are still counted within the whole spans.
+    pub(crate) fn intersect_within<E>(
+        &self,
+        part: Range<usize>,
+        other: &Span,
+        shape: &[usize],
+        visit: &mut dyn FnMut(Shared) -> Result<(), E>,
+    ) -> Result<(), E> {
         match (self, other) {
             (Span::Flat(a), Span::Flat(b)) => {
-                let (lo, hi) = (a.start.max(b.start), a.end.min(b.end));
+                let lo = (a.start + part.start).max(b.start);
+                let hi = (a.start + part.end).min(b.end);
                 if lo < hi {
                     visit(Shared { in_first: lo - a.start, in_second: lo - b.start, len: hi - lo })?;
                 }
                 Ok(())
             }
-            (Span::Block { start, extent }, Span::Flat(flat)) => Rows::new(start, extent, shape)
-                .meet(flat, &mut |local, in_flat, len| {
+            (Span::Block { start, extent }, Span::Flat(flat)) => {
+                Rows::new(start, extent, shape).meet(part, flat, &mut |local, in_flat, len| {
                     visit(Shared { in_first: local, in_second: in_flat, len })
-                }),
-            (Span::Flat(flat), Span::Block { start, extent }) => Rows::new(start, extent, shape)
-                .meet(flat, &mut |local, in_flat, len| {
-                    visit(Shared { in_first: in_flat, in_second: local, len })
-                }),
+                })
+            }
+            (Span::Flat(flat), Span::Block { start, extent }) => {
+                let (rows, within) =
+                    (Rows::new(start, extent, shape), flat.start + part.start..flat.start + part.end);
+                rows.meet(0..other.len(), &within, &mut |local, in_flat, len| {
+                    visit(Shared { in_first: part.start + in_flat, in_second: local, len })
+                })
+            }
             (Span::Block { start: s1, extent: e1 }, Span::Block { start: s2, extent: e2 }) => {
-                intersect_blocks((s1, e1), (s2, e2), visit)
+                intersect_blocks(part, (s1, e1), (s2, e2), visit)
             }
         }
     }
@@ -168,37 +185,44 @@ impl<'a> Rows<'a> {
         flat_index(&coordinates, self.shape)
     }
 
-    /// Visits (element of the box, element of the range, length) of every run shared with a flat range.
+    /// Visits (element of the box, element of the range, length) of every run that those of the box's elements that
+    /// lie in `part` share with a flat range.
     fn meet<E>(
         &self,
+        part: Range<usize>,
         flat: &Range<usize>,
         visit: &mut dyn FnMut(usize, usize, usize) -> Result<(), E>,
     ) -> Result<(), E> {
-        // Rows ascend in the flattened tensor: find the first that ends after the range's start by halving.
-        let (mut lo, mut hi) = (0, self.count());
-        while lo < hi {
-            let mid = lo + (hi - lo) / 2;
-            if self.at(mid) + self.run <= flat.start {
-                lo = mid + 1;
-            } else {
-                hi = mid;
-            }
-        }
-        for row in lo..self.count() {
-            let at = self.at(row);
-            if at >= flat.end {
+        // Rows ascend in the flattened tensor.
+        let in_flat = first_that(self.count(), |row| self.at(row) + self.run > flat.start);
+        for row in in_flat.max(part.start / self.run)..self.count() {
+            let (at, local) = (self.at(row), row * self.run);
+            if at >= flat.end || local >= part.end {
                 break;
             }
-            let (from, to) = (at.max(flat.start), (at + self.run).min(flat.end));
+            // What of the row is in the range, and what of it is in the part.
+            let from = flat.start.saturating_sub(at).max(part.start.saturating_sub(local));
+            let to = self.run.min(flat.end - at).min(part.end - local);
             if from < to {
-                visit(row * self.run + (from - at), from - flat.start, to - from)?;
+                visit(local + from, at + from - flat.start, to - from)?;
             }
         }
         Ok(())
     }
 }
 
+/// The first of `0..count` for which `holds`, found by halving: it must hold for all after the first.
+fn first_that(count: usize, holds: impl Fn(usize) -> bool) -> usize {
+    let (mut lo, mut hi) = (0, count);
+    while lo < hi {
+        let mid = lo + (hi - lo) / 2;
+        if holds(mid) { hi = mid } else { lo = mid + 1 }
+    }
+    lo
+}
+
 fn intersect_blocks<E>(
+    part: Range<usize>,
     (s1, e1): (&[usize], &[usize]),
     (s2, e2): (&[usize], &[usize]),
     visit: &mut dyn FnMut(Shared) -> Result<(), E>,
@@ -222,18 +246,25 @@ fn intersect_blocks<E>(
         flat_index(&inside, e)
     };
     let rows: usize = extent[..outer].iter().product();
-    for row in 0..rows {
+    let corner = |row: usize| {
         let mut coordinates = start.clone();
         let mut rest = row;
         for d in (0..outer).rev() {
             coordinates[d] += rest % extent[d];
             rest /= extent[d];
         }
-        visit(Shared {
-            in_first: local(&coordinates, s1, e1),
-            in_second: local(&coordinates, s2, e2),
-            len: run,
-        })?;
+        coordinates
+    };
+    // Rows ascend in either box.
+    for row in first_that(rows, |row| local(&corner(row), s1, e1) + run > part.start)..rows {
+        let at = corner(row);
+        let (in_first, in_second) = (local(&at, s1, e1), local(&at, s2, e2));
+        if in_first >= part.end {
+            break;
+        }
+        let from = part.start.saturating_sub(in_first);
+        let to = run.min(part.end - in_first);
+        visit(Shared { in_first: in_first + from, in_second: in_second + from, len: to - from })?;
     }
     Ok(())
 }
@@ -349,6 +380,29 @@ mod tests {
             }).unwrap();
             let expected: Vec<usize> = in_a.iter().copied().filter(|e| in_b.contains(e)).collect();
             prop_assert_eq!(shared, expected);
+        }
+
+        #[test]
+        fn the_parts_of_a_span_share_together_what_it_shares(
+            (shape, a, b) in shape().prop_flat_map(|s| (Just(s.clone()), region_in(s.clone()), region_in(s))),
+            step in 1usize..9,
+        ) {
+            let (a, b) = (a.resolve(&shape).unwrap(), b.resolve(&shape).unwrap());
+            // As (element of a, element of b) pairs, in the order of the visits.
+            let pairs = |part: Range<usize>| {
+                let mut pairs = Vec::new();
+                a.intersect_within(part.clone(), &b, &shape, &mut |s: Shared| -> Result<(), ()> {
+                    assert!(s.len > 0 && part.start <= s.in_first && s.in_first + s.len <= part.end);
+                    pairs.extend((0..s.len).map(|i| (s.in_first + i, s.in_second + i)));
+                    Ok(())
+                }).unwrap();
+                pairs
+            };
+            let parts = (0..a.len()).step_by(step).map(|at| at..(at + step).min(a.len()));
+            let whole = pairs(0..a.len());
+            prop_assert_eq!(parts.flat_map(pairs).collect::<Vec<_>>(), whole.clone());
+            // Reading goes forward in the file while it goes forward in memory.
+            prop_assert!(whole.is_sorted_by(|x, y| x.0 < y.0 && x.1 < y.1));
         }
 
         #[test]
