@@ -64,6 +64,11 @@ impl Checkpoint {
         &self.path
     }
 
+    /// What tells this checkpoint from any other, also of the same name.
+    pub(crate) fn identity(&self) -> String {
+        self.manifest.summary.manifest_xxh3.clone()
+    }
+
     /// The state that all ranks shared.
     pub fn shared(&self) -> &Value {
         &self.manifest.shared

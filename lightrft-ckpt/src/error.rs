@@ -148,6 +148,23 @@ pub enum Error {
         reason: String,
     },
 
+    /// The caller, shown the checkpoint before anything was read, did not want it.
+    #[error("checkpoint `{tag}` was refused: {source}")]
+    Refused {
+        /// The checkpoint.
+        tag: String,
+        /// The caller's reason.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+
+    /// Reading failed on some rank after it had begun, and there is no other checkpoint to read instead: what the
+    /// destinations hold now is neither what they held before nor what was saved.
+    #[error("the destinations were written to in part and must not be used: {source}")]
+    Spoilt {
+        /// Why the reading failed.
+        source: Box<Error>,
+    },
+
     /// The checkpoint is of another model than the one expected.
     #[error("{0}")]
     Mismatch(Box<Mismatch>),

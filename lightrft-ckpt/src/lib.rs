@@ -29,6 +29,7 @@
 //! | save while training goes on | [`BackgroundSaver`] |
 //! | let old ones go | [`Rotation`], applied after every save |
 //! | find and read | [`Checkpoints`], [`Which`], [`Checkpoint`] |
+//! | read straight into a model's memory, on all ranks | [`Checkpoints::restore`], [`Wanted`], [`Restore`] |
 //! | tell another model's checkpoint | [`Checkpoint::check_against`] |
 //! | let the ranks agree | [`Agreement`], implemented with whatever connects them; [`Alone`] |
 //! | write and read single safetensors files | [`SafetensorsWriter`], [`SafetensorsFile`] |
@@ -66,11 +67,13 @@ mod plan;
 mod publish;
 mod reader;
 mod region;
+mod restore;
 mod rotation;
 #[cfg(test)]
 mod rotation_golden;
 mod safetensors;
 mod saver;
+mod search;
 mod snapshot;
 mod sweep;
 #[cfg(feature = "testing")]
@@ -89,6 +92,7 @@ pub use fs::{Entry, EntryKind, FileSystem, Lock, ReadFile, WriteFile};
 pub use os::OsFileSystem;
 pub use reader::{Checkpoints, Listed, LoadReport, Verify, Which};
 pub use region::Region;
+pub use restore::{Restore, RestoreReport, Strictness};
 pub use rotation::{MemCounts, Rotated, Rotation};
 pub use safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec, write_safetensors};
 pub use saver::{SaveReport, Saver};

@@ -59,15 +59,10 @@ pub(crate) struct Summary {
     pub(crate) saved_unix_ms: u64,
     /// Total of the files' lengths, without the manifest.
     pub(crate) data_bytes: u64,
-}
-
-/// The summary as it is written: with what guards the rest of the file.
-#[derive(Serialize, Deserialize)]
-struct Head {
-    #[serde(flatten)]
-    summary: Summary,
-    manifest_bytes: u64,
-    manifest_xxh3: String,
+    /// Length and checksum of the rest of the manifest, by which two checkpoints of one name are told apart. Filled in
+    /// when it is written.
+    pub(crate) manifest_bytes: u64,
+    pub(crate) manifest_xxh3: String,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -168,14 +163,13 @@ impl Manifest {
     /// The bytes of the manifest's file: one JSON object on two lines, the summary and the rest.
     pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, serde_json::Error> {
         let body = serde_json::to_string(self)?;
-        let head = serde_json::to_string(&Head {
-            summary: self.summary.clone(),
-            manifest_bytes: body.len() as u64,
-            manifest_xxh3: format!("{:032x}", xxh3_128(body.as_bytes())),
-        })?;
-        let sum = xxh3_128(head.as_bytes());
+        let mut summary = self.summary.clone();
+        summary.manifest_bytes = body.len() as u64;
+        summary.manifest_xxh3 = format!("{:032x}", xxh3_128(body.as_bytes()));
+        let summary = serde_json::to_string(&summary)?;
+        let sum = xxh3_128(summary.as_bytes());
         let text =
-            format!("{HEAD}{FORMAT_VERSION}{SUM}{sum:032x}{SUMMARY}{head}{LINE_END}{BODY}{body}{TAIL}");
+            format!("{HEAD}{FORMAT_VERSION}{SUM}{sum:032x}{SUMMARY}{summary}{LINE_END}{BODY}{body}{TAIL}");
         Ok(text.into_bytes())
     }
 
@@ -185,11 +179,11 @@ impl Manifest {
     /// `path` is only for messages.
     pub(crate) fn from_bytes(bytes: &[u8], path: &Path) -> Result<Manifest> {
         let damaged = |reason: String| Error::damaged(path, reason);
-        let (head, line) = framed_head(bytes, bytes.len() as u64).map_err(damaged)?;
-        let body = framed_body(&bytes[line..], &head).map_err(damaged)?;
+        let (summary, line) = framed_summary(bytes, bytes.len() as u64).map_err(damaged)?;
+        let body = framed_body(&bytes[line..], &summary).map_err(damaged)?;
         let mut manifest: Manifest =
             serde_json::from_str(body).map_err(|e| Error::damaged(path, format!("not a manifest: {e}")))?;
-        manifest.summary = head.summary;
+        manifest.summary = summary;
         manifest.check().map_err(|reason| Error::damaged(path, reason))?;
         Ok(manifest)
     }
@@ -320,9 +314,10 @@ pub(crate) fn read_summary(fs: &dyn FileSystem, dir: &Path) -> Result<Option<(Su
     let Some((file, bytes)) = open(fs, &path)? else { return Ok(None) };
     let mut content = vec![0; bytes.min(MAX_HEAD_BYTES as u64) as usize];
     file.read_exact_at(0, &mut content).map_err(Error::io("read", &path))?;
-    let (head, _) = framed_head(&content, bytes).map_err(|reason| Error::damaged(&path, reason))?;
-    check_tag(&head.summary.tag).map_err(|reason| Error::damaged(&path, reason))?;
-    Ok(Some((head.summary, bytes)))
+    let damaged = |reason| Error::damaged(&path, reason);
+    let (summary, _) = framed_summary(&content, bytes).map_err(damaged)?;
+    check_tag(&summary.tag).map_err(damaged)?;
+    Ok(Some((summary, bytes)))
 }
 
 fn open(fs: &dyn FileSystem, path: &Path) -> Result<Option<(Box<dyn ReadFile>, u64)>> {
@@ -342,31 +337,30 @@ fn open(fs: &dyn FileSystem, path: &Path) -> Result<Option<(Box<dyn ReadFile>, u
 /// follows from it. Returns where the second line begins.
 ///
 /// The frame is compared byte by byte, so that no flipped bit in it passes for harmless formatting.
-fn framed_head(content: &[u8], file_bytes: u64) -> Result<(Head, usize), String> {
+fn framed_summary(content: &[u8], file_bytes: u64) -> Result<(Summary, usize), String> {
     let content = &content[..content.len().min(MAX_HEAD_BYTES)];
     let line = content.iter().position(|&b| b == b'\n').ok_or("its first line does not end")? + 1;
-    let text = text(&content[..line])?;
-    let rest = text.strip_prefix(HEAD).ok_or("it does not begin as a manifest does")?;
+    let rest = text(&content[..line])?.strip_prefix(HEAD).ok_or("it does not begin as a manifest does")?;
     let (version, rest) = rest.split_once(SUM).ok_or("no checksum after the version")?;
     if version != FORMAT_VERSION.to_string() {
         return Err(format!("format version `{version}`; this program reads version {FORMAT_VERSION}"));
     }
     let (sum, rest) = rest.split_once(SUMMARY).ok_or("no summary after the checksum")?;
-    let summary = rest.strip_suffix(LINE_END).ok_or("its first line does not end as a manifest's does")?;
-    same_sum("the summary", sum, summary)?;
-    let head: Head = serde_json::from_str(summary).map_err(|e| format!("not a summary: {e}"))?;
-    let expected = head.manifest_bytes.checked_add((line + BODY.len() + TAIL.len()) as u64);
+    let inner = rest.strip_suffix(LINE_END).ok_or("its first line does not end as a manifest's does")?;
+    same_sum("the summary", sum, inner)?;
+    let summary: Summary = serde_json::from_str(inner).map_err(|e| format!("not a summary: {e}"))?;
+    let expected = summary.manifest_bytes.checked_add((line + BODY.len() + TAIL.len()) as u64);
     if expected != Some(file_bytes) {
         return Err(format!("{file_bytes} bytes, but its summary says {expected:?}: cut off?"));
     }
-    Ok((head, line))
+    Ok((summary, line))
 }
 
 /// Takes the frame off the second line and verifies its checksum.
-fn framed_body<'a>(line: &'a [u8], head: &Head) -> Result<&'a str, String> {
+fn framed_body<'a>(line: &'a [u8], summary: &Summary) -> Result<&'a str, String> {
     let rest = text(line)?.strip_prefix(BODY).ok_or("its second line does not begin as a manifest's does")?;
     let body = rest.strip_suffix(TAIL).ok_or("it does not end as a manifest does")?;
-    same_sum("the manifest", &head.manifest_xxh3, body)?;
+    same_sum("the manifest", &summary.manifest_xxh3, body)?;
     Ok(body)
 }
 
@@ -432,6 +426,7 @@ mod tests {
                 world_size: 1,
                 saved_unix_ms: 0,
                 data_bytes: 4096 + 24 + 16,
+                ..Summary::default()
             },
             block_bytes: BLOCK_BYTES,
             files: vec![FileRecord {

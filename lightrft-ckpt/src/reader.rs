@@ -4,14 +4,13 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
-use crate::agreement::{Agreement, Alone, agree};
+use crate::agreement::{Agreement, Alone};
 use crate::catalog::{Found, Skipped, read_latest, read_whole, scan};
 use crate::checkpoint::Checkpoint;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fs::FileSystem;
 use crate::os::OsFileSystem;
+use crate::search::{Candidate, Tried, same_everywhere, search, tell};
 
 /// Threads that read, unless told otherwise. Ranks on one machine share its disk: more were not faster.
 const READERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1);
@@ -74,13 +73,6 @@ pub struct Listed {
     pub bytes: u64,
 }
 
-/// What rank 0 found, told to the others so that all try the same.
-#[derive(Serialize, Deserialize)]
-struct Candidates {
-    dirs: Vec<(String, String)>,
-    skipped: Vec<Skipped>,
-}
-
 impl Checkpoints {
     /// The checkpoints in `dir`, which need not exist yet.
     pub fn open(dir: impl Into<PathBuf>) -> Self {
@@ -141,73 +133,28 @@ impl Checkpoints {
         which: Which<'_>,
         verify: Verify,
     ) -> Result<(Checkpoint, LoadReport)> {
-        let mine = if group.rank() == 0 { self.candidates(which).map(Some) } else { Ok(None) };
-        let found = agree(group, "looking for checkpoints", mine)?.into_iter().next().flatten();
-        let Candidates { dirs, mut skipped } =
-            found.unwrap_or(Candidates { dirs: Vec::new(), skipped: Vec::new() });
-        for (dir, tag) in dirs {
-            let opened = self.open_one(group, &dir, &tag, verify);
-            let step = opened.as_ref().map(Checkpoint::step).map_err(ToString::to_string);
-            // That it cannot be opened is news to exchange here, not a failure of the exchange.
-            let steps = agree(group, "opening", Ok(step))?;
-            let refused = steps.iter().enumerate().find_map(|(rank, s)| Some((rank, s.as_ref().err()?)));
-            match (refused, opened) {
-                (None, Ok(checkpoint)) => {
-                    let report = LoadReport { tag, step: checkpoint.step(), skipped };
-                    return Ok((checkpoint, report));
+        let (checkpoint, skipped) = search(self, group, which, |found| {
+            let opened = self.open_one(found).and_then(|checkpoint| {
+                if verify == Verify::Everything {
+                    checkpoint.verify_share(group.rank(), group.world_size())?;
                 }
-                (_, Err(e)) if matches!(which, Which::Tag(_)) => return Err(e),
-                (Some((rank, reason)), _) if matches!(which, Which::Tag(_)) => {
-                    return Err(Error::Rank { rank, during: "opening", reason: reason.clone() });
-                }
-                (refused, _) => {
-                    let reason = refused.map_or_else(String::new, |(_, reason)| reason.clone());
-                    tracing::warn!(dir, reason, "checkpoint skipped");
-                    skipped.push(Skipped { name: dir, reason });
-                }
-            }
-        }
-        Err(Error::NoCheckpoint { dir: self.dir.clone(), skipped })
+                Ok(checkpoint)
+            });
+            let identity = opened.as_ref().map(Checkpoint::identity).map_err(ToString::to_string);
+            let told = tell(group, "opening", identity)?.and_then(|all| same_everywhere(&all));
+            Ok(match (told, opened) {
+                (Ok(()), Ok(checkpoint)) => Tried::Took(checkpoint),
+                (told, opened) => Tried::refused("opening", told.err(), opened.err()),
+            })
+        })?;
+        let report = LoadReport { tag: checkpoint.tag().to_owned(), step: checkpoint.step(), skipped };
+        Ok((checkpoint, report))
     }
 
-    /// The directories to try, best first.
-    fn candidates(&self, which: Which<'_>) -> Result<Candidates> {
-        let found = scan(self.fs.as_ref(), &self.dir)?;
-        let mut skipped = found.skipped;
-        let mut dirs: Vec<(String, String)> = found.found.into_iter().map(|f| (f.dir, f.tag)).collect();
-        match which {
-            Which::Newest => {}
-            Which::Latest => match self.latest() {
-                Ok(Some(tag)) if dirs.iter().any(|(_, t)| *t == tag) => dirs.sort_by_key(|(_, t)| *t != tag),
-                Ok(None) => {}
-                Ok(Some(tag)) => {
-                    let reason = format!("it names `{tag}`, which is not there");
-                    skipped.push(Skipped { name: "latest".into(), reason });
-                }
-                Err(e) => skipped.push(Skipped { name: "latest".into(), reason: e.to_string() }),
-            },
-            Which::Tag(tag) => {
-                if let Some(damaged) = skipped.iter().find(|s| s.name == tag) {
-                    return Err(Error::damaged(self.dir.join(tag), damaged.reason.clone()));
-                }
-                let present = dirs.iter().map(|(_, t)| t.clone()).collect();
-                dirs.retain(|(_, t)| t == tag);
-                skipped.clear();
-                if dirs.is_empty() {
-                    return Err(Error::NoTag { dir: self.dir.clone(), tag: tag.into(), present });
-                }
-            }
-        }
-        Ok(Candidates { dirs, skipped })
-    }
-
-    fn open_one(&self, group: &dyn Agreement, dir: &str, tag: &str, verify: Verify) -> Result<Checkpoint> {
+    /// Opens the checkpoint in one directory, by its manifest and the lengths of its files.
+    pub(crate) fn open_one(&self, Candidate { dir, tag }: &Candidate) -> Result<Checkpoint> {
         let path = self.dir.join(dir);
         let manifest = read_whole(self.fs.as_ref(), &path)?;
-        let checkpoint = Checkpoint::new(self.fs.clone(), path, tag.to_owned(), manifest, self.readers);
-        if verify == Verify::Everything {
-            checkpoint.verify_share(group.rank(), group.world_size())?;
-        }
-        Ok(checkpoint)
+        Ok(Checkpoint::new(self.fs.clone(), path, tag.clone(), manifest, self.readers))
     }
 }

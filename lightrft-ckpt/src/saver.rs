@@ -416,6 +416,7 @@ fn manifest_of(begun: &Begun, written: Vec<Written>) -> Result<Manifest> {
             world_size: ranks.len(),
             saved_unix_ms: saved.as_millis().try_into().unwrap_or(u64::MAX),
             data_bytes: files.iter().map(|f| f.bytes).sum(),
+            ..Summary::default()
         },
         block_bytes: BLOCK_BYTES,
         files,

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use lightrft_ckpt::testing::{Observed, SimulatedDisk, run_ranks};
 use lightrft_ckpt::{
-    Agreement as _, Alone, Checkpoints, Part, Region, Rotation, Saver, Snapshot, Verify, Wanted, Which,
+    Agreement as _, Alone, Checkpoints, Part, Region, Restore, Rotation, Saver, Snapshot, Verify, Wanted,
+    Which,
 };
 use proptest::prelude::*;
 
@@ -139,6 +140,13 @@ proptest! {
             for (i, region) in regions.iter().enumerate() {
                 assert_eq!(checkpoint.read_vec::<u32>(&names[i], region).unwrap(), expected[i]);
             }
+            // And in one pass.
+            let mut restored: Vec<Vec<u32>> = expected.iter().map(|e| vec![u32::MAX; e.len()]).collect();
+            let (again, report) = checkpoints.restore(&group, &Restore::default(), &mut restored, |restored, _| {
+                Ok((restored.iter_mut().enumerate())
+                    .map(|(i, into)| Wanted::new(names[i].clone(), tensors[i].shape.clone(), regions[i].clone(), into)).collect())
+            }).unwrap();
+            assert_eq!((restored, again.step(), report.skipped), (expected, 1, vec![]));
             checkpoint.step()
         });
         prop_assert_eq!(read, vec![1; read_by]);
