@@ -260,3 +260,158 @@ impl Sequential {
         self.file.sync_data()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::{Arc, Mutex};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::aligned::is_aligned;
+
+    /// A file in memory that notes how it is written, and refuses from a certain write on.
+    #[derive(Debug, Default)]
+    struct Noted {
+        content: Mutex<Vec<u8>>,
+        /// Offset and length, and whether the memory was aligned.
+        writes: Mutex<Vec<(u64, usize, bool)>>,
+        refuse_from: Option<usize>,
+    }
+
+    impl WriteFile for Arc<Noted> {
+        fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            let mut writes = self.writes.lock().unwrap();
+            let this = writes.len();
+            writes.push((offset, bytes.len(), is_aligned(bytes, ALIGN)));
+            if self.refuse_from.is_some_and(|from| this >= from) {
+                return Err(io::Error::other(format!("write {this}")));
+            }
+            let mut content = self.content.lock().unwrap();
+            let end = offset as usize + bytes.len();
+            let longer = content.len().max(end);
+            content.resize(longer, 0);
+            content[offset as usize..end].copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn content(bytes: usize) -> Vec<u8> {
+        (0..bytes).map(|i| (i * 31 % 253) as u8).collect()
+    }
+
+    fn image_of(content: &[u8]) -> AlignedBuf {
+        let mut image = AlignedBuf::default();
+        image.set_len(content.len()).unwrap();
+        image.bytes_mut().copy_from_slice(content);
+        image
+    }
+
+    const BLOCK: usize = 2 * ALIGN;
+
+    fn writing(threads: usize) -> Writing {
+        Writing { threads, block_bytes: BLOCK }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn however_it_is_written_every_block_is_aligned_and_the_content_and_its_sums_are_the_same(
+            bytes in 0usize..9 * BLOCK,
+            cut in 0usize..9 * BLOCK,
+            threads in 1usize..5,
+        ) {
+            let all = content(bytes);
+            let (first, second) = all.split_at(cut.min(bytes));
+            let pieces = Pieces::new([first, second]);
+            let image = image_of(&all);
+            let mut expected = Vec::new();
+            pieces.sum(0, bytes, &mut expected);
+            for source in [Source::Pieces(&pieces), Source::Image(&pieces, &image)] {
+                let file = Arc::new(Noted::default());
+                let written = AtomicU64::new(0);
+                let mut writer = BlockWriter::new(writing(threads));
+                let sums = writer.write_summed(&file, source, bytes, &written).unwrap();
+                prop_assert_eq!(&*file.content.lock().unwrap(), &all);
+                prop_assert_eq!(&sums, &expected);
+                prop_assert_eq!(written.into_inner(), bytes as u64);
+                for &(offset, len, aligned) in file.writes.lock().unwrap().iter() {
+                    prop_assert!(aligned && offset.is_multiple_of(BLOCK as u64));
+                    prop_assert!(len == BLOCK || offset as usize + len == bytes);
+                }
+                prop_assert!(writer.buffers.len() <= threads);
+            }
+        }
+
+        #[test]
+        fn what_comes_bit_by_bit_is_written_in_whole_blocks(
+            lengths in prop::collection::vec(0usize..3 * BLOCK, 0..12),
+        ) {
+            let file = Arc::new(Noted::default());
+            let mut out = Sequential::new(Box::new(file.clone()));
+            out.writer = BlockWriter::new(writing(2));
+            let all = content(lengths.iter().sum());
+            let mut rest = &all[..];
+            for length in lengths {
+                let (now, later) = rest.split_at(length);
+                out.append(now).unwrap();
+                rest = later;
+            }
+            out.sync().unwrap();
+            prop_assert_eq!(&*file.content.lock().unwrap(), &all);
+            let writes = file.writes.lock().unwrap();
+            prop_assert_eq!(writes.len(), all.len().div_ceil(BLOCK));
+            prop_assert!(writes.iter().all(|(_, len, aligned)| *aligned && *len <= BLOCK));
+        }
+    }
+
+    #[test]
+    fn the_first_error_is_returned_and_ends_the_writing() {
+        let all = content(100 * BLOCK);
+        let pieces = Pieces::new([&all[..]]);
+        for threads in [1, 3] {
+            let file = Arc::new(Noted { refuse_from: Some(5), ..Noted::default() });
+            let mut writer = BlockWriter::new(writing(threads));
+            let whole = Source::Pieces(&pieces);
+            let refused = writer.write(&file, 0, whole, all.len(), &AtomicU64::new(0)).unwrap_err();
+            let begun = file.writes.lock().unwrap().len();
+            // Each of the others may have been at a block of its own.
+            assert!((6..6 + threads).contains(&begun), "{threads} threads: {begun} writes");
+            let told: Vec<String> = (5..begun).map(|i| format!("write {i}")).collect();
+            assert!(told.contains(&refused.to_string()), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_thread_that_panics_is_not_passed_over() {
+        let caught = std::panic::catch_unwind(|| {
+            let parent = thread::current().id();
+            writing(2).run(2, &mut vec![(); 2], |()| assert_eq!(thread::current().id(), parent, "not here"));
+        });
+        assert!(caught.is_err());
+    }
+
+    #[test]
+    fn little_work_is_done_by_the_caller_alone() {
+        let ran = Mutex::new(BTreeSet::new());
+        let note = |(): &mut ()| {
+            ran.lock().unwrap().insert(format!("{:?}", thread::current().id()));
+        };
+        writing(8).run(1, &mut Vec::new(), note);
+        assert_eq!(ran.into_inner().unwrap(), BTreeSet::from([format!("{:?}", thread::current().id())]));
+    }
+
+    #[test]
+    fn settings_that_make_no_sense_are_made_to_make_some() {
+        assert_eq!(Writing::default().with_threads(0).threads, 1);
+        let blocks = [0, 1, ALIGN, ALIGN + 1, usize::MAX];
+        let rounded = blocks.map(|bytes| Writing::default().with_block_bytes(bytes).block_bytes);
+        assert_eq!(rounded, [ALIGN, ALIGN, ALIGN, 2 * ALIGN, usize::MAX - usize::MAX % ALIGN]);
+    }
+}
