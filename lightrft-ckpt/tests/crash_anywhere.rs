@@ -1,17 +1,20 @@
 //! A crash before any operation of a save, of rotation and of the sweep leaves the old state or the new, never another.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::borrow::Cow;
 use std::io;
 use std::sync::Arc;
 
 use lightrft_ckpt::testing::{Crash, SimulatedDisk, run_ranks};
 use lightrft_ckpt::{
-    Agreement, Alone, Checkpoints, Error, FileSystem as _, Part, Region, Result, Rotation, SaveReport, Saver,
-    Snapshot, Verify, Which,
+    Agreement, Alone, BackgroundSaver, Checkpoints, Dtype, Error, FileSystem as _, Part, Region, Result,
+    Rotation, SaveReport, Saver, Snapshot, Verify, Which,
 };
 
 const DIR: &str = "/run/checkpoints";
-const ELEMENTS: usize = 700;
+/// Three pages of data, the last of them not full.
+const ELEMENTS: usize = 2_700;
+const LIMITS: Rotation = Rotation { max_num: 2, ..Rotation::KEEP_ALL };
 /// Torn disks looked at after every crash, besides the one that lost all and the one that lost nothing.
 const TEARS: u64 = 5;
 
@@ -20,15 +23,25 @@ fn content(step: u64, run: u64) -> Vec<f32> {
     (0..ELEMENTS).map(|i| (step * 1000 + run * 10) as f32 + i as f32 / 1024.0).collect()
 }
 
-/// One rank's share of the save of a step: its part of one tensor.
-fn save_as(saver: &Saver, group: &dyn Agreement, step: u64, run: u64) -> Result<SaveReport> {
-    let all = content(step, run);
+/// One rank's share of a step: its part of one tensor. It owns its bytes.
+fn snapshot_of(group: &dyn Agreement, step: u64, run: u64) -> Snapshot<'static> {
     let (rank, world) = (group.rank(), group.world_size());
     let mine = ELEMENTS * rank / world..ELEMENTS * (rank + 1) / world;
+    let bytes = content(step, run)[mine.clone()].iter().flat_map(|x| x.to_le_bytes()).collect();
     let mut snapshot = Snapshot::of_step(step);
-    snapshot.parts.push(Part::new("w", vec![ELEMENTS], Region::Flat(mine.clone()), &all[mine]));
+    snapshot.parts.push(Part {
+        name: "w".into(),
+        dtype: Dtype::F32,
+        shape: vec![ELEMENTS].into(),
+        region: Region::Flat(mine),
+        bytes: Cow::Owned(bytes),
+    });
     snapshot.shared = serde_json::json!({ "run": run });
-    saver.save(group, &snapshot, &Rotation { max_num: 2, max_mem_gib: 1.0, ..Rotation::default() })
+    snapshot
+}
+
+fn save_as(saver: &Saver, group: &dyn Agreement, step: u64, run: u64) -> Result<SaveReport> {
+    saver.save(group, &snapshot_of(group, step, run), &LIMITS)
 }
 
 fn open_and_save(disk: &SimulatedDisk, step: u64, run: u64) -> Result<SaveReport> {
@@ -186,4 +199,125 @@ fn an_error_of_any_operation_leaves_a_whole_state_and_a_saver_that_works() {
         save_as(&saver, &Alone, 4, 0).unwrap();
         assert_eq!(loaded(&disk), Some((4, 0)));
     }
+}
+
+/// A saver whose files are several blocks, by two threads: they reach the disk in any order.
+fn open_with_small_blocks(disk: &SimulatedDisk, group: &dyn Agreement) -> Result<Saver> {
+    let saver = Saver::open_on(Arc::new(disk.clone()), DIR, group)?;
+    Ok(saver.with_writers(2).with_block_bytes(4096))
+}
+
+fn open_behind(disk: &SimulatedDisk, group: Group) -> Result<BackgroundSaver> {
+    BackgroundSaver::new(open_with_small_blocks(disk, &*group)?, group)
+}
+
+type Group = Arc<dyn Agreement + Send + Sync>;
+
+/// A whole save in the background.
+fn save_behind(disk: &SimulatedDisk, group: Group, step: u64, run: u64) -> Result<SaveReport> {
+    let mut saver = open_behind(disk, group.clone())?;
+    assert_eq!(saver.save(&snapshot_of(&*group, step, run), &LIMITS)?, None);
+    Ok(saver.finish()?.expect("a save was begun"))
+}
+
+#[test]
+fn a_crash_while_threads_write_blocks_leaves_the_old_step_or_the_new() {
+    let act = |disk: &SimulatedDisk| save_as(&open_with_small_blocks(disk, &Alone)?, &Alone, 3, 0);
+    crash_everywhere(2, || disk_with(&[2]), act, Some((2, 0)), (3, 0));
+}
+
+#[test]
+fn a_crash_in_a_save_in_the_background_leaves_the_old_step_or_the_new() {
+    let act = |disk: &SimulatedDisk| save_behind(disk, Arc::new(Alone), 3, 0);
+    crash_everywhere(2, || disk_with(&[1, 2]), act, Some((2, 0)), (3, 0));
+}
+
+#[test]
+fn a_crash_while_a_tag_is_saved_again_in_the_background_leaves_the_old_content_or_the_new() {
+    let act = |disk: &SimulatedDisk| save_behind(disk, Arc::new(Alone), 2, 7);
+    crash_everywhere(2, || disk_with(&[2]), act, Some((2, 0)), (2, 7));
+}
+
+#[test]
+fn a_crash_while_two_ranks_save_in_the_background_leaves_the_old_step_or_the_new() {
+    let act = |disk: &SimulatedDisk| {
+        let mut results = run_ranks(2, |group| save_behind(disk, Arc::new(group), 3, 0));
+        let (second, first) = (results.pop().unwrap(), results.pop().unwrap());
+        assert_eq!(first.is_ok(), second.is_ok(), "{first:?} {second:?}");
+        first
+    };
+    crash_everywhere(2, || disk_with(&[1, 2]), act, Some((2, 0)), (3, 0));
+}
+
+#[test]
+fn a_crash_while_saves_follow_each_other_in_the_background_loses_none_that_was_reported() {
+    /// The last step that was reported saved.
+    fn act(disk: &SimulatedDisk) -> u64 {
+        let mut told = 2;
+        let mut report = |answer: Result<Option<SaveReport>>| {
+            told = answer.ok().flatten().map_or(told, |report| report.step);
+        };
+        if let Ok(mut saver) = open_behind(disk, Arc::new(Alone)) {
+            (3..5).for_each(|step| report(saver.save(&snapshot_of(&Alone, step, 0), &LIMITS)));
+            report(saver.finish());
+        }
+        told
+    }
+    let whole = disk_with(&[2]);
+    let begin = whole.operations();
+    assert_eq!(act(&whole), 4);
+    for n in 0..=whole.operations() - begin {
+        let disk = disk_with(&[2]);
+        disk.crash_before(begin + n);
+        let told = act(&disk);
+        for crash in [Crash::LoseAll, Crash::KeepAll, Crash::Tear(n)] {
+            let left = disk.after(crash);
+            let found = loaded(&left).unwrap();
+            assert!(
+                found.0 >= told && found.1 == 0,
+                "before operation {n}, {crash:?}: {found:?}, told {told}"
+            );
+            restarts(&left, Some(found));
+        }
+    }
+}
+
+#[test]
+fn an_error_of_any_operation_in_the_background_is_told_by_the_next_call_and_saving_goes_on() {
+    let whole = disk_with(&[1, 2]);
+    let mut saver = open_behind(&whole, Arc::new(Alone)).unwrap();
+    let begin = whole.operations();
+    saver.save(&snapshot_of(&Alone, 3, 0), &LIMITS).unwrap();
+    saver.finish().unwrap();
+    let mut told_late = 0;
+    for n in 0..whole.operations() - begin {
+        let disk = disk_with(&[1, 2]);
+        let mut saver = open_behind(&disk, Arc::new(Alone)).unwrap();
+        disk.fail_at(disk.operations() + n, io::ErrorKind::StorageFull);
+        let begun = saver.save(&snapshot_of(&Alone, 3, 0), &LIMITS);
+        // By turns the next call is one that saves, and one that only asks.
+        let asked = match (&begun, n % 2) {
+            (Err(_), _) => begun,
+            (Ok(_), 0) => saver.save(&snapshot_of(&Alone, 4, 0), &LIMITS),
+            (Ok(_), _) => saver.finish(),
+        };
+        let said_saved = matches!(&asked, Ok(Some(report)) if report.step == 3);
+        assert!(said_saved || asked.is_err(), "operation {n} failed: told {asked:?}");
+        told_late += u64::from(asked.is_err());
+        let after = saver.finish().unwrap_or_else(|e| panic!("operation {n}: told again: {e}"));
+        let expected = (said_saved && n % 2 == 0).then_some(4);
+        assert_eq!(after.map(|report| report.step), expected, "operation {n}: {asked:?}");
+        let found = loaded(&disk).map(|(step, _)| step);
+        let right = match expected {
+            Some(step) => found == Some(step),
+            None => found == Some(3) || (found == Some(2) && asked.is_err()),
+        };
+        assert!(right, "operation {n} failed, told {asked:?}: found {found:?}");
+        let staged = disk.list(DIR.as_ref()).unwrap().into_iter().find(|e| e.name.contains("step3.tmp-"));
+        assert_eq!(staged, None, "operation {n}: {asked:?}");
+        saver.save(&snapshot_of(&Alone, 5, 0), &LIMITS).unwrap();
+        saver.finish().unwrap();
+        assert_eq!(loaded(&disk), Some((5, 0)));
+    }
+    assert!(told_late > 10, "{told_late} of the operations mattered");
 }
