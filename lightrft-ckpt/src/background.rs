@@ -13,7 +13,7 @@ use crate::aligned::AlignedBuf;
 use crate::block_writer::Source;
 use crate::error::{Error, Result};
 use crate::reader::Checkpoints;
-use crate::rotation::Rotation;
+use crate::rotation::{Rotated, Rotation};
 use crate::saver::{Begun, SaveReport, Saver};
 use crate::snapshot::Snapshot;
 use crate::writer::RankFile;
@@ -205,6 +205,16 @@ impl BackgroundSaver {
             }
             Err(_) => Err(Error::Panicked { during: "saving", message: "the thread has ended".into() }),
         }
+    }
+
+    /// Waits for the save in flight, then lets go what the limits say, as [`Saver::rotate`] does. Every rank calls this.
+    /// The report of that save is still to come.
+    ///
+    /// # Errors
+    /// Those of the save in flight, once: nothing was let go then. Those of [`Saver::rotate`].
+    pub fn rotate(&mut self, limits: &Rotation) -> Result<Rotated> {
+        self.unreported = self.finish()?;
+        self.saver.rotate(self.group.as_ref(), limits)
     }
 
     /// Whether a save is being written or published. Ranks may see different answers.

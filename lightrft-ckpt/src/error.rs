@@ -119,6 +119,15 @@ pub enum Error {
         skipped: Vec<crate::Skipped>,
     },
 
+    /// The directories of several models have no step in common.
+    #[error("no checkpoint that is complete in all of {}{}", list_dirs(dirs), list_skipped(skipped))]
+    NoCommonCheckpoint {
+        /// Where it was looked for.
+        dirs: Vec<PathBuf>,
+        /// What was found and refused, and why.
+        skipped: Vec<crate::Skipped>,
+    },
+
     /// No checkpoint has that tag.
     #[error("no checkpoint `{tag}` in `{}`; present: {}", dir.display(), present.join(", "))]
     NoTag {
@@ -234,6 +243,10 @@ impl fmt::Display for Mismatch {
         }
         Ok(())
     }
+}
+
+fn list_dirs(dirs: &[PathBuf]) -> String {
+    dirs.iter().map(|dir| format!("`{}`", dir.display())).collect::<Vec<_>>().join(", ")
 }
 
 fn list_skipped(skipped: &[crate::Skipped]) -> String {

@@ -27,6 +27,7 @@
 //! |---|---|
 //! | save, with all ranks of a group | [`Saver`], [`Snapshot`], [`Part`], [`Region`] |
 //! | save while training goes on | [`BackgroundSaver`] |
+//! | save several models of one run | [`save_together`], [`load_newest_common`] |
 //! | let old ones go | [`Rotation`], applied after every save |
 //! | find and read | [`Checkpoints`], [`Which`], [`Checkpoint`] |
 //! | read straight into a model's memory, on all ranks | [`Checkpoints::restore`], [`Wanted`], [`Restore`] |
@@ -78,6 +79,7 @@ mod snapshot;
 mod sweep;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod together;
 mod wanted;
 mod writer;
 
@@ -97,4 +99,5 @@ pub use rotation::{MemCounts, Rotated, Rotation};
 pub use safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec, write_safetensors};
 pub use saver::{SaveReport, Saver};
 pub use snapshot::{Part, Snapshot};
+pub use together::{load_newest_common, save_together};
 pub use wanted::Wanted;
