@@ -36,6 +36,8 @@ fn load(label: &'static str, kind: &'static str) -> Load {
 }
 
 const OURS: &str = "ours";
+/// The same through the page cache.
+const BUFFERED: &str = "ours, buffered";
 const DCP: [&str; 2] = ["DCP", "DCP, 2 threads"];
 
 fn contenders(peers: bool) -> Vec<Contender> {
@@ -176,7 +178,7 @@ fn row(what: String, bytes: u64, times: Vec<(&'static str, Vec<f64>)>) -> Option
 
 fn save_targets(row: &Row) -> Vec<Target> {
     let (dcp, torch): (Vec<_>, Vec<_>) =
-        row.others.iter().filter(|o| o.label != "buffered").cloned().partition(|o| DCP.contains(&o.label));
+        row.others.iter().filter(|o| o.label != BUFFERED).cloned().partition(|o| DCP.contains(&o.label));
     let against = |others: &[Measured], least: f64, whom: &str| {
         let best = best(others)?;
         let times = best.median() / row.ours.median();

@@ -17,16 +17,26 @@ impl Measured {
     }
 
     pub(crate) fn median(&self) -> f64 {
-        let middle = self.sorted.len() / 2;
-        if self.sorted.len().is_multiple_of(2) {
-            (self.sorted[middle - 1] + self.sorted[middle]) / 2.0
-        } else {
-            self.sorted[middle]
-        }
+        median_of_sorted(&self.sorted)
     }
 
     fn least(&self) -> f64 {
         self.sorted.first().copied().unwrap_or(f64::NAN)
+    }
+}
+
+/// The median of some numbers; of none, not a number.
+pub(crate) fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    median_of_sorted(&numbers)
+}
+
+fn median_of_sorted(sorted: &[f64]) -> f64 {
+    let middle = sorted.len() / 2;
+    match sorted.get(middle) {
+        None => f64::NAN,
+        Some(upper) if sorted.len().is_multiple_of(2) => (sorted[middle - 1] + upper) / 2.0,
+        Some(middle) => *middle,
     }
 }
 

@@ -42,8 +42,8 @@ impl State {
     }
 
     /// The part of the state that one rank of `world` holds: an even range of every tensor.
-    pub(crate) fn snapshot(&self, rank: usize, world: usize) -> Snapshot<'_> {
-        let mut snapshot = Snapshot::of_step(1);
+    pub(crate) fn snapshot(&self, step: u64, rank: usize, world: usize) -> Snapshot<'_> {
+        let mut snapshot = Snapshot::of_step(step);
         for (name, elements) in &self.tensors {
             let mine = share(elements.len(), rank, world);
             let region = Region::Flat(mine.clone());
@@ -54,7 +54,7 @@ impl State {
 
     /// Saves all of it.
     pub(crate) fn save(&self, saver: &Saver) -> lightrft_ckpt::Result<SaveReport> {
-        saver.save(&Alone, &self.snapshot(0, 1), &Rotation::KEEP_ALL)
+        saver.save(&Alone, &self.snapshot(1, 0, 1), &Rotation::KEEP_ALL)
     }
 
     /// Finds the newest checkpoint and loads all of it, verified.
@@ -65,6 +65,13 @@ impl State {
             checkpoint.read_into(name, &Region::Whole, into)?;
         }
         Ok(())
+    }
+
+    /// Copies the state once, as whoever wants to go on training must at least.
+    pub(crate) fn copy(&mut self) {
+        for ((_, from), into) in self.tensors.iter().zip(&mut self.into) {
+            into.copy_from_slice(from);
+        }
     }
 
     /// Sees to it that the last load brought what was saved, and forgets it.
