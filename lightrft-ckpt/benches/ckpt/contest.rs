@@ -83,6 +83,7 @@ pub(crate) fn measure(
     let mut all = contenders(peers.is_some());
     let mut saves: Vec<Vec<f64>> = all.iter().map(|_| Vec::new()).collect();
     for round in 0..=rounds {
+        eprintln!("save and load: round {round} of {rounds}");
         for turn in 0..all.len() {
             let who = (turn + round) % all.len();
             let contender = &mut all[who];

@@ -112,7 +112,7 @@ pub(crate) fn checksums(ground: &Ground, state: &State, rounds: usize) -> Result
     let text = format!("<= 5% overhead ({:+.1}%, median of {} pairs)", overhead * 100.0, with.len());
     let targets = vec![Target { text, met: overhead <= 0.05 }];
     Ok(Row {
-        what: format!("durable save with checksums, {} MiB", state.bytes() >> 20),
+        what: format!("with checksums, a durable save of {} MiB", state.bytes() >> 20),
         bytes: state.bytes(),
         ours: Measured::of("ours", with).ok_or("no times")?,
         others: Measured::of("without checksums", without).into_iter().collect(),
