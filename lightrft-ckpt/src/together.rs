@@ -4,8 +4,9 @@ use std::path::Path;
 
 use crate::agreement::{Agreement, agree};
 use crate::catalog::Skipped;
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::reader::{Checkpoint, Checkpoints, LoadReport, Verify, Which};
+use crate::reader::{Checkpoints, LoadReport, Verify, Which};
 use crate::rotation::{Rotated, Rotation};
 use crate::saver::{SaveReport, Saver};
 use crate::snapshot::Snapshot;
