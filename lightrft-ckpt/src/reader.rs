@@ -7,6 +7,8 @@ use std::sync::Arc;
 use crate::agreement::{Agreement, Alone};
 use crate::catalog::{Found, Skipped, read_latest, read_whole, scan};
 use crate::checkpoint::Checkpoint;
+#[cfg(doc)]
+use crate::error::Error;
 use crate::error::Result;
 use crate::fs::FileSystem;
 use crate::os::OsFileSystem;

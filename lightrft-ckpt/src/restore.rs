@@ -174,7 +174,7 @@ impl Checkpoints {
         let read = checkpoint
             .verify_headers(group.rank(), group.world_size())
             .and_then(|()| checkpoint.read_many(&mut wanted));
-        let told = tell(group, "reading", read.as_ref().map(|()| ()).map_err(ToString::to_string))?;
+        let told = tell(group, "reading", read.as_ref().copied().map_err(ToString::to_string))?;
         Ok(match (told, read) {
             (Ok(_), Ok(())) => Tried::Took((checkpoint, fit)),
             (told, read) => Tried::refused("reading", told.err(), read.err()),
