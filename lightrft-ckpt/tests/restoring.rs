@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -108,7 +109,8 @@ fn restore_with(
         let (rank, watch) = (group.rank(), watch.clone());
         let watched = Observed::new(disk.clone(), move |operation| watch(rank, operation));
         let mut mine = Destinations::new(rank);
-        let at = Checkpoints::open_on(Arc::new(watched), DIR);
+        // One thread, so that what happens at one operation is over before the next.
+        let at = Checkpoints::open_on(Arc::new(watched), DIR).with_readers(NonZeroUsize::MIN);
         let told = at.restore(&group, how, &mut mine, |mine, _| Ok(wanted(mine)));
         (told, mine)
     })
