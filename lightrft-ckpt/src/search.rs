@@ -149,3 +149,16 @@ impl Memory {
         Ok((next.map(|f| Candidate { dir: f.dir, tag: f.tag }), skipped))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_found_different_checkpoints_are_named() {
+        let found = |all: [&str; 3]| same_everywhere(&all.map(str::to_owned));
+        assert_eq!(found(["a", "a", "a"]), Ok(()));
+        assert_eq!(found(["a", "a", "b"]).unwrap_err().0, 2);
+        assert_eq!(found(["a", "b", "b"]).unwrap_err().0, 1);
+    }
+}
