@@ -207,6 +207,23 @@ fn an_error_anywhere_in_a_rotation_is_told_and_the_newest_stays() {
 }
 
 #[test]
+fn a_rotation_that_cannot_read_latest_lets_nothing_go() {
+    // A run that went back: `latest` names the lowest step, which only that protects.
+    let disk = disk_with(&[9]);
+    let saver = Saver::open_on(Arc::new(disk.clone()), DIR, &Alone).unwrap();
+    save(&saver, &Alone, 7, 0).unwrap();
+    drop(saver);
+    let fs = Observed::new(disk.clone(), |operation| {
+        let unreadable = operation.kind == "read" && operation.path.ends_with("latest");
+        if unreadable { Err(Errno::IO.into()) } else { Ok(()) }
+    });
+    let saver = Saver::open_on(Arc::new(fs), DIR, &Alone).unwrap();
+    let told = saver.rotate(&Alone, &Rotation { max_num: 1, ..Rotation::KEEP_ALL });
+    tells(&told.unwrap_err(), Errno::IO);
+    assert_eq!(saver.checkpoints().list().unwrap().len(), 2);
+}
+
+#[test]
 fn an_error_anywhere_in_the_sweep_after_a_crash_is_told_and_loses_nothing() {
     // A crash between the two renames of a replacement leaves the most to do.
     let whole = disk_with(&[1, 2]);

@@ -167,7 +167,7 @@ fn shards_cleaned_away_in_mid_save_are_noticed_before_the_old_ones_are_let_go() 
 
 #[test]
 fn a_file_where_the_folder_should_be_is_an_error_and_stays() {
-    let scratch = tempfile::tempdir().unwrap();
+    let scratch = quick();
     let file = scratch.path().join("file");
     fs::write(&file, "mine").unwrap();
     for dir in [file.clone(), file.join("below")] {
@@ -188,7 +188,7 @@ fn a_file_where_the_folder_should_be_is_an_error_and_stays() {
 
 #[test]
 fn a_folder_behind_a_link_is_as_good_as_any() {
-    let scratch = tempfile::tempdir().unwrap();
+    let scratch = quick();
     let (dir, link) = (scratch.path().join("real"), scratch.path().join("link"));
     fs::create_dir(&dir).unwrap();
     symlink(&dir, &link).unwrap();
@@ -207,7 +207,7 @@ fn a_folder_behind_a_link_is_as_good_as_any() {
 
 #[test]
 fn a_link_where_a_tag_should_be_is_neither_followed_nor_removed() {
-    let scratch = tempfile::tempdir().unwrap();
+    let scratch = quick();
     let (dir, target) = (scratch.path().join("checkpoints"), scratch.path().join("target"));
     save(&Saver::open(&target, &Alone).unwrap(), 2).unwrap();
     let saver = Saver::open(&dir, &Alone).unwrap();
@@ -222,7 +222,7 @@ fn a_link_where_a_tag_should_be_is_neither_followed_nor_removed() {
 
 #[test]
 fn a_folder_called_latest_is_told_and_the_checkpoint_is_safe() {
-    let scratch = tempfile::tempdir().unwrap();
+    let scratch = quick();
     let dir = scratch.path();
     let saver = Saver::open(dir, &Alone).unwrap();
     fs::create_dir(dir.join("latest")).unwrap();
@@ -247,7 +247,7 @@ fn name_of(entry: &io::Result<fs::DirEntry>) -> String {
 #[test]
 fn a_broken_latest_is_told_passed_over_and_written_anew() {
     for broken in [&b""[..], b"\xff\xfe", b"../outside", b"global_step99", b"a\nb", &[b'x'; 10_000]] {
-        let scratch = tempfile::tempdir().unwrap();
+        let scratch = quick();
         let saver = Saver::open(scratch.path(), &Alone).unwrap();
         save(&saver, 1).unwrap();
         fs::write(scratch.path().join("latest"), broken).unwrap();
@@ -264,7 +264,7 @@ const MOUNTED: &str = "LIGHTRFT_CKPT_TEST_MOUNTED";
 
 /// Runs one of the tests below again, in a process with mounts of its own and a tmpfs of 2 MiB.
 fn on_a_file_system_of_its_own(test: &str) {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = quick();
     let own = std::env::current_exe().unwrap();
     let run = |flags: &str, script: &str| {
         Command::new("unshare")

@@ -90,7 +90,7 @@ fn crash_everywhere(steps: &[u64], step: u64) {
         let disk = disk_with(steps);
         disk.crash_before(disk.operations() + n);
         let told_ok = save(Arc::new(disk.clone()), &Alone, step, 1).is_ok();
-        let torn = (0..3).map(|i| Crash::Tear(n * 3 + i));
+        let torn = [Crash::Tear(n)];
         for crash in [Crash::LoseAll, Crash::KeepAll].into_iter().chain(torn) {
             let left = disk.after(crash);
             let found = common(&left);
