@@ -92,10 +92,6 @@ impl Checkpoints {
         Checkpoints { readers, ..self }
     }
 
-    pub(crate) fn dir(&self) -> &Path {
-        &self.dir
-    }
-
     /// The checkpoints, newest first: every directory with a manifest whose summary is whole. Whether the rest of it
     /// is, [`load`](Self::load) finds out.
     ///

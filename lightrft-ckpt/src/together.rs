@@ -112,7 +112,7 @@ pub fn load_newest_common(
                 Err(lost @ Error::Agreement { .. }) => return Err(lost),
                 // Every rank is told of it, so all go on to the same one.
                 Err(e) => {
-                    let name = named(at.dir(), &tag);
+                    let name = named(&at.dir, &tag);
                     tracing::warn!(name, reason = %e, "checkpoint skipped");
                     skipped.push(Skipped { name, reason: e.to_string() });
                     continue 'tags;
@@ -121,7 +121,7 @@ pub fn load_newest_common(
         }
         return Ok((checkpoints, LoadReport { tag, step, skipped }));
     }
-    let dirs = all.iter().map(|at| at.dir().to_owned()).collect();
+    let dirs = all.iter().map(|at| at.dir.clone()).collect();
     Err(Error::NoCommonCheckpoint { dirs, skipped })
 }
 
@@ -132,7 +132,7 @@ fn common(all: &[Checkpoints]) -> Result<Common> {
     let mut lists = Vec::with_capacity(all.len());
     for at in all {
         let listed = at.list()?.into_iter().map(|l| (l.tag, l.step));
-        lists.push((at.dir(), listed.collect::<Vec<(String, u64)>>()));
+        lists.push((&at.dir, listed.collect::<Vec<(String, u64)>>()));
     }
     let (mut tags, mut skipped) = Common::default();
     for (i, (dir, list)) in lists.iter().enumerate() {
