@@ -49,6 +49,9 @@ fn save_loaded(dir: &Path) -> u64 {
     save
 }
 
+/// Saves, and returns the report of a save that is done.
+type SaveOne = dyn FnMut(&Snapshot<'_>) -> Option<SaveReport>;
+
 /// Not a test by itself: the process that is killed. Saves one after the other, telling every operation.
 #[test]
 fn child_that_saves_until_it_is_killed() {
@@ -62,13 +65,12 @@ fn child_that_saves_until_it_is_killed() {
     let saver = Saver::open_on(Arc::new(told), &dir, &Alone).unwrap();
     let begin = save_loaded(dir.as_ref()) + 1;
     let limits = Rotation { max_num, max_mem_gib: 1.0, ..Rotation::default() };
-    let mut save: Box<dyn FnMut(&Snapshot<'_>) -> Option<SaveReport>> =
-        if std::env::var_os(BACKGROUND_VARIABLE).is_some() {
-            let mut saver = BackgroundSaver::new(saver, Arc::new(Alone)).unwrap();
-            Box::new(move |snapshot| saver.save(snapshot, &limits).unwrap())
-        } else {
-            Box::new(move |snapshot| Some(saver.save(&Alone, snapshot, &limits).unwrap()))
-        };
+    let mut save: Box<SaveOne> = if std::env::var_os(BACKGROUND_VARIABLE).is_some() {
+        let mut saver = BackgroundSaver::new(saver, Arc::new(Alone)).unwrap();
+        Box::new(move |snapshot| saver.save(snapshot, &limits).unwrap())
+    } else {
+        Box::new(move |snapshot| Some(saver.save(&Alone, snapshot, &limits).unwrap()))
+    };
     let mut done = begin - 1;
     for number in begin..begin + 10_000 {
         let weight = content(number);

@@ -3,14 +3,14 @@
 use std::error::Error;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use lightrft_ckpt::testing::{Observed, WithoutChecksums, run_ranks};
 use lightrft_ckpt::{
-    Agreement as _, Alone, BackgroundSaver, Checkpoints, OsFileSystem, Part, Region, Rotation, Saver,
-    Snapshot, Verify, Which,
+    Agreement as _, Alone, BackgroundSaver, Checkpoints, OsFileSystem, Part, Region, Restore, Rotation,
+    Saver, Snapshot, Wanted,
 };
 
 use crate::ground::{Ground, drop_cache};
@@ -40,37 +40,34 @@ pub(crate) fn reshard(ground: &Ground, state: &State, rounds: usize) -> Result<R
     }));
     let mut times = Vec::new();
     let mut most = 0;
-    let mut into: Vec<Vec<Vec<f32>>> = (0..LOADED_BY)
-        .map(|rank| state.tensors().map(|(_, t)| vec![1.0; share(t.len(), rank, LOADED_BY).len()]).collect())
-        .collect();
+    let memory =
+        |rank| state.tensors().map(|(_, t)| vec![1.0f32; share(t.len(), rank, LOADED_BY).len()]).collect();
+    let into: Vec<Mutex<Vec<Vec<f32>>>> = (0..LOADED_BY).map(|rank| Mutex::new(memory(rank))).collect();
+    let at = Checkpoints::open_on(fs, &dir);
     for _ in 0..rounds {
         drop_cache(&dir)?;
         read.store(0, Ordering::Relaxed);
         let begin = Instant::now();
-        std::thread::scope(|scope| -> lightrft_ckpt::Result<()> {
-            let loads: Vec<_> = into
-                .iter_mut()
-                .enumerate()
-                .map(|(rank, into)| {
-                    let at = Checkpoints::open_on(fs.clone(), &dir);
-                    scope.spawn(move || -> lightrft_ckpt::Result<()> {
-                        let (checkpoint, _) = at.load(Which::Newest, Verify::WhileReading)?;
-                        for ((name, elements), into) in state.tensors().zip(into) {
-                            let mine = share(elements.len(), rank, LOADED_BY);
-                            checkpoint.read_into(name, &Region::Flat(mine), into)?;
-                        }
-                        Ok(())
-                    })
-                })
-                .collect();
-            loads
-                .into_iter()
-                .try_for_each(|load| load.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
-        })?;
+        for loaded in run_ranks(LOADED_BY, |group| {
+            let rank = group.rank();
+            let mut into = into[rank].lock().unwrap_or_else(PoisonError::into_inner);
+            at.restore(&group, &Restore::default(), &mut (state, &mut *into), |(state, into), _| {
+                let tensors = state.tensors().zip(into.iter_mut());
+                let wanted = tensors.map(|((name, elements), into)| {
+                    let mine = share(elements.len(), rank, LOADED_BY);
+                    Wanted::new(name, state.shape(), Region::Flat(mine), &mut into[..])
+                });
+                Ok(wanted.collect())
+            })
+            .map(drop)
+        }) {
+            loaded?;
+        }
         times.push(begin.elapsed().as_secs_f64());
         most = most.max(read.load(Ordering::Relaxed));
     }
-    for (rank, into) in into.iter().enumerate() {
+    for (rank, into) in into.into_iter().enumerate() {
+        let into = into.into_inner().unwrap_or_else(PoisonError::into_inner);
         for ((name, elements), into) in state.tensors().zip(into) {
             if into[..] != elements[share(elements.len(), rank, LOADED_BY)] {
                 return Err(format!("what rank {rank} loaded of {name} is not what was saved").into());

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lightrft_ckpt::{
-    Alone, Checkpoints, FileSystem, Part, Region, Rotation, SaveReport, Saver, Snapshot, Verify, Which,
+    Alone, Checkpoints, FileSystem, Part, Region, Restore, Rotation, SaveReport, Saver, Snapshot, Wanted,
 };
 
 const TENSORS: usize = 64;
@@ -60,11 +60,13 @@ impl State {
     /// Finds the newest checkpoint and loads all of it, verified.
     pub(crate) fn load(&mut self, fs: Arc<dyn FileSystem>, dir: &Path) -> lightrft_ckpt::Result<()> {
         let at = Checkpoints::open_on(fs, dir);
-        let (checkpoint, _) = at.load(Which::Newest, Verify::WhileReading)?;
-        for ((name, _), into) in self.tensors.iter().zip(&mut self.into) {
-            checkpoint.read_into(name, &Region::Whole, into)?;
-        }
-        Ok(())
+        at.restore(&Alone, &Restore::default(), self, |state, _| Ok(state.wanted())).map(drop)
+    }
+
+    fn wanted(&mut self) -> Vec<Wanted<'_>> {
+        let State { shape, tensors, into } = self;
+        let tensors = tensors.iter().zip(into);
+        tensors.map(|((name, _), into)| Wanted::new(name.as_str(), &shape[..], Region::Whole, into)).collect()
     }
 
     /// Copies the state once, as whoever wants to go on training must at least.
@@ -83,6 +85,11 @@ impl State {
             into.fill(1.0);
         }
         Ok(())
+    }
+
+    /// The shape of each tensor.
+    pub(crate) fn shape(&self) -> &[usize] {
+        &self.shape
     }
 
     /// Names and elements of the tensors.
