@@ -41,11 +41,11 @@ const BUFFERED: &str = "ours, buffered";
 const DCP: [&str; 2] = ["DCP", "DCP, 2 threads"];
 
 fn contenders(peers: bool) -> Vec<Contender> {
-    let mut all = vec![Contender {
-        label: OURS,
-        by: By::Ours(Arc::new(OsFileSystem::new())),
-        loads: vec![load(OURS, "")],
-    }];
+    let ours = |label, fs, loads| Contender { label, by: By::Ours(Arc::new(fs)), loads };
+    let mut all = vec![
+        ours(OURS, OsFileSystem::new(), vec![load(OURS, "")]),
+        ours(BUFFERED, OsFileSystem::buffered(), Vec::new()),
+    ];
     if peers {
         let torch = vec![load("torch.load", "torch"), load("torch.load mmap", "torch-mmap")];
         let safetensors =
