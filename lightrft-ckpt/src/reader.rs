@@ -1,7 +1,7 @@
 //! The directory of checkpoints, to read from: listing them, and opening the newest whole one on every rank.
 
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::agreement::{Agreement, Alone};
