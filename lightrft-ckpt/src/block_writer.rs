@@ -2,8 +2,8 @@
 
 use std::io;
 use std::panic::resume_unwind;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use crate::aligned::{ALIGN, AlignedBuf};
@@ -13,17 +13,18 @@ use crate::pieces::Pieces;
 /// How files are written. Memory taken: `threads` times `block_bytes`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Writing {
-    /// Threads that fill, sum and write blocks; at least 1, which is the caller's own.
+    /// Threads that fill, sum and write blocks; at least 1, which is the caller's own. Of several, one is always
+    /// filling.
     pub(crate) threads: usize,
     /// Bytes written at once: a multiple of [`ALIGN`], not 0.
     pub(crate) block_bytes: usize,
 }
 
 impl Default for Writing {
-    /// One thread alone leaves the disk idle while it fills its block, and two keep it busy. Blocks of 8 MiB are large
-    /// enough that a larger one is not written faster.
+    /// One thread alone leaves the disk idle while it fills its block, and two keep it busy. Blocks of 4 MiB are large
+    /// enough that larger ones are not written faster, and small enough to be in a cache still when they are.
     fn default() -> Self {
-        Writing { threads: 2, block_bytes: 8 << 20 }
+        Writing { threads: 2, block_bytes: 4 << 20 }
     }
 }
 
@@ -160,6 +161,7 @@ impl BlockWriter {
         let blocks = bytes.div_ceil(block_bytes);
         let next = AtomicUsize::new(0);
         let failure: OnceLock<io::Error> = OnceLock::new();
+        let turns = Turns::new(self.writing.threads.saturating_sub(1).max(1));
         let one_block = |block: usize, scratch: &mut Scratch| -> io::Result<()> {
             let at = block * block_bytes;
             let end = bytes.min(at + block_bytes);
@@ -183,7 +185,9 @@ impl BlockWriter {
                     &image.bytes()[at..end]
                 }
             };
+            let turn = turns.take();
             file.write_all_at(offset + at as u64, content)?;
+            drop(turn);
             written.fetch_add(content.len() as u64, Ordering::Relaxed);
             if let Sums::Taken = sums {
                 scratch.sums.push((block, found));
@@ -211,6 +215,40 @@ impl BlockWriter {
 enum Sums {
     Taken,
     None,
+}
+
+/// Lets fewer threads write than there are, so that one is always filling. Left alone, all of them write at once, are
+/// served alike, are done at the same time, and then the disk waits while all of them fill.
+#[derive(Debug)]
+struct Turns {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Turns {
+    fn new(at_once: usize) -> Self {
+        Turns { free: Mutex::new(at_once), freed: Condvar::new() }
+    }
+
+    /// Waits until another write has ended.
+    fn take(&self) -> Turn<'_> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.freed.wait_while(free, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
+        *free -= 1;
+        Turn { turns: self }
+    }
+}
+
+/// The right to write, given back when dropped.
+struct Turn<'a> {
+    turns: &'a Turns,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.turns.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.turns.freed.notify_one();
+    }
 }
 
 /// Appends to a file of which the content comes bit by bit. What is left over from whole blocks is kept back until
@@ -278,13 +316,32 @@ mod tests {
         /// Offset and length, and whether the memory was aligned.
         writes: Mutex<Vec<(u64, usize, bool)>>,
         refuse_from: Option<usize>,
+        /// Writes under way, and the most that there ever were.
+        now: AtomicUsize,
+        most: AtomicUsize,
     }
 
     impl WriteFile for Arc<Noted> {
         fn write_all_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            let now = 1 + self.now.fetch_add(1, Ordering::Relaxed);
+            self.most.fetch_max(now, Ordering::Relaxed);
+            let written = self.write(offset, bytes);
+            self.now.fetch_sub(1, Ordering::Relaxed);
+            written
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Noted {
+        fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
             let mut writes = self.writes.lock().unwrap();
             let this = writes.len();
             writes.push((offset, bytes.len(), is_aligned(bytes, ALIGN)));
+            drop(writes);
+            thread::yield_now();
             if self.refuse_from.is_some_and(|from| this >= from) {
                 return Err(io::Error::other(format!("write {this}")));
             }
@@ -293,10 +350,6 @@ mod tests {
             let longer = content.len().max(end);
             content.resize(longer, 0);
             content[offset as usize..end].copy_from_slice(bytes);
-            Ok(())
-        }
-
-        fn sync_data(&self) -> io::Result<()> {
             Ok(())
         }
     }
@@ -346,6 +399,8 @@ mod tests {
                     prop_assert!(len == BLOCK || offset as usize + len == bytes);
                 }
                 prop_assert!(writer.buffers.len() <= threads);
+                // One is always filling.
+                prop_assert!(file.most.load(Ordering::Relaxed) <= (threads - 1).max(1));
             }
         }
 

@@ -104,14 +104,14 @@ impl Saver {
         Ok(Saver { fs, dir, _lock: lock, left, writing: Writing::default() })
     }
 
-    /// Lets so many threads of this rank write its file, one at least; 2 by custom. One thread fills and sums a block
-    /// while another's is being written; more than two help where one core cannot sum as fast as the disks write.
-    /// Each takes the memory of one block.
+    /// Lets so many threads of this rank write its file, one at least; 2 by custom. Of several, one fills and sums a
+    /// block while the others' are being written: more than two help where the disks take several large writes at a
+    /// time faster than one, or where one core cannot sum as fast as they write. Each takes the memory of one block.
     pub fn with_writers(self, threads: usize) -> Saver {
         Saver { writing: self.writing.with_threads(threads), ..self }
     }
 
-    /// Writes so many bytes at once, rounded up to a multiple of 4096; 8 MiB by custom.
+    /// Writes so many bytes at once, rounded up to a multiple of 4096; 4 MiB by custom.
     pub fn with_block_bytes(self, bytes: usize) -> Saver {
         Saver { writing: self.writing.with_block_bytes(bytes), ..self }
     }
