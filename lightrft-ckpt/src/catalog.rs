@@ -77,7 +77,7 @@ impl<'a> Name<'a> {
     }
 }
 
-fn is_unique(suffix: &str) -> bool {
+pub(crate) fn is_unique(suffix: &str) -> bool {
     suffix.len() == 16 && suffix.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 

@@ -93,7 +93,7 @@ pub enum Error {
     },
 
     /// The tag's directory holds something that this crate did not write, and would be lost.
-    #[error("`{}` cannot be replaced: it holds `{found}`, which is not part of a checkpoint", path.display())]
+    #[error("`{}` cannot be replaced: it holds `{found}`, which would be lost", path.display())]
     Foreign {
         /// The directory in the way.
         path: PathBuf,

@@ -52,6 +52,16 @@ pub trait FileSystem: fmt::Debug + Send + Sync {
     /// When `from` does not exist, or `to` is a directory that is not empty.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
+    /// Exchanges the names of two directories that lie beside each other, atomically: a crash leaves each its old name
+    /// or its new one.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] where the file system has no such operation, which is the default.
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        let _ = (one, other);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Removes a file.
     ///
     /// # Errors

@@ -34,6 +34,9 @@
 //! | tell another model's checkpoint | [`Checkpoint::check_against`] |
 //! | let the ranks agree | [`Agreement`], implemented with whatever connects them; [`Alone`] |
 //! | write and read single safetensors files | [`SafetensorsWriter`], [`SafetensorsFile`] |
+//! | write a checkpoint's model as a Hugging Face folder | [`export_hf`], [`HfOptions`]; [`HfWriter`] |
+//! | read such a folder, make a checkpoint of it | [`HfFolder`], [`HfFolder::share`] |
+//! | write a checkpoint anew for another number of ranks | [`Checkpoint::share`] |
 //! | save elsewhere than on a local file system | [`FileSystem`] |
 //!
 //! Every call blocks. A directory has one [`Saver`] at a time (a lock sees to it) and any number of readers.
@@ -61,6 +64,7 @@ mod element;
 mod error;
 mod fetch;
 mod fs;
+mod hf;
 mod manifest;
 mod os;
 mod pieces;
@@ -75,6 +79,7 @@ mod rotation_golden;
 mod safetensors;
 mod saver;
 mod search;
+mod share;
 mod snapshot;
 mod sweep;
 #[cfg(feature = "testing")]
@@ -91,6 +96,7 @@ pub use checkpoint::Checkpoint;
 pub use element::Element;
 pub use error::{Difference, Error, Mismatch, Result};
 pub use fs::{Entry, EntryKind, FileSystem, Lock, ReadFile, WriteFile};
+pub use hf::{ExportTensors, Floats, HfFolder, HfOptions, HfReport, HfWriter, export_hf, export_hf_on};
 pub use os::OsFileSystem;
 pub use reader::{Checkpoints, Listed, LoadReport, Verify, Which};
 pub use region::Region;

@@ -101,6 +101,19 @@ impl FileSystem for OsFileSystem {
         fs::rename(from, to)
     }
 
+    #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        use rustix::io::Errno;
+        renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).map_err(|errno| match errno {
+            // A kernel or a file system without the operation.
+            Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP => {
+                io::Error::new(io::ErrorKind::Unsupported, errno)
+            }
+            other => other.into(),
+        })
+    }
+
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
     }

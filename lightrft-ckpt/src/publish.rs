@@ -33,7 +33,7 @@ pub(crate) fn name_file(fs: &dyn FileSystem, staged: &Path, path: &Path) -> Resu
     fs.sync_dir(parent).map_err(Error::io("sync", parent))
 }
 
-fn write_durably(fs: &dyn FileSystem, path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_durably(fs: &dyn FileSystem, path: &Path, bytes: &[u8]) -> Result<()> {
     let file = fs.create(path, bytes.len() as u64).map_err(Error::io("create", path))?;
     file.write_all_at(0, bytes).and_then(|()| file.sync_data()).map_err(Error::io("write", path))
 }

@@ -87,8 +87,116 @@ pub(crate) fn header(
     Ok(bytes)
 }
 
-/// Writes a safetensors file with one tensor in memory at a time: names, dtypes and shapes first, then the bytes of
-/// each in the same order.
+/// A file being written: its header first, then the bytes of each tensor in the order of the header, in pieces.
+#[derive(Debug)]
+pub(crate) struct Body {
+    path: PathBuf,
+    specs: Vec<TensorSpec>,
+    /// The tensor whose turn it is, and how many of its bytes are written.
+    turn: usize,
+    within: usize,
+    out: Sequential,
+    failed: bool,
+}
+
+impl Body {
+    /// Creates the file `path` and writes its header.
+    pub(crate) fn create(
+        fs: &dyn FileSystem,
+        path: PathBuf,
+        specs: Vec<TensorSpec>,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Body> {
+        let header = header(&specs, metadata, 8)?;
+        let mut total = header.len() as u64;
+        for spec in &specs {
+            total += spec.bytes()? as u64;
+        }
+        let file = fs.create(&path, total).map_err(Error::io("create", &path))?;
+        let mut body = Body { path, specs, turn: 0, within: 0, out: Sequential::new(file), failed: false };
+        body.append(&header)?;
+        Ok(body)
+    }
+
+    /// Appends the next bytes of the tensor `name`, whose turn it must be. It is over after its last byte.
+    pub(crate) fn push_piece(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let spec = self.check_turn(name)?;
+        let expected = spec.bytes()?;
+        let end = self.within.saturating_add(bytes.len());
+        if end > expected {
+            return Err(spec.wrong(format!("{end} bytes given, {:?} has {expected}", spec.shape)));
+        }
+        self.append(bytes)?;
+        self.within = end;
+        if end == expected {
+            (self.turn, self.within) = (self.turn + 1, 0);
+        }
+        Ok(())
+    }
+
+    /// As [`push_piece`](Self::push_piece) with all bytes of the tensor.
+    pub(crate) fn push(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let spec = self.check_turn(name)?;
+        let expected = spec.bytes()?;
+        if self.within + bytes.len() != expected {
+            let given = self.within + bytes.len();
+            return Err(spec.wrong(format!("{given} bytes given, {:?} has {expected}", spec.shape)));
+        }
+        self.push_piece(name, bytes)
+    }
+
+    /// The dtype of the tensor `name`, whose turn it must be.
+    pub(crate) fn turn_dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.check_turn(name)?.dtype)
+    }
+
+    /// Whether the last byte of the last tensor is written.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.turn == self.specs.len()
+    }
+
+    /// Makes the file durable, when it is whole.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        if let Some(spec) = self.specs.get(self.turn) {
+            let missing = spec.bytes()? - self.within;
+            return Err(spec.wrong(format!("{missing} of its bytes were not pushed")));
+        }
+        self.check_failed()?;
+        let synced = self.out.sync().map_err(Error::io("write", &self.path));
+        self.failed |= synced.is_err();
+        synced
+    }
+
+    fn check_turn(&self, name: &str) -> Result<&TensorSpec> {
+        self.check_failed()?;
+        let refuse = |reason| Error::Request { name: name.into(), reason };
+        let Some(spec) = self.specs.get(self.turn) else {
+            return Err(refuse(format!("all {} tensors are written already", self.specs.len())));
+        };
+        if spec.name != name {
+            return Err(refuse(format!("it is the turn of `{}`", spec.name)));
+        }
+        Ok(spec)
+    }
+
+    /// After a write that failed nobody knows what the file holds.
+    fn check_failed(&self) -> Result<()> {
+        if self.failed {
+            let source = std::io::Error::other("an earlier write has failed");
+            return Err(Error::io("write", &self.path)(source));
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        let appended = self.out.append(bytes).map_err(Error::io("write", &self.path));
+        self.failed |= appended.is_err();
+        appended
+    }
+}
+
+/// Writes a safetensors file with one tensor or less in memory at a time: names, dtypes and shapes first, then the
+/// bytes of each in the same order.
 ///
 /// The file appears under its name when [`finish`](Self::finish) returns, complete and durable; a file that was there
 /// stays until then. A writer that is dropped before leaves only a file named `{name}.tmp-…`, which it removes
@@ -98,10 +206,8 @@ pub struct SafetensorsWriter {
     fs: Arc<dyn FileSystem>,
     path: PathBuf,
     staged: PathBuf,
-    specs: Vec<TensorSpec>,
-    pushed: usize,
-    /// `None` once finished.
-    out: Option<Sequential>,
+    body: Body,
+    finished: bool,
 }
 
 impl SafetensorsWriter {
@@ -128,18 +234,13 @@ impl SafetensorsWriter {
         metadata: &BTreeMap<String, String>,
     ) -> Result<Self> {
         let path = path.into();
-        let specs: Vec<TensorSpec> = specs.into_iter().collect();
-        let header = header(&specs, metadata, 8)?;
-        let mut total = header.len() as u64;
-        for spec in &specs {
-            total += spec.bytes()? as u64;
-        }
         let staged = publish::staged_name(&path);
-        let file = fs.create(&staged, total).map_err(Error::io("create", &staged))?;
-        let mut writer =
-            SafetensorsWriter { fs, path, staged, specs, pushed: 0, out: Some(Sequential::new(file)) };
-        writer.append(&header)?;
-        Ok(writer)
+        let specs = specs.into_iter().collect();
+        let body = Body::create(fs.as_ref(), staged.clone(), specs, metadata).inspect_err(|_| {
+            // Its header may be half-written.
+            let _ = fs.remove_file(&staged);
+        })?;
+        Ok(SafetensorsWriter { fs, path, staged, body, finished: false })
     }
 
     /// Appends the bytes of the next tensor, whose name must be `name`.
@@ -147,50 +248,34 @@ impl SafetensorsWriter {
     /// # Errors
     /// [`Error::Request`] when it is not that tensor's turn or the length is not its; [`Error::Io`].
     pub fn push(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let Some(spec) = self.specs.get(self.pushed) else {
-            let reason = format!("all {} tensors are written already", self.specs.len());
-            return Err(Error::Request { name: name.into(), reason });
-        };
-        if spec.name != name {
-            let reason = format!("it is the turn of `{}`", spec.name);
-            return Err(Error::Request { name: name.into(), reason });
-        }
-        let expected = spec.bytes()?;
-        if bytes.len() != expected {
-            return Err(spec.wrong(format!("{} bytes given, {:?} has {expected}", bytes.len(), spec.shape)));
-        }
-        self.pushed += 1;
-        self.append(bytes)
+        self.body.push(name, bytes)
+    }
+
+    /// Appends the next bytes of the tensor `name`, whose turn it must be: a tensor may come in pieces of any length.
+    /// It is over after its last byte.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when it is not that tensor's turn or it has no more so many bytes; [`Error::Io`].
+    pub fn push_piece(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.body.push_piece(name, bytes)
     }
 
     /// Makes the file durable and gives it its name.
     ///
     /// # Errors
-    /// [`Error::Request`] naming the first tensor whose bytes were not pushed; [`Error::Io`].
+    /// [`Error::Request`] naming the first tensor whose bytes were not all pushed; [`Error::Io`], also when an
+    /// earlier write has failed.
     pub fn finish(mut self) -> Result<()> {
-        if let Some(spec) = self.specs.get(self.pushed) {
-            return Err(spec.wrong(format!("its {} bytes were not pushed", spec.bytes()?)));
-        }
-        let staged = self.staged.clone();
-        if let Some(out) = self.out.as_mut() {
-            out.sync().map_err(Error::io("write", &staged))?;
-        }
+        self.body.sync()?;
         publish::name_file(self.fs.as_ref(), &self.staged, &self.path)?;
-        self.out = None;
+        self.finished = true;
         Ok(())
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        match self.out.as_mut() {
-            Some(out) => out.append(bytes).map_err(Error::io("write", &self.staged)),
-            None => Ok(()),
-        }
     }
 }
 
 impl Drop for SafetensorsWriter {
     fn drop(&mut self) {
-        if self.out.take().is_some() {
+        if !self.finished {
             // Best effort: an unfinished file has no reader, and its name says what it is.
             let _ = self.fs.remove_file(&self.staged);
         }

@@ -146,3 +146,38 @@ fn headers_that_lie_are_errors() {
         assert!(matches!(SafetensorsFile::open(&path), Err(Error::Damaged { .. })), "file {i}");
     }
 }
+
+#[test]
+fn a_tensor_may_come_in_pieces_and_a_failed_write_is_never_named() {
+    let disk = SimulatedDisk::new();
+    let specs = [TensorSpec::new("a", Dtype::U8, [5]), TensorSpec::new("none", Dtype::F32, [0])];
+    let writer =
+        || SafetensorsWriter::create_on(Arc::new(disk.clone()), "/m", specs.clone(), &metadata()).unwrap();
+    let mut whole = writer();
+    for piece in [&[1u8, 2][..], &[], &[3], &[4, 5]] {
+        whole.push_piece("a", piece).unwrap();
+    }
+    assert!(matches!(whole.push_piece("a", &[6]), Err(Error::Request { .. })));
+    whole.push_piece("none", &[]).unwrap();
+    whole.finish().unwrap();
+    let read = SafetensorsFile::open_on(&disk, "/m").unwrap();
+    let mut bytes = [0; 5];
+    read.read("a", &Region::Whole, &mut bytes).unwrap();
+    assert_eq!(bytes, [1, 2, 3, 4, 5]);
+
+    let mut short = writer();
+    short.push_piece("a", &[9; 4]).unwrap();
+    assert!(
+        matches!(short.push("a", &[9; 5]), Err(Error::Request { .. })),
+        "one too many with what is there"
+    );
+    assert!(matches!(short.finish(), Err(Error::Request { name, .. }) if name == "a"));
+    let large = [TensorSpec::new("a", Dtype::U8, [9 << 20]), TensorSpec::new("b", Dtype::U8, [1])];
+    let mut failed = SafetensorsWriter::create_on(Arc::new(disk.clone()), "/m", large, &metadata()).unwrap();
+    disk.fail_at(disk.operations(), std::io::ErrorKind::StorageFull);
+    assert!(matches!(failed.push("a", &vec![1; 9 << 20]), Err(Error::Io { .. })));
+    assert!(matches!(failed.push("a", &vec![1; 9 << 20]), Err(Error::Io { .. })));
+    assert!(matches!(failed.finish(), Err(Error::Request { .. } | Error::Io { .. })));
+    read.read("a", &Region::Whole, &mut bytes).unwrap();
+    assert_eq!(SafetensorsFile::open_on(&disk, "/m").unwrap().tensors().count(), 2);
+}

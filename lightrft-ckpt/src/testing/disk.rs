@@ -58,6 +58,7 @@ enum Change {
     Link { name: String, node: usize },
     Unlink { name: String },
     Rename { from: String, to: String, node: usize },
+    Exchange { one: String, other: String, nodes: [usize; 2] },
 }
 
 impl Change {
@@ -72,6 +73,10 @@ impl Change {
             Change::Rename { from, to, node } => {
                 names.remove(from);
                 names.insert(to.clone(), *node);
+            }
+            Change::Exchange { one, other, nodes } => {
+                names.insert(one.clone(), nodes[1]);
+                names.insert(other.clone(), nodes[0]);
             }
         }
     }
@@ -365,6 +370,18 @@ impl FileSystem for SimulatedDisk {
             }
         }
         state.change(dir, Change::Rename { from: old.to_owned(), to: new.to_owned(), node });
+        Ok(())
+    }
+
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        let mut state = self.state();
+        state.operate()?;
+        let nodes = [state.lookup(one)?, state.lookup(other)?];
+        let ((dir, one), (other_dir, other)) = (state.locate(one)?, state.locate(other)?);
+        if dir != other_dir {
+            return Err(io::ErrorKind::CrossesDevices.into());
+        }
+        state.change(dir, Change::Exchange { one: one.to_owned(), other: other.to_owned(), nodes });
         Ok(())
     }
 

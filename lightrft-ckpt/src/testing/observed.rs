@@ -77,6 +77,11 @@ impl<F: FileSystem> FileSystem for Observed<F> {
         self.inner.rename(from, to)
     }
 
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        self.tell("exchange", one)?;
+        self.inner.exchange(one, other)
+    }
+
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         self.tell("remove", path)?;
         self.inner.remove_file(path)
