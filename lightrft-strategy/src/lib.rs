@@ -61,6 +61,9 @@ pub use prepare::{Actor, Reference};
 pub use strategy::Strategy;
 pub use text::Text;
 
+// How an export is written.
+#[doc(no_inline)]
+pub use lightrft_ckpt::{Floats, HfOptions};
 // Types of the settings.
 #[doc(no_inline)]
 pub use lightrft_sharding::{GatherFrom, Precision, ShardSize};

@@ -1,13 +1,13 @@
 //! From a model folder to shards: the plan, the rank's own elements, and the optimizer over them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use lightrft_ckpt::{Region, SafetensorsFile};
+use lightrft_ckpt::{HfFolder, Region};
 use lightrft_collectives::Communicator;
 use lightrft_engine::Engine;
-use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, ModelError, Settings, weight_files};
+use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, ModelError, Settings};
 use lightrft_sharding::{AdamW, AdamWConfig, Ema, EmaConfig, Policy, Precision, ShardedModel};
 use safetensors::Dtype;
 
@@ -127,66 +127,30 @@ fn load(
     };
     let decoder = Decoder::new(decoder, dtype, &Device::Cpu)?;
     let mut model = ShardedModel::new(CausalLm::new(decoder), Arc::clone(world), policy)?;
-    let files = ModelFiles::open(folder, model.model().decoder().config())?;
-    model.units_mut().load(|param, range, into| files.read(param.name(), Region::Flat(range), into))?;
+    let files = open(folder, model.model().decoder().config())?;
+    model.units_mut().load(|param, range, into| files.read_f32(param.name(), &Region::Flat(range), into))?;
     Ok(model)
 }
 
-/// The safetensors files of a model folder, read by ranges.
-struct ModelFiles {
-    files: Vec<SafetensorsFile>,
-    folder: PathBuf,
-}
-
-impl ModelFiles {
-    /// Opens the folder's files and checks that they hold the model's tensors, each in its shape.
-    fn open(folder: &Path, config: &DecoderConfig) -> Result<Self> {
-        let files =
-            weight_files(folder)?.into_iter().map(SafetensorsFile::open).collect::<Result<Vec<_>, _>>()?;
-        let this = Self { files, folder: folder.to_owned() };
-        for p in config.parameter_groups().into_iter().flat_map(|g| g.parameters) {
-            match this.files.iter().find_map(|f| f.tensor(&p.name)) {
-                None => return Err(ModelError::MissingTensor { name: p.name, expected: p.shape }.into()),
-                Some(t) if t.shape != p.shape => {
-                    let got = t.shape.clone();
-                    return Err(ModelError::Shape { name: p.name, got, expected: p.shape }.into());
-                }
-                Some(t) if !matches!(t.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) => {
-                    return Err(ModelError::Malformed {
-                        path: this.folder.clone(),
-                        what: format!("tensor `{}` is {:?}, F32, BF16 or F16 was expected", p.name, t.dtype),
-                    }
-                    .into());
-                }
-                Some(_) => {}
+/// Opens a model folder and checks that it holds the model's tensors, each in its shape.
+fn open(folder: &Path, config: &DecoderConfig) -> Result<HfFolder> {
+    let files = HfFolder::open(folder)?;
+    for p in config.parameter_groups().into_iter().flat_map(|g| g.parameters) {
+        match files.tensor(&p.name) {
+            None => return Err(ModelError::MissingTensor { name: p.name, expected: p.shape }.into()),
+            Some(t) if t.shape != p.shape => {
+                let got = t.shape.clone();
+                return Err(ModelError::Shape { name: p.name, got, expected: p.shape }.into());
             }
-        }
-        Ok(this)
-    }
-
-    fn read(&self, name: &str, region: Region, into: &mut [f32]) -> Result<(), lightrft_ckpt::Error> {
-        let found = self.files.iter().find_map(|file| Some((file, file.tensor(name)?.dtype)));
-        match found {
-            Some((file, Dtype::BF16)) => widen::<half::bf16>(file, name, &region, into),
-            Some((file, Dtype::F16)) => widen::<half::f16>(file, name, &region, into),
-            Some((file, _)) => file.read_into(name, &region, into),
-            // `open` has seen every tensor that the plan asks for.
-            None => Ok(()),
+            Some(t) if !matches!(t.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) => {
+                return Err(ModelError::Malformed {
+                    path: folder.to_owned(),
+                    what: format!("tensor `{}` is {:?}, F32, BF16 or F16 was expected", p.name, t.dtype),
+                }
+                .into());
+            }
+            Some(_) => {}
         }
     }
-}
-
-/// Reads elements of a narrower type into f32.
-fn widen<T: lightrft_ckpt::Element + Into<f32>>(
-    file: &SafetensorsFile,
-    name: &str,
-    region: &Region,
-    into: &mut [f32],
-) -> Result<(), lightrft_ckpt::Error> {
-    let mut narrow = vec![T::zeroed(); into.len()];
-    file.read_into(name, region, &mut narrow)?;
-    for (wide, narrow) in into.iter_mut().zip(narrow) {
-        *wide = narrow.into();
-    }
-    Ok(())
+    Ok(files)
 }

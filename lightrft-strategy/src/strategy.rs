@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
+use lightrft_ckpt::HfOptions;
 use lightrft_collectives::{Communicator, CommunicatorExt, ReduceOp, Rendezvous};
 use lightrft_engine::{Completion, Engine, Request, Version};
 use lightrft_sharding::{Offload as _, OffloadReport, loss_scale};
@@ -272,13 +273,14 @@ impl Strategy {
         checkpoint::load(&self.world, actor, dir, |_, _| Ok(()))
     }
 
-    /// Writes the policy as a Hugging Face folder: `config.json`, `model.safetensors`, and a copy of `tokenizer`.
+    /// Writes the policy as a Hugging Face folder: `config.json`, safetensors in as many files as the options say and in
+    /// the dtype they say, and copies of the tokenizer files of their source. One unit is in memory at a time.
     /// *Collective.*
     ///
     /// # Errors
-    /// On every rank, when rank 0 cannot write.
-    pub fn save_model(&self, actor: &mut Actor, folder: &Path, tokenizer: Option<&Path>) -> Result<()> {
-        export::save_model(&self.world, &mut actor.model, folder, tokenizer)
+    /// On every rank, when rank 0 cannot write; also when the folder is there and holds something that would be lost.
+    pub fn save_model(&self, actor: &mut Actor, folder: &Path, options: &HfOptions) -> Result<()> {
+        export::save_model(&self.world, &mut actor.model, folder, options)
     }
 
     /// As [`save_model`](Self::save_model), with the moving average in place of the parameters that learn. The policy is
@@ -286,8 +288,8 @@ impl Strategy {
     ///
     /// # Errors
     /// As there; [`Error::Config`] where no average is kept.
-    pub fn save_ema_model(&self, actor: &mut Actor, folder: &Path, tokenizer: Option<&Path>) -> Result<()> {
-        export::save_ema_model(&self.world, actor, folder, tokenizer)
+    pub fn save_ema_model(&self, actor: &mut Actor, folder: &Path, options: &HfOptions) -> Result<()> {
+        export::save_ema_model(&self.world, actor, folder, options)
     }
 
     /// The mean of each value over ranks, in one call. *Collective.*

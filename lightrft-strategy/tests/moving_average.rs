@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::{all_parameters, config, on_ranks, run_state, sequences, settings, write_folder};
 use lightrft_strategy::model::Sequence;
-use lightrft_strategy::{Actor, Result, Strategy, StrategyConfig};
+use lightrft_strategy::{Actor, HfOptions, Result, Strategy, StrategyConfig};
 
 const ROWS: usize = 12;
 
@@ -27,7 +27,7 @@ fn step(strategy: &Strategy, actor: &mut Actor) -> Result<()> {
 
 /// The whole average. *Collective.*
 fn average(strategy: &Strategy, actor: &mut Actor, scratch: &Path) -> Result<Vec<f32>> {
-    strategy.save_ema_model(actor, scratch, None)?;
+    strategy.save_ema_model(actor, scratch, &HfOptions::default())?;
     let mut exported = strategy.prepare_actor(scratch)?;
     all_parameters(&mut exported)
 }
@@ -124,7 +124,8 @@ fn it_may_be_switched_on_and_off_at_a_checkpoint() {
                 // It begins at the parameters that were loaded.
                 assert!(average(&strategy, &mut actor, &scratch)? == saved);
             } else {
-                let text = strategy.save_ema_model(&mut actor, &scratch, None).unwrap_err().to_string();
+                let text = strategy.save_ema_model(&mut actor, &scratch, &HfOptions::default());
+                let text = text.unwrap_err().to_string();
                 assert!(text.contains("enable_ema = false"), "{text}");
             }
             Ok(())

@@ -10,7 +10,9 @@ use lightrft_data::{Dataset, DistributedSampler, JsonLines, JsonLinesOptions, Sa
 use lightrft_engine::embedded::Weights;
 use lightrft_strategy::model::Sequence;
 use lightrft_strategy::plot::{Series, line_chart};
-use lightrft_strategy::{Grpo, GrpoParts, MetricsLog, StepMetrics, Strategy, StrategyConfig, Text};
+use lightrft_strategy::{
+    Grpo, GrpoParts, HfOptions, MetricsLog, StepMetrics, Strategy, StrategyConfig, Text,
+};
 use serde_json::{Value, json};
 
 use crate::options::Options;
@@ -161,10 +163,10 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
 
     let after = grpo.evaluate(&held_out, 0..held_out.len())?;
     say(&strategy, || format!("held-out accuracy after RL {after:.3}"));
-    let tokenizer = folders.start.join("tokenizer.json");
-    strategy.save_model(grpo.actor_mut(), &folders.trained, Some(&tokenizer))?;
+    let beside = HfOptions { source: Some(folders.start.clone()), ..HfOptions::default() };
+    strategy.save_model(grpo.actor_mut(), &folders.trained, &beside)?;
     if strategy.config().enable_ema {
-        strategy.save_ema_model(grpo.actor_mut(), &folders.trained_ema, Some(&tokenizer))?;
+        strategy.save_ema_model(grpo.actor_mut(), &folders.trained_ema, &beside)?;
     }
     if strategy.is_rank_0() {
         let lines = MetricsLog::read(&folders.metrics)?;
@@ -273,7 +275,8 @@ fn warm_up(strategy: &Strategy, folders: &Folders, prompts: &JsonLines, options:
             say(strategy, || format!("warm-up step {steps:3}  loss {loss:.3}  accuracy {accuracy:.3}"));
         }
     }
-    strategy.save_model(run.actor_mut(), &folders.start, Some(&random.join("tokenizer.json")))?;
+    let beside = HfOptions { source: Some(random.clone()), ..HfOptions::default() };
+    strategy.save_model(run.actor_mut(), &folders.start, &beside)?;
     say(strategy, || {
         let seconds = began.elapsed().as_secs_f64();
         format!("warm-up: {steps} supervised steps in {seconds:.1} s, {accuracy:.3} of a probe answered")
