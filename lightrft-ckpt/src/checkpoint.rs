@@ -24,7 +24,7 @@ pub struct Checkpoint {
     fs: Arc<dyn FileSystem>,
     path: PathBuf,
     tag: String,
-    manifest: Manifest,
+    pub(crate) manifest: Manifest,
     readers: NonZeroUsize,
     by_name: HashMap<String, usize>,
     /// Opened when first read from.
@@ -201,7 +201,7 @@ impl Checkpoint {
         (rank..self.shards.len()).step_by(world_size).try_for_each(|i| self.shard(i)?.verify_header())
     }
 
-    fn record(&self, name: &str) -> Result<&TensorRecord> {
+    pub(crate) fn record(&self, name: &str) -> Result<&TensorRecord> {
         match self.by_name.get(name) {
             Some(&i) => Ok(&self.manifest.tensors[i]),
             None => Err(Error::NoTensor { within: self.tag.clone(), name: name.into() }),

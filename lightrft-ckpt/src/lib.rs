@@ -36,8 +36,10 @@
 //! | write and read single safetensors files | [`SafetensorsWriter`], [`SafetensorsFile`] |
 //! | write a checkpoint's model as a Hugging Face folder | [`export_hf`], [`HfOptions`]; [`HfWriter`] |
 //! | read such a folder, make a checkpoint of it | [`HfFolder`], [`HfFolder::share`] |
-//! | write a checkpoint anew for another number of ranks | [`Checkpoint::share`] |
+//! | write a checkpoint anew for another number of ranks | [`Checkpoint::share`], [`save_as_ranks`] |
 //! | save elsewhere than on a local file system | [`FileSystem`] |
+//!
+//! The command `lightrft-ckpt` lists, inspects, verifies, exports and converts.
 //!
 //! Every call blocks. A directory has one [`Saver`] at a time (a lock sees to it) and any number of readers.
 //!
@@ -65,11 +67,13 @@ mod error;
 mod fetch;
 mod fs;
 mod hf;
+mod inspect;
 mod manifest;
 mod os;
 mod pieces;
 mod plan;
 mod publish;
+mod ranks;
 mod reader;
 mod region;
 mod restore;
@@ -97,6 +101,7 @@ pub use element::Element;
 pub use error::{Difference, Error, Mismatch, Result};
 pub use fs::{Entry, EntryKind, FileSystem, Lock, ReadFile, WriteFile};
 pub use hf::{ExportTensors, Floats, HfFolder, HfOptions, HfReport, HfWriter, export_hf, export_hf_on};
+pub use inspect::SavedRegion;
 pub use os::OsFileSystem;
 pub use reader::{Checkpoints, Listed, LoadReport, Verify, Which};
 pub use region::Region;
@@ -104,6 +109,7 @@ pub use restore::{Restore, RestoreReport, Strictness};
 pub use rotation::{MemCounts, Rotated, Rotation};
 pub use safetensors::{SafetensorsFile, SafetensorsWriter, TensorSpec, write_safetensors};
 pub use saver::{SaveReport, Saver};
+pub use share::save_as_ranks;
 pub use snapshot::{Part, Snapshot};
 pub use together::{load_newest_common, save_together};
 pub use wanted::Wanted;

@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::agreement::{Agreement, Alone};
 use crate::catalog::{Found, Skipped, read_latest, read_whole, scan};
@@ -11,6 +12,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::error::Result;
 use crate::fs::FileSystem;
+use crate::inspect::saved_at;
 use crate::os::OsFileSystem;
 use crate::search::{Candidate, Tried, same_everywhere, search, tell};
 
@@ -73,6 +75,8 @@ pub struct Listed {
     pub world_size: usize,
     /// Bytes of all its files.
     pub bytes: u64,
+    /// When it was committed.
+    pub saved: SystemTime,
 }
 
 impl Checkpoints {
@@ -103,6 +107,7 @@ impl Checkpoints {
             step: f.summary.step,
             world_size: f.summary.world_size,
             bytes: f.bytes,
+            saved: saved_at(f.summary.saved_unix_ms),
         };
         Ok(scan(self.fs.as_ref(), &self.dir)?.found.into_iter().map(listed).collect())
     }

@@ -1,15 +1,21 @@
 //! A checkpoint, or a Hugging Face folder, as what one rank of any world saves: for resharding and for import.
 
 use std::borrow::Cow;
+use std::path::Path;
+use std::time::Duration;
 
 use safetensors::Dtype;
 use serde_json::Value;
 
+use crate::agreement::Agreement as _;
+use crate::checkpoint::Checkpoint;
 use crate::element::{element_bytes, element_count};
 use crate::error::{Error, Result};
 use crate::hf::HfFolder;
-use crate::reader::Checkpoint;
+use crate::ranks::run_ranks_within;
 use crate::region::Region;
+use crate::rotation::Rotation;
+use crate::saver::{SaveReport, Saver};
 use crate::snapshot::{Part, Snapshot};
 
 impl Checkpoint {
@@ -73,4 +79,30 @@ fn part(
     read(&region, &mut bytes)?;
     let (name, shape) = (Cow::Owned(name.to_owned()), Cow::Owned(shape.to_vec()));
     Ok(Part { name, dtype, shape, region, bytes: Cow::Owned(bytes) })
+}
+
+/// No rank waits longer than this for another to have written its file.
+const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Saves into `dir` as `world_size` ranks, each a thread of this process with the snapshot that `share` gives for it:
+/// what [`Checkpoint::share`] and [`HfFolder::share`] are for. All shares are in memory at once. Nothing rotates.
+///
+/// # Errors
+/// The first error of `share`; those of [`Saver::open`] and [`Saver::save`].
+pub fn save_as_ranks(
+    dir: &Path,
+    world_size: usize,
+    share: impl Fn(usize) -> Result<Snapshot<'static>> + Sync,
+) -> Result<SaveReport> {
+    let results = run_ranks_within(PATIENCE, world_size, |group| {
+        let snapshot = share(group.rank())?;
+        Saver::open(dir, &group)?.save(&group, &snapshot, &Rotation::KEEP_ALL)
+    });
+    // A rank that failed by itself says more than those that heard of it.
+    let told = |e: &Error| matches!(e, Error::Rank { .. } | Error::Agreement { .. });
+    let (own, others): (Vec<_>, Vec<_>) =
+        results.into_iter().partition(|r| r.as_ref().is_err_and(|e| !told(e)));
+    let nobody = || Error::Request { name: dir.display().to_string(), reason: "a world of no ranks".into() };
+    let (failed, saved): (Vec<_>, Vec<_>) = others.into_iter().partition(Result::is_err);
+    own.into_iter().chain(failed).chain(saved).next().unwrap_or_else(|| Err(nobody()))
 }

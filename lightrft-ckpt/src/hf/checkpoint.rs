@@ -7,12 +7,12 @@ use std::sync::Arc;
 use safetensors::Dtype;
 
 use super::writer::{HfOptions, HfReport, HfWriter};
+use crate::checkpoint::Checkpoint;
 use crate::element::element_bytes;
 use crate::error::{Error, Result};
 use crate::fs::FileSystem;
 use crate::manifest::BLOCK_BYTES;
 use crate::os::OsFileSystem;
-use crate::reader::Checkpoint;
 use crate::region::Region;
 use crate::safetensors::TensorSpec;
 

@@ -3,9 +3,8 @@
 mod checksums;
 mod disk;
 mod observed;
-mod ranks;
 
+pub use crate::ranks::{RankThread, run_ranks};
 pub use checksums::WithoutChecksums;
 pub use disk::{Crash, SimulatedDisk};
 pub use observed::{Observed, Operation};
-pub use ranks::{RankThread, run_ranks};

@@ -89,14 +89,19 @@ impl Drop for RankThread {
 ///
 /// # Panics
 /// When a rank panics, with its message.
+#[cfg(feature = "testing")]
 pub fn run_ranks<T: Send>(world_size: usize, each: impl Fn(RankThread) -> T + Sync) -> Vec<T> {
+    run_ranks_within(Duration::from_secs(20), world_size, each)
+}
+
+/// As [`run_ranks`], with another deadline of every exchange.
+pub(crate) fn run_ranks_within<T: Send>(
+    deadline: Duration,
+    world_size: usize,
+    each: impl Fn(RankThread) -> T + Sync,
+) -> Vec<T> {
     let round = Round { said: vec![None; world_size], ..Round::default() };
-    let shared = Arc::new(Shared {
-        round: Mutex::new(round),
-        changed: Condvar::new(),
-        world_size,
-        deadline: Duration::from_secs(20),
-    });
+    let shared = Arc::new(Shared { round: Mutex::new(round), changed: Condvar::new(), world_size, deadline });
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..world_size)
             .map(|rank| {
