@@ -131,7 +131,7 @@ fn export_writes_a_folder_in_the_dtype_and_the_shards_asked_for() {
     let (code, out, err) =
         run(&[&"export", &c, &"global_step20", &out_dir, &"--dtype", &"bf16", &"--from", &golden]);
     assert_eq!((code, err.as_str()), (0, ""), "{out}");
-    assert!(out.contains("1 tensors") && out.contains("1.2 KiB"), "{out}");
+    assert!(out.contains("1 tensor,") && out.contains("1.2 KiB"), "{out}");
     let folder = HfFolder::open(&out_dir).unwrap();
     assert_eq!(folder.config().unwrap()["dtype"], "bfloat16");
     assert!(out_dir.join("generation_config.json").exists());

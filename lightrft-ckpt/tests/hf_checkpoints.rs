@@ -140,7 +140,7 @@ fn a_folder_becomes_a_checkpoint_of_any_world_and_a_folder_again() {
 fn a_checkpoint_is_written_anew_for_any_number_of_ranks_with_its_states() {
     let dir = tempfile::tempdir().unwrap();
     let old = save(&dir.path().join("old"), 3);
-    for world_size in [1, 3, 5] {
+    for world_size in [1, 4] {
         let into = dir.path().join(format!("new{world_size}"));
         run_ranks(world_size, |group| {
             let saver = Saver::open(&into, &group).unwrap();

@@ -9,7 +9,7 @@ use crate::Outcome;
 use crate::args::Convert;
 use crate::inspect::open;
 use crate::list::exists;
-use crate::show::size;
+use crate::show::{counted, size};
 
 pub(crate) fn run(convert: &Convert, out: &mut dyn Write) -> Result<Outcome, Box<dyn Error>> {
     exists(&convert.from)?;
@@ -37,11 +37,11 @@ pub(crate) fn run(convert: &Convert, out: &mut dyn Write) -> Result<Outcome, Box
     };
     writeln!(
         out,
-        "{}: step {}, {} as {} ranks, in `{}`",
+        "{}: step {}, {} as {}, in `{}`",
         report.tag,
         report.step,
         size(report.bytes),
-        convert.world_size,
+        counted(convert.world_size, "rank"),
         convert.to.display()
     )?;
     Ok(Outcome::Fine)

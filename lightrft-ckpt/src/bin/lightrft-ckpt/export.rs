@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::Outcome;
 use crate::args::Export;
 use crate::inspect::open;
-use crate::show::size;
+use crate::show::{counted, size};
 
 pub(crate) fn run(export: &Export, out: &mut dyn Write) -> Result<Outcome, Box<dyn Error>> {
     let checkpoint = open(&export.dir, export.tag.as_deref())?;
@@ -25,14 +25,14 @@ pub(crate) fn run(export: &Export, out: &mut dyn Write) -> Result<Outcome, Box<d
         options.max_shard_bytes = bytes;
     }
     let report = export_hf(&checkpoint, &export.to, export.tensors, &options)?;
-    let files = if report.shards == 1 { "1 file".to_owned() } else { format!("{} files", report.shards) };
     writeln!(
         out,
-        "{} of step {}: {} tensors, {} in {files}, as `{}`",
+        "{} of step {}: {}, {} in {}, as `{}`",
         checkpoint.tag(),
         checkpoint.step(),
-        report.tensors,
+        counted(report.tensors, "tensor"),
         size(report.bytes),
+        counted(report.shards, "file"),
         export.to.display()
     )?;
     for left in &report.not_removed {

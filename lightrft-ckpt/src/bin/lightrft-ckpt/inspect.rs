@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::Outcome;
 use crate::args::{Form, Inspect};
 use crate::list::exists;
-use crate::show::{Align, size, table, time};
+use crate::show::{Align, counted, size, table, time};
 
 /// States longer than this are cut off in the text.
 const STATE_CHARS: usize = 400;
@@ -67,11 +67,12 @@ fn as_json(checkpoint: &Checkpoint) -> Result<Value, Box<dyn Error>> {
 }
 
 fn as_text(checkpoint: &Checkpoint, with_regions: bool, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {
-    let (step, ranks) = (checkpoint.step(), checkpoint.world_size());
+    let (step, ranks) = (checkpoint.step(), counted(checkpoint.world_size(), "rank"));
     writeln!(
         out,
-        "{}: step {step}, saved by {ranks} ranks at {} UTC\n",
+        "{}: step {step}, saved by {} at {} UTC\n",
         checkpoint.tag(),
+        ranks,
         time(checkpoint.saved())
     )?;
     let (left, right) = (Align::Left, Align::Right);
@@ -81,12 +82,12 @@ fn as_text(checkpoint: &Checkpoint, with_regions: bool, out: &mut dyn Write) -> 
     writeln!(out)?;
 
     let mut rows = Vec::new();
-    let (mut bytes, mut elements) = (0u64, 0u64);
+    let (mut bytes, mut elements) = (0u64, 0usize);
     for (name, dtype, shape) in checkpoint.tensors() {
         let regions = checkpoint.regions(name)?;
         let of_tensor = tensor_bytes(checkpoint, name)?;
         bytes += of_tensor;
-        elements += shape.iter().map(|&d| d as u64).product::<u64>();
+        elements += shape.iter().product::<usize>();
         rows.push(vec![
             name.to_owned(),
             dtype.to_string(),
