@@ -8,6 +8,7 @@ use crate::agreement::Agreement;
 
 /// One rank of a group of threads.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "testing"), allow(unreachable_pub))]
 pub struct RankThread {
     rank: usize,
     shared: Arc<Shared>,
