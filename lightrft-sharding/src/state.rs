@@ -127,7 +127,8 @@ pub(crate) fn parts<'a>(
 
 /// Fills this rank's parameters, and the optimizer's state where one is given, from `read`, which is given a kind, a
 /// parameter, a range of its flattened elements and the slice to write them to. Every element that this rank owns is
-/// asked for exactly once, so a reader touches no other rank's bytes, whatever world size they were saved from.
+/// asked for exactly once, so a reader touches no other rank's bytes, whatever world size they were saved from. The
+/// slices of units in host memory hold their present values, so that a reader may leave some; on a device it fills them.
 ///
 /// Restore [`AdamW::set_counters`] beside it. Not collective.
 ///

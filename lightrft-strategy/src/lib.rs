@@ -30,6 +30,7 @@
 //!
 //! The whole of a run is the example `grpo_arithmetic`. Not here: servers as engines, GPUs, critics.
 
+mod actor_saver;
 mod agree;
 mod checkpoint;
 mod config;
@@ -50,7 +51,8 @@ mod supervised;
 mod text;
 mod weight_sync;
 
-pub use checkpoint::{Loaded, RunState};
+pub use actor_saver::ActorSaver;
+pub use checkpoint::{LoadOptions, Loaded, RunState};
 pub use config::{EngineType, OldLogProbs, StrategyConfig};
 pub use error::{Error, Result};
 pub use export::write_model;
@@ -61,9 +63,9 @@ pub use prepare::{Actor, Reference};
 pub use strategy::Strategy;
 pub use text::Text;
 
-// How an export is written.
+// How an export is written, which checkpoint to load, and what a save tells.
 #[doc(no_inline)]
-pub use lightrft_ckpt::{Floats, HfOptions};
+pub use lightrft_ckpt::{Floats, HfOptions, Phase, Progress, SaveReport, Which};
 // Types of the settings.
 #[doc(no_inline)]
 pub use lightrft_sharding::{GatherFrom, Precision, ShardSize};

@@ -10,8 +10,9 @@ use lightrft_collectives::{Communicator, CommunicatorExt, ReduceOp, Rendezvous};
 use lightrft_engine::{Completion, Engine, Request, Version};
 use lightrft_sharding::{Offload as _, OffloadReport, loss_scale};
 
+use crate::actor_saver::ActorSaver;
 use crate::agree::agree;
-use crate::checkpoint::{self, RunState};
+use crate::checkpoint::{self, LoadOptions, RunState};
 use crate::config::StrategyConfig;
 use crate::engine_group::{Between, EngineGroup};
 use crate::error::{Error, Result};
@@ -264,13 +265,36 @@ impl Strategy {
         checkpoint::save(&self.config, &self.world, actor, dir, state)
     }
 
-    /// Loads the newest whole checkpoint, or nothing when there is none. *Collective.*
+    /// What saves checkpoints into a directory while the run goes on. It is the one saver of that directory while it
+    /// lives. *Collective.*
+    ///
+    /// # Errors
+    /// As of [`save_ckpt`](Self::save_ckpt), when the directory cannot be had.
+    pub fn actor_saver(&self, dir: &Path) -> Result<ActorSaver> {
+        ActorSaver::new(&self.config, &self.world, dir)
+    }
+
+    /// Loads the newest whole checkpoint, all of it, or nothing when there is none. *Collective.*
     ///
     /// # Errors
     /// [`Error::Checkpoint`](crate::Error::Checkpoint); for a checkpoint of another model it names the tensors that
     /// differ, and nothing has been loaded.
     pub fn load_ckpt(&self, actor: &mut Actor, dir: &Path) -> Result<Option<checkpoint::Loaded>> {
-        checkpoint::load(&self.world, actor, dir, |_, _| Ok(()))
+        self.load_ckpt_with(actor, dir, &LoadOptions::default())
+    }
+
+    /// As [`load_ckpt`](Self::load_ckpt), of the checkpoint and with the parts that the options name; `None` when there
+    /// is no checkpoint and none was asked for by its tag. *Collective.*
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_ckpt_with(
+        &self,
+        actor: &mut Actor,
+        dir: &Path,
+        options: &LoadOptions<'_>,
+    ) -> Result<Option<checkpoint::Loaded>> {
+        checkpoint::load(&self.world, actor, dir, options, |_, _| Ok(()))
     }
 
     /// Writes the policy as a Hugging Face folder: `config.json`, safetensors in as many files as the options say and in

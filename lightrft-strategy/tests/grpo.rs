@@ -200,6 +200,30 @@ fn all_choices_at_once_train_and_resume_bit_for_bit() {
 }
 
 #[test]
+fn a_run_that_saves_in_the_background_resumes_from_what_it_saved() {
+    let folder = prepare();
+    let dir = folder.path().join("checkpoints");
+    let settings = StrategyConfig { async_save: true, save_steps: 1, ..small() };
+    on_ranks(2, |world| {
+        let strategy = Strategy::with_world(settings.clone(), world)?;
+        let mut grpo = Grpo::new(&strategy, parts(&strategy, folder.path())?)?;
+        grpo.step()?;
+        assert_eq!(grpo.save_if_due(&dir, serde_json::Value::Null)?, None, "it has begun");
+        let second = grpo.step()?;
+        // Waits for what is in flight; the policy is then as it was after the first step.
+        let loaded = grpo.resume(&dir)?.unwrap();
+        assert_eq!((loaded.state.step, grpo.steps_done()), (1, 1));
+        let repeated = grpo.step()?;
+        assert_eq!((second.parameters_hash, second.reward), (repeated.parameters_hash, repeated.reward));
+        assert_eq!(grpo.save_if_due(&dir, serde_json::Value::Null)?, None, "the first was told of by then");
+        assert_eq!(grpo.finish_saves()?.unwrap().step, 2);
+        // A save that is waited for, into the directory that the other had.
+        assert_eq!(grpo.save(&dir, serde_json::Value::Null)?.step, 2);
+        Ok(())
+    });
+}
+
+#[test]
 fn an_optimizer_that_is_offloaded_refuses_to_step_until_it_is_loaded() {
     let folder = prepare();
     on_ranks(1, |world| {

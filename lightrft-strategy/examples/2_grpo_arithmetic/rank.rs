@@ -11,7 +11,7 @@ use lightrft_engine::embedded::Weights;
 use lightrft_strategy::model::Sequence;
 use lightrft_strategy::plot::{Series, line_chart};
 use lightrft_strategy::{
-    Grpo, GrpoParts, HfOptions, MetricsLog, StepMetrics, Strategy, StrategyConfig, Text,
+    Grpo, GrpoParts, HfOptions, MetricsLog, SaveReport, StepMetrics, Strategy, StrategyConfig, Text,
 };
 use serde_json::{Value, json};
 
@@ -156,10 +156,11 @@ pub(crate) fn run(world: Arc<dyn Communicator>, options: &Options) -> Result<()>
             log.append(&serde_json::to_value(&metrics)?)?;
         }
         say(&strategy, || progress(&metrics, options.steps));
-        if let Some(saved) = grpo.save_if_due(&folders.checkpoints, client.clone())? {
-            say(&strategy, || format!("saved {} ({} KiB)", saved.tag, saved.bytes / 1024));
-        }
+        let saved = grpo.save_if_due(&folders.checkpoints, client.clone())?;
+        tell_saved(&strategy, saved);
     }
+    let last = grpo.finish_saves()?;
+    tell_saved(&strategy, last);
 
     let after = grpo.evaluate(&held_out, 0..held_out.len())?;
     say(&strategy, || format!("held-out accuracy after RL {after:.3}"));
@@ -321,6 +322,12 @@ fn draw(lines: &[Value], picture: &Path) -> Result<()> {
         &Series::with_moving_average("reward", &reward, 10),
     )?;
     Ok(())
+}
+
+fn tell_saved(strategy: &Strategy, saved: Option<SaveReport>) {
+    if let Some(saved) = saved {
+        say(strategy, || format!("saved {} ({} KiB)", saved.tag, saved.bytes / 1024));
+    }
 }
 
 fn say(strategy: &Strategy, line: impl FnOnce() -> String) {

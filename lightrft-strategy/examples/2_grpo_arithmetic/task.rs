@@ -80,6 +80,7 @@ pub(crate) fn settings(seed: u64, ranks: usize, steps: u64) -> StrategyConfig {
         init_kl_coef: 1e-3,
         // About ten in a run, and never every step, so that a resumed run repeats some.
         save_steps: (steps / 10).max(2) as usize,
+        async_save: true,
         max_ckpt_num: 2,
         log_parameters_hash: true,
         ..StrategyConfig::default()

@@ -149,6 +149,9 @@ pub struct StrategyConfig {
     pub kl_estimator: KlEstimator,
     /// Steps between checkpoints; 0 for none.
     pub save_steps: usize,
+    /// Whether a checkpoint is written while the run goes on, which then waits only until it is copied. The copy takes as
+    /// much host memory as the rank's shards with their moments.
+    pub async_save: bool,
     /// Checkpoints kept.
     pub max_ckpt_num: usize,
     /// Bytes of checkpoints kept, in GiB.
@@ -209,6 +212,7 @@ impl Default for StrategyConfig {
             init_kl_coef: 0.01,
             kl_estimator: KlEstimator::K3,
             save_steps: 0,
+            async_save: false,
             max_ckpt_num: 3,
             max_ckpt_mem: 1000.0,
             log_parameters_hash: false,

@@ -24,8 +24,9 @@ use lightrft_engine::{Engine, FinishReason, Level, Version};
 use xxhash_rust::xxh3::Xxh3;
 
 use self::report::Tally;
+use crate::actor_saver::ActorSaver;
 use crate::agree::agree;
-use crate::checkpoint::{Loaded, RunState};
+use crate::checkpoint::{LoadOptions, Loaded, RunState};
 use crate::error::{Error, Result};
 use crate::offload::OffloadTally;
 use crate::prepare::{Actor, Reference};
@@ -92,6 +93,8 @@ pub struct Grpo<'a> {
     engine_is_current: bool,
     /// What was given up around generation in this step.
     offloads: OffloadTally,
+    /// Saves in the background, once there was one.
+    saver: Option<ActorSaver>,
 }
 
 impl fmt::Debug for Grpo<'_> {
@@ -144,6 +147,7 @@ impl<'a> Grpo<'a> {
             version: 0,
             engine_is_current: false,
             offloads,
+            saver: None,
         })
     }
 
@@ -267,23 +271,48 @@ impl<'a> Grpo<'a> {
         }
     }
 
-    /// Saves a checkpoint. *Collective.*
+    /// Saves a checkpoint, durable when this returns. *Collective.*
     ///
     /// # Errors
-    /// As [`Strategy::save_ckpt`].
-    pub fn save(&self, dir: &Path, client: serde_json::Value) -> Result<SaveReport> {
+    /// As [`Strategy::save_ckpt`], and those of a save in the background that was not told of yet.
+    pub fn save(&mut self, dir: &Path, client: serde_json::Value) -> Result<SaveReport> {
+        self.finish_saves()?;
+        // It has the directory to itself.
+        self.saver = None;
         self.strategy.save_ckpt(&self.parts.actor, dir, &self.state(client))
     }
 
     /// Saves a checkpoint when [`save_steps`](crate::StrategyConfig::save_steps) or the end of the run asks for one.
-    /// *Collective.*
+    /// Returns the report of what was saved; with [`async_save`](crate::StrategyConfig::async_save) that is the save
+    /// before, and the one that is due has begun. *Collective.*
     ///
     /// # Errors
-    /// As [`Strategy::save_ckpt`].
-    pub fn save_if_due(&self, dir: &Path, client: serde_json::Value) -> Result<Option<SaveReport>> {
+    /// As [`Strategy::save_ckpt`], or as [`ActorSaver::save`].
+    pub fn save_if_due(&mut self, dir: &Path, client: serde_json::Value) -> Result<Option<SaveReport>> {
         let every = self.strategy.config().save_steps as u64;
         let due = every > 0 && (self.step.is_multiple_of(every) || self.step == self.parts.total_steps);
-        if due { self.save(dir, client).map(Some) } else { Ok(None) }
+        if !due {
+            return Ok(None);
+        }
+        if !self.strategy.config().async_save {
+            return self.save(dir, client).map(Some);
+        }
+        let state = self.state(client);
+        let elsewhere = self.saver.as_ref().is_some_and(|saver| saver.dir() != dir);
+        let before = if elsewhere { self.finish_saves()? } else { None };
+        let saver = match self.saver.take().filter(|_| !elsewhere) {
+            Some(saver) => self.saver.insert(saver),
+            None => self.saver.insert(self.strategy.actor_saver(dir)?),
+        };
+        Ok(saver.save(&self.parts.actor, &state)?.or(before))
+    }
+
+    /// Waits for the save in the background, if there is one, and reports it. *Collective.*
+    ///
+    /// # Errors
+    /// As [`ActorSaver::finish`].
+    pub fn finish_saves(&mut self) -> Result<Option<SaveReport>> {
+        self.saver.as_mut().map_or(Ok(None), ActorSaver::finish)
     }
 
     /// Goes on from the newest whole checkpoint; `None` when there is none. *Collective.*
@@ -294,7 +323,9 @@ impl<'a> Grpo<'a> {
     /// As [`Strategy::load_ckpt`], and [`Error::Resume`] for a checkpoint of a run with another seed or other prompts;
     /// the policy is then as it was.
     pub fn resume(&mut self, dir: &Path) -> Result<Option<Loaded>> {
-        let seed = self.strategy.config().seed;
+        // What is being saved may be what is loaded.
+        self.finish_saves()?;
+        let (seed, world) = (self.strategy.config().seed, self.strategy.world());
         let mut sampler = self.sampler.clone();
         let check = |tag: &str, state: &RunState| {
             let wrong = |what: String| Err(Error::Resume { tag: tag.to_owned(), what });
@@ -315,7 +346,7 @@ impl<'a> Grpo<'a> {
             }
         };
         let Some(mut loaded) =
-            crate::checkpoint::load(self.strategy.world(), &mut self.parts.actor, dir, check)?
+            crate::checkpoint::load(world, &mut self.parts.actor, dir, &LoadOptions::default(), check)?
         else {
             return Ok(None);
         };
