@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::sampler::Tail;
-use crate::{Error, Shuffle};
+use crate::{Error, Groups, Mixture, Shuffle};
 
 /// A position in an epoch, together with everything that fixes the order of the samples.
 ///
@@ -26,6 +26,12 @@ pub struct SamplerState {
     pub consumed: u64,
     /// How many ranks consumed them.
     pub world: usize,
+    /// The groups in which prompts come, if each comes more than once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub groups: Option<Groups>,
+    /// The data sets and their weights, if there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mixture: Option<Mixture>,
 }
 
 /// What [`DistributedSampler::restore`](crate::DistributedSampler::restore) could do.
@@ -35,8 +41,9 @@ pub enum Resume {
     /// The samples that follow are exactly those that had not been consumed. Under another number of ranks, the
     /// padding or the dropped tail at the end of the epoch is the new world's.
     Exact,
-    /// The consumed samples do not fill whole rows of this world (a row is one sample on each rank), so up to this
-    /// many that had been consumed come again. Nothing is left out.
+    /// The consumed samples do not fill whole rows of this world (a row is one sample on each rank), or they end in
+    /// the middle of groups that another number of ranks would deal elsewhere. Up to this many that had been consumed
+    /// come again. Nothing is left out.
     Repeats {
         /// Samples that come a second time in this epoch.
         samples: u64,
@@ -59,6 +66,8 @@ impl SamplerState {
         same("len", self.len, current.len)?;
         same("seed", self.seed, current.seed)?;
         same("shuffle", self.shuffle, current.shuffle)?;
-        same("tail", self.tail, current.tail)
+        same("tail", self.tail, current.tail)?;
+        same("groups", &self.groups, &current.groups)?;
+        same("mixture", &self.mixture, &current.mixture)
     }
 }

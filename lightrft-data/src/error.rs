@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::mixture::MixtureProblem;
 use crate::multimodal::{MediaKind, MediaProblem};
 
 /// Everything this crate refuses to do, and why.
@@ -128,6 +129,9 @@ pub enum Error {
         /// The length that it should have, or the most that is allowed.
         expected: usize,
     },
+    /// Data sets that cannot be mixed.
+    #[error("the mixture cannot be drawn from: {0}")]
+    Mixture(#[from] MixtureProblem),
     /// Images or videos that cannot be matched with their prompts.
     #[error("prompt {prompt}: {kind}: {problem}")]
     Media {

@@ -36,35 +36,49 @@
 //! vectors.
 #![forbid(unsafe_code)]
 
+mod balance;
+mod chairman;
 mod collate;
+mod concat;
 mod cursor;
 mod dataset;
+mod draws;
 mod error;
+mod groups;
 mod jsonl;
 mod keyed;
 mod lines;
 mod loader;
+mod mixture;
 mod mt19937;
 mod multimodal;
+mod partition;
 mod placeholders;
 mod prefetch;
 mod prompt;
 mod sampler;
 mod sequence_parallel;
 mod shuffle;
+mod torch_exact;
 
+pub use balance::{Assignment, BalanceConfig, Cost, balance};
 pub use collate::{PadConfig, Side, TokenBatch, TokenSequence, pad};
+pub use concat::Concat;
 pub use cursor::{Resume, SamplerState};
 pub use dataset::{Dataset, InMemory};
+pub use draws::{Draws, Indices};
 pub use error::{BadLine, Error, LineProblem};
+pub use groups::{Draw, GroupPlacement, Groups};
 pub use jsonl::{BadLines, JsonLines, JsonLinesOptions, Skipped};
 pub use loader::{Batch, DataLoader, LastBatch, LoaderConfig};
+pub use mixture::{Exhausted, Mixture, MixturePart, MixtureProblem};
 pub use multimodal::{
     Media, MediaColumn, MediaKind, MediaProblem, Mode, MultimodalInput, build_multimodal_inputs,
     is_multimodal,
 };
+pub use partition::{Counts, partition};
 pub use prompt::{Keys, Prompt};
-pub use sampler::{DistributedSampler, Indices, SamplerConfig, Tail};
+pub use sampler::{DistributedSampler, SamplerConfig, Tail};
 pub use sequence_parallel::{SequenceSlice, sequence_parallel_slice};
 pub use shuffle::{Permutation, Shuffle};
 

@@ -14,8 +14,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::loader::{Batch, LoaderConfig, batch_of, read};
-use crate::sampler::Indices;
-use crate::{Dataset, Error};
+use crate::{Dataset, Error, Indices};
 
 /// Dropping waits this long for workers that are in the middle of a sample, then leaves them to end by themselves.
 const GRACE: Duration = Duration::from_secs(1);

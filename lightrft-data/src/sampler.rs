@@ -2,15 +2,18 @@
 //!
 //! Positions `0..total` of an epoch are dealt like cards: position `p` goes to rank `p % world`. `total` is the
 //! length rounded to a multiple of the world, up ([`Tail::Pad`]) or down ([`Tail::Drop`]). These are the semantics of
-//! torch's `DistributedSampler`, and with a number of consumed samples those of LightRFT's.
+//! torch's `DistributedSampler`, and with a number of consumed samples those of LightRFT's. What goes beyond them,
+//! several copies of each prompt and several data sets in one epoch, is in `groups.rs` and `mixture.rs`.
 
-use std::iter::FusedIterator;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::cursor::{Resume, SamplerState};
+use crate::draws::{Draws, EpochOrder, Indices};
+use crate::groups::{Deal, Groups};
+use crate::mixture::{MixedOrder, Mixture, MixtureProblem, Schedule};
 use crate::shuffle::{Permutation, Shuffle};
 
 /// What happens to the samples at the end of an epoch that do not fill a row of ranks.
@@ -58,12 +61,13 @@ pub struct SamplerConfig {
 #[derive(Clone, Debug)]
 pub struct DistributedSampler {
     config: SamplerConfig,
-    /// Rows of `world` positions in an epoch, which is the number of samples of each rank.
-    rows: u64,
+    groups: Option<Groups>,
+    mixture: Option<Arc<Schedule>>,
+    deal: Deal,
     epoch: u64,
     consumed: u64,
     /// The epoch's order, made when it is first read: a run that restores a position never pays for epoch 0.
-    order: OnceLock<Permutation>,
+    order: OnceLock<EpochOrder>,
 }
 
 impl DistributedSampler {
@@ -72,18 +76,62 @@ impl DistributedSampler {
     /// # Errors
     /// [`Error::RankOutOfRange`]; [`Error::TooLarge`] where length and padding overflow.
     pub fn new(config: SamplerConfig) -> Result<Self, Error> {
+        Self::with(config, None, None)
+    }
+
+    fn with(
+        config: SamplerConfig,
+        groups: Option<Groups>,
+        mixture: Option<Arc<Schedule>>,
+    ) -> Result<Self, Error> {
         let SamplerConfig { len, rank, world, tail, .. } = config;
         if rank >= world {
             return Err(Error::RankOutOfRange { rank, world });
         }
-        let rows = match tail {
-            Tail::Pad => len.div_ceil(world),
-            Tail::Drop => len / world,
-        };
-        if rows.checked_mul(world).is_none() {
-            return Err(Error::TooLarge { what: "the padded length", len, needed: usize::MAX });
+        let positions = mixture.as_ref().map_or(len, |mixture| mixture.positions);
+        let deal = Deal::new(positions, world, groups, tail)?;
+        Ok(Self { config, groups, mixture, deal, epoch: 0, consumed: 0, order: OnceLock::new() })
+    }
+
+    /// Draws every prompt several times; see [`Groups`]. Stands at the beginning of epoch 0.
+    ///
+    /// Everything that this sampler counts (samples, rows, what is consumed) then counts each copy.
+    ///
+    /// ```
+    /// use lightrft_data::{DistributedSampler, GroupPlacement, Groups, SamplerConfig, Shuffle, Tail};
+    ///
+    /// let rank_0_of_2 = SamplerConfig {
+    ///     len: 4, rank: 0, world: 2, seed: 0, shuffle: Shuffle::InOrder, tail: Tail::Drop,
+    /// };
+    /// let sampler = DistributedSampler::new(rank_0_of_2)?
+    ///     .in_groups(Groups { size: 3, placement: GroupPlacement::OneRank })?;
+    /// assert_eq!(sampler.indices()?.collect::<Vec<_>>(), [0, 0, 0, 2, 2, 2]);
+    /// # Ok::<_, lightrft_data::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for groups of 0; [`Error::TooLarge`] where the copies cannot be counted.
+    pub fn in_groups(self, groups: Groups) -> Result<Self, Error> {
+        if groups.size == 0 {
+            return Err(Error::Setting { setting: "group size", value: 0, expected: "at least 1" });
         }
-        Ok(Self { config, rows: rows as u64, epoch: 0, consumed: 0, order: OnceLock::new() })
+        // Groups of one are none, wherever they lie: a position saved without them fits.
+        Self::with(self.config, (groups.size > 1).then_some(groups), self.mixture)
+    }
+
+    /// Draws from several data sets in given proportions; see [`Mixture`]. Stands at the beginning of epoch 0.
+    ///
+    /// `len` of this sampler's configuration is the number of samples of all of them together.
+    ///
+    /// # Errors
+    /// [`Error::Mixture`] for parts that cannot be mixed, that are not `len` samples together, or under
+    /// [`Shuffle::TorchExact`]; [`Error::TooLarge`] where the padded epoch cannot be counted.
+    pub fn mixing(self, mixture: Mixture) -> Result<Self, Error> {
+        if self.config.shuffle == Shuffle::TorchExact {
+            return Err(MixtureProblem::TorchExact.into());
+        }
+        let schedule = Schedule::new(mixture, self.config.len)?;
+        Self::with(self.config, self.groups, Some(Arc::new(schedule)))
     }
 
     /// What the sampler was made from.
@@ -101,19 +149,24 @@ impl DistributedSampler {
         self.consumed
     }
 
+    /// The groups in which prompts come, if each comes more than once.
+    pub fn groups(&self) -> Option<Groups> {
+        self.groups
+    }
+
     /// Samples of each rank in a whole epoch (torch's `num_samples`).
     pub fn per_rank(&self) -> u64 {
-        self.rows
+        self.deal.rows
     }
 
     /// Samples of all ranks in a whole epoch, with padding or without the dropped tail (torch's `total_size`).
     pub fn total(&self) -> u64 {
-        self.rows * self.config.world as u64
+        self.deal.rows * self.config.world as u64
     }
 
     /// Samples that this rank has yet to see in this epoch.
     pub fn remaining(&self) -> u64 {
-        self.rows - self.first_row()
+        self.deal.rows - self.first_row()
     }
 
     /// Whole rows consumed. Samples of a row that was begun are seen again: no rank can know which ranks saw theirs.
@@ -130,7 +183,7 @@ impl DistributedSampler {
     /// it was.
     pub fn set_epoch(&mut self, epoch: u64, consumed: u64) -> Result<(), Error> {
         let world = self.config.world;
-        if consumed / world as u64 > self.rows {
+        if consumed / world as u64 > self.deal.rows {
             return Err(Error::ConsumedBeyondEpoch { epoch, consumed, total: self.total(), world });
         }
         if epoch != self.epoch {
@@ -155,13 +208,21 @@ impl DistributedSampler {
     /// # Errors
     /// [`Error::TooLarge`] where the order's table cannot be allocated.
     pub fn indices(&self) -> Result<Indices, Error> {
-        Ok(Indices {
-            order: self.order()?,
-            row: self.first_row(),
-            rows: self.rows,
-            rank: self.config.rank as u64,
-            world: self.config.world as u64,
-        })
+        Ok(Indices { draws: self.draws()? })
+    }
+
+    /// As [`indices`](Self::indices), with the group and the copy of each sample.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn draws(&self) -> Result<Draws, Error> {
+        self.draws_of(self.config.rank)
+    }
+
+    /// The draws of any rank: what the others do now needs no message from them.
+    pub(crate) fn draws_of(&self, rank: usize) -> Result<Draws, Error> {
+        let positions = self.mixture.as_ref().map_or(self.config.len, |mixture| mixture.positions);
+        Ok(Draws::new(self.order()?, self.deal.clone(), positions, self.first_row(), rank))
     }
 
     /// This rank's next samples, at most `per_rank` of them, and moves past them. Empty at the end of the epoch.
@@ -176,12 +237,15 @@ impl DistributedSampler {
         Ok(taken)
     }
 
-    fn order(&self) -> Result<Permutation, Error> {
+    fn order(&self) -> Result<EpochOrder, Error> {
         if let Some(order) = self.order.get() {
             return Ok(order.clone());
         }
         let SamplerConfig { len, seed, shuffle, .. } = self.config;
-        let order = Permutation::new(shuffle, len, seed, self.epoch)?;
+        let order = match &self.mixture {
+            None => EpochOrder::One(Permutation::new(shuffle, len, seed, self.epoch)?),
+            Some(schedule) => EpochOrder::Mixed(MixedOrder::new(schedule, shuffle, seed, self.epoch)?),
+        };
         // If another thread was faster its order is the same one; only the work was done twice.
         Ok(self.order.get_or_init(|| order).clone())
     }
@@ -196,6 +260,8 @@ impl DistributedSampler {
             epoch: self.epoch,
             consumed: self.consumed,
             world: self.config.world,
+            groups: self.groups,
+            mixture: self.mixture.as_ref().map(|schedule| schedule.mixture.clone()),
         }
     }
 
@@ -207,57 +273,24 @@ impl DistributedSampler {
     pub fn restore(&mut self, state: &SamplerState) -> Result<Resume, Error> {
         state.check_same_order(&self.state())?;
         // The state must have been possible in its own world before it is carried over into this one.
-        let mut saved = Self::new(SamplerConfig { rank: 0, world: state.world, ..self.config.clone() })?;
+        let config = SamplerConfig { rank: 0, world: state.world, ..self.config.clone() };
+        let mut saved = Self::with(config, self.groups, self.mixture.clone())?;
         saved.set_epoch(state.epoch, state.consumed)?;
-        if saved.remaining() == 0 && self.config.tail == Tail::Pad {
-            // Every sample was seen, some as padding: the epoch is over in any world.
+        // Whole rows only: which ranks had seen their sample of a half-consumed row, nobody knows.
+        let rows = saved.first_row();
+        let positions = self.mixture.as_ref().map_or(self.config.len, |mixture| mixture.positions);
+        let all_seen = saved.deal.whole_groups(rows) >= positions as u64;
+        if self.config.tail == Tail::Pad && all_seen && state.world != self.config.world {
+            // Every sample was seen, some as padding: the epoch is over in any other world.
             self.set_epoch(state.epoch, self.total())?;
             return Ok(Resume::Exact);
         }
-        // Whole rows only: which ranks had seen their sample of a half-consumed row, nobody knows.
-        self.set_epoch(state.epoch, saved.first_row() * state.world as u64)?;
-        let begins_at = self.first_row() * self.config.world as u64;
-        Ok(match state.consumed - begins_at {
+        let begins_at = self.deal.row_after(&saved.deal, rows) * self.config.world as u64;
+        self.set_epoch(state.epoch, begins_at)?;
+        // What this world drops at the end does not come again either.
+        Ok(match state.consumed.min(self.total()).saturating_sub(begins_at) {
             0 => Resume::Exact,
             samples => Resume::Repeats { samples },
         })
     }
 }
-
-/// This rank's samples up to the end of an epoch, made by [`DistributedSampler::indices`]. Skipping costs nothing.
-#[derive(Clone, Debug)]
-pub struct Indices {
-    order: Permutation,
-    row: u64,
-    rows: u64,
-    rank: u64,
-    world: u64,
-}
-
-impl Iterator for Indices {
-    type Item = usize;
-
-    fn next(&mut self) -> Option<usize> {
-        if self.row >= self.rows {
-            return None;
-        }
-        // Positions from `len` on are padding: the order begins again. They are below the padded length, which
-        // `new` has shown to fit a usize.
-        let position = (self.row * self.world + self.rank) as usize;
-        self.row += 1;
-        self.order.at(position % self.order.len())
-    }
-
-    fn nth(&mut self, n: usize) -> Option<usize> {
-        self.row = self.row.saturating_add(n as u64).min(self.rows);
-        self.next()
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        let left = (self.rows - self.row) as usize;
-        (left, Some(left))
-    }
-}
-
-impl ExactSizeIterator for Indices {}
-impl FusedIterator for Indices {}

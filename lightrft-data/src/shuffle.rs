@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::keyed::KeyedPermutation;
-use crate::mt19937::Mt19937;
+use crate::torch_exact::{self, Table};
 
 /// How the samples of an epoch are put in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -44,8 +44,8 @@ pub struct Permutation {
 #[derive(Clone, Debug)]
 enum Order {
     Identity,
-    Narrow(Arc<Vec<u32>>),
-    Wide(Arc<Vec<u64>>),
+    Narrow(Arc<Table<u32>>),
+    Wide(Arc<Table<u64>>),
     Keyed(Arc<KeyedPermutation>),
 }
 
@@ -81,11 +81,19 @@ impl Permutation {
         }
         Some(match &self.order {
             Order::Identity => position,
-            Order::Narrow(table) => table[position] as usize,
+            Order::Narrow(table) => table.as_slice()[position] as usize,
             // Both are below `len`, which is a usize: the casts lose nothing.
-            Order::Wide(table) => table[position] as usize,
+            Order::Wide(table) => table.as_slice()[position] as usize,
             Order::Keyed(keyed) => keyed.at(position as u64) as usize,
         })
+    }
+
+    /// The network, where there is one.
+    pub(crate) fn keyed(&self) -> Option<&KeyedPermutation> {
+        match &self.order {
+            Order::Keyed(keyed) => Some(keyed),
+            _ => None,
+        }
     }
 
     /// The samples in the order of the epoch.
@@ -94,38 +102,9 @@ impl Permutation {
     }
 }
 
-/// From this length on torch draws 64 bits a step and builds the order inside out: (2^32 - 1) / 20, the length up to
-/// which it takes the bias of `u32 % n` for harmless.
-const WIDE_DRAWS_FROM: usize = 214_748_364;
-
 fn torch_order(len: usize, seed: u32) -> Result<Order, Error> {
     Ok(match u32::try_from(len) {
-        Ok(_) => Order::Narrow(torch_table::<u32>(len, seed, |index| index as u32)?),
-        Err(_) => Order::Wide(torch_table::<u64>(len, seed, |index| index as u64)?),
+        Ok(_) => Order::Narrow(Arc::new(torch_exact::table(len, seed, |index| index as u32)?)),
+        Err(_) => Order::Wide(Arc::new(torch_exact::table(len, seed, |index| index as u64)?)),
     })
-}
-
-/// `narrow` turns an index into the table's element; every index is below `len`, for which the element was chosen.
-fn torch_table<T: Copy>(len: usize, seed: u32, narrow: impl Fn(usize) -> T) -> Result<Arc<Vec<T>>, Error> {
-    let mut table: Vec<T> = Vec::new();
-    table.try_reserve_exact(len).map_err(|_| Error::TooLarge {
-        what: "the table of a torch-exact order",
-        len,
-        needed: len.saturating_mul(size_of::<T>()),
-    })?;
-    table.extend((0..len).map(narrow));
-    let mut generator = Mt19937::new(seed);
-    if len < WIDE_DRAWS_FROM {
-        for i in 0..len.saturating_sub(1) {
-            let other = i + generator.next_u32() as usize % (len - i);
-            table.swap(i, other);
-        }
-    } else {
-        for i in 0..len {
-            // The remainder is at most `i`, so it fits a usize.
-            let other = (generator.next_u64() % (i as u64 + 1)) as usize;
-            table.swap(i, other);
-        }
-    }
-    Ok(Arc::new(table))
 }

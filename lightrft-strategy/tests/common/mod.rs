@@ -97,6 +97,8 @@ pub(crate) fn run_state(step: u64) -> RunState {
             epoch: 2,
             consumed: 48,
             world: 2,
+            groups: None,
+            mixture: None,
         },
         client: serde_json::json!({ "accuracy_before": 0.1 }),
     }
