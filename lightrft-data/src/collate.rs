@@ -7,7 +7,8 @@ use crate::Error;
 pub struct TokenSequence {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// 1 where the loss counts the token, 0 where not; as long as `ids`.
+    /// 1 where the loss counts the token, 0 where not; as long as `ids`. What is counted is how well the tokens before
+    /// it predict it, so the first one never counts, whatever stands here.
     pub loss_mask: Vec<u8>,
 }
 
@@ -23,6 +24,26 @@ impl TokenSequence {
     pub fn from_prompt(prompt: &[u32]) -> Self {
         Self::from_prompt_and_response(prompt, &[])
     }
+}
+
+/// The label of a token that the loss does not count, as Hugging Face's and torch's losses know it.
+pub(crate) const IGNORED: i64 = -100;
+
+/// Refuses a row whose mask does not fit, or holds anything but 0 and 1.
+pub(crate) fn check_row(row: usize, sequence: &TokenSequence) -> Result<(), Error> {
+    let (got, expected) = (sequence.loss_mask.len(), sequence.ids.len());
+    if got != expected {
+        return Err(Error::Length { row, what: "the loss mask", got, expected });
+    }
+    match sequence.loss_mask.iter().position(|&mask| mask > 1) {
+        Some(token) => Err(Error::Mask { row, token, found: sequence.loss_mask[token] }),
+        None => Ok(()),
+    }
+}
+
+/// The loss mask of a row, without its first token, which nothing predicts.
+pub(crate) fn counted(sequence: &TokenSequence) -> impl Iterator<Item = u8> + '_ {
+    sequence.loss_mask.iter().enumerate().map(|(token, &mask)| if token == 0 { 0 } else { mask })
 }
 
 /// On which side a row is filled up.
@@ -70,12 +91,20 @@ pub struct TokenBatch {
     pub ids: Vec<u32>,
     /// 1 on tokens, 0 on padding, `rows * width`.
     pub attention_mask: Vec<u8>,
-    /// 1 where the loss counts the token, `rows * width`; 0 on padding.
+    /// 1 where the loss counts the token, `rows * width`; 0 on padding and on the first token of a row.
     pub loss_mask: Vec<u8>,
     /// Each token's place in its own sequence, from 0, whatever the side; 0 on padding. `rows * width`.
     pub position_ids: Vec<u32>,
     /// Tokens of each row without padding, `rows`.
     pub lengths: Vec<usize>,
+}
+
+impl TokenBatch {
+    /// The ids where the loss counts them and -100 elsewhere, not shifted: the `labels` of Hugging Face's models.
+    pub fn labels(&self) -> Vec<i64> {
+        let label = |(&id, &mask): (&u32, &u8)| if mask == 1 { i64::from(id) } else { IGNORED };
+        self.ids.iter().zip(&self.loss_mask).map(label).collect()
+    }
 }
 
 /// Pads rows to one width.
@@ -96,15 +125,13 @@ pub struct TokenBatch {
 ///
 /// # Errors
 /// [`Error::Length`] with the row, where a mask is not as long as its tokens or a row is longer than `max_len`;
-/// [`Error::Setting`] for `multiple_of` 0, or one that asks for more columns than a number can count.
+/// [`Error::Mask`] for a mask of anything but 0 and 1; [`Error::Setting`] for `multiple_of` 0, or one that asks for more columns than a number can count.
 pub fn pad(rows: &[TokenSequence], config: &PadConfig) -> Result<TokenBatch, Error> {
     for (row, sequence) in rows.iter().enumerate() {
-        let (got, expected) = (sequence.loss_mask.len(), sequence.ids.len());
-        if got != expected {
-            return Err(Error::Length { row, what: "the loss mask", got, expected });
-        }
-        if expected > config.max_len {
-            return Err(Error::Length { row, what: "the sequence", got: expected, expected: config.max_len });
+        check_row(row, sequence)?;
+        let (got, expected) = (sequence.ids.len(), config.max_len);
+        if got > expected {
+            return Err(Error::Length { row, what: "the sequence", got, expected });
         }
     }
     let bad_multiple =
@@ -141,7 +168,9 @@ pub fn pad(rows: &[TokenSequence], config: &PadConfig) -> Result<TokenBatch, Err
         let place = start..start + len;
         batch.ids[place.clone()].copy_from_slice(&sequence.ids);
         batch.attention_mask[place.clone()].fill(1);
-        batch.loss_mask[place.clone()].copy_from_slice(&sequence.loss_mask);
+        for (place, mask) in batch.loss_mask[place.clone()].iter_mut().zip(counted(sequence)) {
+            *place = mask;
+        }
         for (position, id) in (0u32..).zip(&mut batch.position_ids[place]) {
             *id = position;
         }

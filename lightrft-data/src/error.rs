@@ -129,6 +129,16 @@ pub enum Error {
         /// The length that it should have, or the most that is allowed.
         expected: usize,
     },
+    /// A loss mask that says neither yes nor no.
+    #[error("row {row}: the loss mask holds {found} at token {token}, expected 0 or 1")]
+    Mask {
+        /// The row of the batch.
+        row: usize,
+        /// The token's place in the row.
+        token: usize,
+        /// What the mask holds.
+        found: u8,
+    },
     /// Data sets that cannot be mixed.
     #[error("the mixture cannot be drawn from: {0}")]
     Mixture(#[from] MixtureProblem),

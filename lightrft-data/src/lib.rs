@@ -52,6 +52,7 @@ mod loader;
 mod mixture;
 mod mt19937;
 mod multimodal;
+mod pack;
 mod partition;
 mod placeholders;
 mod prefetch;
@@ -76,6 +77,7 @@ pub use multimodal::{
     Media, MediaColumn, MediaKind, MediaProblem, Mode, MultimodalInput, build_multimodal_inputs,
     is_multimodal,
 };
+pub use pack::{PackConfig, PackedBatch, pack};
 pub use partition::{Counts, partition};
 pub use prompt::{Keys, Prompt};
 pub use sampler::{DistributedSampler, SamplerConfig, Tail};
