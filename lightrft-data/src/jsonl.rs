@@ -1,12 +1,15 @@
 //! JSON Lines files: checked and indexed when opened, read at random by position.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::thread;
 
-use crate::error::{BadLine, LineProblem};
-use crate::lines::{LineIndex, LineReader};
+use crate::error::BadLine;
+use crate::lines::LineIndex;
+use crate::positioned::PositionedFile;
 use crate::prompt::{Keys, Prompt};
+use crate::scan::{Scan, Scanned};
 use crate::{Dataset, Error};
 
 /// What happens to lines that are not samples.
@@ -33,12 +36,15 @@ pub struct JsonLinesOptions {
     /// Longest line that is read, in bytes without its end. A file that is not JSON Lines at all may be one line of
     /// gigabytes; this is what keeps it out of memory.
     pub max_line_bytes: usize,
+    /// Threads that read a large file when it is opened, at least 1. What is found does not depend on them.
+    pub threads: usize,
 }
 
 impl Default for JsonLinesOptions {
-    /// Keys `prompt` and `label`, no bad line, lines of at most 64 MiB.
+    /// Keys `prompt` and `label`, no bad line, lines of at most 64 MiB, a thread for each core but no more than 8.
     fn default() -> Self {
-        Self { keys: Keys::default(), bad_lines: BadLines::default(), max_line_bytes: 64 << 20 }
+        let threads = thread::available_parallelism().map_or(1, |cores| cores.get().min(8));
+        Self { keys: Keys::default(), bad_lines: BadLines::default(), max_line_bytes: 64 << 20, threads }
     }
 }
 
@@ -56,13 +62,14 @@ impl Skipped {
     pub const KEPT: usize = 20;
 }
 
-/// Files up to this size are read once and kept; larger ones are read line by line, by position.
+/// Files up to this size are read once and kept; larger ones are read line by line, by position. They are not mapped
+/// into memory: a file that somebody cuts short would then end the process, and not with an error that says so.
 const KEPT_IN_MEMORY: u64 = 16 << 20;
 
 /// A JSON Lines file of prompts: one object a line.
 ///
 /// Blank lines are passed over (they count in line numbers), a byte-order mark and `\r\n` are accepted. The index costs
-/// 8 bytes a line. The file must not change while it is open.
+/// 8 bytes a line. Large files are indexed and checked by several threads. The file must not change while it is open.
 ///
 /// ```
 /// use lightrft_data::{Dataset, JsonLines, JsonLinesOptions};
@@ -104,16 +111,17 @@ impl JsonLines {
         };
         let mut file = File::open(&path).map_err(io("open"))?;
         let size = file.metadata().map_err(io("open"))?.len();
-        let mut index = LineIndex::default();
-        let mut skipped = Skipped::default();
-        let bytes = if size <= KEPT_IN_MEMORY {
+        if options.threads == 0 {
+            return Err(Error::Setting { setting: "threads", value: 0, expected: "at least 1" });
+        }
+        let scan = Scan { path: &path, options: &options };
+        let (Scanned { index, skipped, .. }, bytes) = if size <= KEPT_IN_MEMORY {
             let mut whole = Vec::new();
             file.read_to_end(&mut whole).map_err(io("read"))?;
-            scan(&path, whole.as_slice(), &options, &mut index, &mut skipped)?;
-            Bytes::Memory(whole)
+            (scan.stream(whole.as_slice())?, Bytes::Memory(whole))
         } else {
-            scan(&path, &file, &options, &mut index, &mut skipped)?;
-            Bytes::File(PositionedFile::new(file))
+            let file = PositionedFile::new(file);
+            (scan.file(&file, size)?, Bytes::File(file))
         };
         if index.len() == 0 {
             return Err(Error::NoSamples { path, bad_lines: skipped.count });
@@ -178,77 +186,5 @@ impl Dataset for JsonLines {
             Some(line) => format!("{}:{line}", self.path.display()),
             None => format!("sample {index} of {}", self.path.display()),
         }
-    }
-}
-
-/// Fills the index from a stream of bytes, one pass, holding one line at a time.
-fn scan(
-    path: &Path,
-    bytes: impl Read,
-    options: &JsonLinesOptions,
-    index: &mut LineIndex,
-    skipped: &mut Skipped,
-) -> Result<(), Error> {
-    let mut reader = LineReader::new(bytes, options.max_line_bytes);
-    loop {
-        let line = match reader.next_line() {
-            Ok(Some(line)) => line,
-            Ok(None) => return Ok(()),
-            Err(source) => return Err(Error::Io { action: "read", path: path.to_owned(), source }),
-        };
-        let problem = match line.bytes {
-            None => Some(LineProblem::TooLong { limit: options.max_line_bytes }),
-            Some(text) if text.trim_ascii().is_empty() => continue,
-            Some(_) if options.bad_lines == BadLines::RefuseOnRead => None,
-            Some(text) => Prompt::parse(text, &options.keys).err(),
-        };
-        match problem {
-            None => index.push(line.number, line.range),
-            Some(problem) => {
-                let bad = BadLine { path: path.to_owned(), line: line.number, problem };
-                if options.bad_lines != BadLines::Skip {
-                    return Err(bad.into());
-                }
-                skipped.count += 1;
-                if skipped.first.len() < Skipped::KEPT {
-                    skipped.first.push(bad);
-                }
-            }
-        }
-    }
-}
-
-/// A file that several threads read at once, each where it wants.
-#[derive(Debug)]
-struct PositionedFile {
-    #[cfg(unix)]
-    file: File,
-    /// Without positioned reads the threads take turns with the one file position.
-    #[cfg(not(unix))]
-    file: std::sync::Mutex<File>,
-}
-
-#[cfg(unix)]
-impl PositionedFile {
-    fn new(file: File) -> Self {
-        Self { file }
-    }
-
-    fn read_exact_at(&self, bytes: &mut [u8], start: u64) -> io::Result<()> {
-        std::os::unix::fs::FileExt::read_exact_at(&self.file, bytes, start)
-    }
-}
-
-#[cfg(not(unix))]
-impl PositionedFile {
-    fn new(file: File) -> Self {
-        Self { file: std::sync::Mutex::new(file) }
-    }
-
-    fn read_exact_at(&self, bytes: &mut [u8], start: u64) -> io::Result<()> {
-        use std::io::{Seek, SeekFrom};
-        let mut file = self.file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        file.seek(SeekFrom::Start(start))?;
-        file.read_exact(bytes)
     }
 }

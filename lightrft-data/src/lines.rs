@@ -30,57 +30,66 @@ const CHUNK_BYTES: usize = 256 << 10;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 impl<R: Read> LineReader<R> {
-    pub(crate) fn new(source: R, max_line_bytes: usize) -> Self {
+    /// Reads a stream whose first byte lies at `offset` of the file and begins a line, which is counted as the first.
+    pub(crate) fn new(source: R, offset: u64, max_line_bytes: usize) -> Self {
         Self {
             source,
             chunk: vec![0; CHUNK_BYTES],
             unread: 0..0,
             line: Vec::new(),
             max_line_bytes,
-            offset: 0,
+            offset,
             number: 0,
         }
     }
 
+    /// Lines that were read so far.
+    pub(crate) fn lines(&self) -> u64 {
+        self.number
+    }
+
     pub(crate) fn next_line(&mut self) -> io::Result<Option<Line<'_>>> {
         self.line.clear();
-        let start = self.offset;
-        let mut line_bytes = 0u64;
-        let mut ended = false;
-        while !ended {
-            if self.unread.is_empty() {
-                let read = self.fill()?;
-                if read == 0 {
-                    break;
-                }
+        let mut earlier_bytes = 0u64;
+        let (last, ended) = loop {
+            if self.unread.is_empty() && self.fill()? == 0 {
+                break (0..0, false);
             }
             let rest = &self.chunk[self.unread.clone()];
-            let piece = match rest.iter().position(|&byte| byte == b'\n') {
-                Some(end) => {
-                    ended = true;
-                    &rest[..end]
-                }
-                None => rest,
-            };
-            line_bytes += piece.len() as u64;
-            // A line beyond the limit is measured to its end but no longer kept.
-            if line_bytes <= self.max_line_bytes as u64 {
-                self.line.extend_from_slice(piece);
+            if let Some(len) = memchr::memchr(b'\n', rest) {
+                let begin = self.unread.start;
+                self.unread.start += len + 1;
+                break (begin..begin + len, true);
             }
-            self.unread.start += piece.len() + usize::from(ended);
-        }
+            // A line beyond the limit is measured to its end but no longer kept.
+            earlier_bytes += rest.len() as u64;
+            if earlier_bytes <= self.max_line_bytes as u64 {
+                self.line.extend_from_slice(rest);
+            }
+            self.unread.start = self.unread.end;
+        };
+        let line_bytes = earlier_bytes + last.len() as u64;
         if !ended && line_bytes == 0 {
             return Ok(None);
         }
-        self.offset = start + line_bytes + u64::from(ended);
+        let start = self.offset;
+        self.offset += line_bytes + u64::from(ended);
         self.number += 1;
-        let marked = self.number == 1 && self.line.starts_with(BYTE_ORDER_MARK);
-        let skip = if marked { BYTE_ORDER_MARK.len() } else { 0 };
-        Ok(Some(Line {
-            number: self.number,
-            range: start + skip as u64..start + line_bytes,
-            bytes: (line_bytes <= self.max_line_bytes as u64).then(|| &self.line[skip..]),
-        }))
+        let mut range = start..start + line_bytes;
+        if line_bytes > self.max_line_bytes as u64 {
+            return Ok(Some(Line { number: self.number, range, bytes: None }));
+        }
+        // Nearly every line lies in one chunk and need not be copied.
+        let mut bytes = &self.chunk[last];
+        if earlier_bytes > 0 {
+            self.line.extend_from_slice(bytes);
+            bytes = &self.line;
+        }
+        if start == 0 {
+            bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
+            range.start = range.end - bytes.len() as u64;
+        }
+        Ok(Some(Line { number: self.number, range, bytes: Some(bytes) }))
     }
 
     fn fill(&mut self) -> io::Result<usize> {
@@ -126,6 +135,14 @@ impl LineIndex {
         }
     }
 
+    /// Adds the lines of the part of the file that follows, before which `lines` lines lie.
+    pub(crate) fn append(&mut self, mut next: LineIndex, lines: u64) {
+        let before = self.starts.len();
+        self.starts.append(&mut next.starts);
+        let moved = |run: Run| Run { first: run.first + before, line: run.line + lines, end: run.end };
+        self.runs.extend(next.runs.into_iter().map(moved));
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.starts.len()
     }
@@ -159,7 +176,7 @@ mod tests {
     use super::{LineIndex, LineReader};
 
     fn split(bytes: &[u8], limit: usize) -> Vec<(u64, u64, u64, Option<Vec<u8>>)> {
-        let mut reader = LineReader::new(bytes, limit);
+        let mut reader = LineReader::new(bytes, 0, limit);
         let mut lines = Vec::new();
         while let Some(line) = reader.next_line().expect("a slice never fails") {
             lines.push((line.number, line.range.start, line.range.end, line.bytes.map(<[u8]>::to_vec)));

@@ -9,8 +9,12 @@ use crate::steps::command_line;
 use crate::workspace::Workspace;
 
 /// What can be measured, and the package whose bench of that name measures it.
-const BENCHES: [(&str, &str); 3] =
-    [("ckpt", "lightrft-ckpt"), ("collectives", "lightrft-collectives"), ("sharding", "lightrft-sharding")];
+const BENCHES: [(&str, &str); 4] = [
+    ("ckpt", "lightrft-ckpt"),
+    ("collectives", "lightrft-collectives"),
+    ("data", "lightrft-data"),
+    ("sharding", "lightrft-sharding"),
+];
 
 /// Runs the bench named by the first argument; the rest are its own. Its exit code is ours.
 pub(crate) fn run(workspace: &Workspace, args: &[OsString]) -> ExitCode {
