@@ -37,6 +37,7 @@
 #![forbid(unsafe_code)]
 
 mod balance;
+mod batches;
 mod chairman;
 mod collate;
 mod concat;
@@ -65,6 +66,7 @@ mod shuffle;
 mod torch_exact;
 
 pub use balance::{Assignment, BalanceConfig, Cost, balance};
+pub use batches::{BatchConfig, BatchPlan, BatchSampler, LastBatch, MicroBatch};
 pub use collate::{PadConfig, Side, TokenBatch, TokenSequence, pad};
 pub use concat::Concat;
 pub use cursor::{Resume, SamplerState};
@@ -73,7 +75,7 @@ pub use draws::{Draws, Indices};
 pub use error::{BadLine, Error, LineProblem};
 pub use groups::{Draw, GroupPlacement, Groups};
 pub use jsonl::{BadLines, JsonLines, JsonLinesOptions, Skipped};
-pub use loader::{Batch, DataLoader, LastBatch, LoaderConfig};
+pub use loader::{Batch, DataLoader, LoaderConfig};
 pub use mixture::{Exhausted, Mixture, MixturePart, MixtureProblem};
 pub use multimodal::{
     Media, MediaColumn, MediaKind, MediaProblem, Mode, MultimodalInput, build_multimodal_inputs,

@@ -4,19 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::batches::{BatchConfig, BatchPlan, BatchSampler, LastBatch, MicroBatch};
 use crate::cursor::{Resume, SamplerState};
 use crate::prefetch::Prefetch;
 use crate::{Dataset, DistributedSampler, Error};
-
-/// What happens to the samples at the end of an epoch that do not fill a batch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LastBatch {
-    /// They come as a smaller batch, equally small on every rank.
-    #[default]
-    Keep,
-    /// They are left out of this epoch.
-    Drop,
-}
 
 /// How a [`DataLoader`] works.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +16,8 @@ pub struct LoaderConfig {
     pub batch_size: usize,
     /// What happens to the samples that do not fill the last batch.
     pub last_batch: LastBatch,
+    /// How a batch is divided into passes; see [`Batch::passes`].
+    pub micro_batch: MicroBatch,
     /// Threads that read samples; with none, a batch is read when it is asked for.
     pub workers: usize,
     /// Batches in memory or being read ahead of the one asked for, at least 1 where there are workers. No more than
@@ -40,6 +33,7 @@ impl LoaderConfig {
         Self {
             batch_size,
             last_batch: LastBatch::default(),
+            micro_batch: MicroBatch::default(),
             workers: 0,
             prefetch_batches: 2,
             deadline: Duration::from_secs(300),
@@ -56,6 +50,35 @@ pub struct Batch<T> {
     pub indices: Vec<usize>,
     /// The samples, in the order of `indices`.
     pub samples: Vec<T>,
+    /// For each sample the prompt of the epoch that it is a copy of: under [`Groups`](crate::Groups) the copies share
+    /// this number, otherwise no two samples do.
+    pub groups: Vec<u64>,
+    /// Samples of each pass, in order; equally many passes on every rank.
+    pub micro_batches: Vec<usize>,
+}
+
+impl<T> Batch<T> {
+    /// The plan's samples, which were read in its order.
+    pub(crate) fn new(plan: &BatchPlan, samples: Vec<T>) -> Self {
+        let draws = || plan.micro_batches.iter().flatten();
+        Self {
+            epoch: plan.epoch,
+            indices: draws().map(|draw| draw.index).collect(),
+            samples,
+            groups: draws().map(|draw| draw.group).collect(),
+            micro_batches: plan.micro_batches.iter().map(Vec::len).collect(),
+        }
+    }
+
+    /// The samples of each pass.
+    pub fn passes(&self) -> impl Iterator<Item = &[T]> {
+        let mut rest = self.samples.as_slice();
+        self.micro_batches.iter().map(move |&len| {
+            let (pass, after) = rest.split_at(len.min(rest.len()));
+            rest = after;
+            pass
+        })
+    }
 }
 
 /// Batches over a data set and a sampler.
@@ -84,7 +107,7 @@ pub struct Batch<T> {
 /// ```
 pub struct DataLoader<D: Dataset> {
     dataset: Arc<D>,
-    sampler: DistributedSampler,
+    batches: BatchSampler,
     config: LoaderConfig,
     ahead: Option<Prefetch<D>>,
 }
@@ -93,22 +116,20 @@ impl<D: Dataset + 'static> DataLoader<D> {
     /// Begins where the sampler stands.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a batch size of 0, for workers without room to read ahead, or for a sampler that was
-    /// made for another length.
+    /// [`Error::Setting`] for workers without room to read ahead, or for a sampler that was made for another length; what
+    /// [`BatchSampler::new`] refuses.
     pub fn new(dataset: D, sampler: DistributedSampler, config: LoaderConfig) -> Result<Self, Error> {
-        let positive = |setting, value: usize| match value {
-            0 => Err(Error::Setting { setting, value, expected: "at least 1" }),
-            _ => Ok(()),
-        };
-        positive("batch_size", config.batch_size)?;
-        if config.workers > 0 {
-            positive("prefetch_batches", config.prefetch_batches)?;
+        if config.workers > 0 && config.prefetch_batches == 0 {
+            return Err(Error::Setting { setting: "prefetch_batches", value: 0, expected: "at least 1" });
         }
         if sampler.config().len != dataset.len() {
             let expected = "the length of the data set";
             return Err(Error::Setting { setting: "sampler len", value: sampler.config().len, expected });
         }
-        Ok(Self { dataset: Arc::new(dataset), sampler, config, ahead: None })
+        let LoaderConfig { batch_size, last_batch, ref micro_batch, .. } = config;
+        let of_batches = BatchConfig { batch_size, last_batch, micro_batch: micro_batch.clone() };
+        let batches = BatchSampler::new(sampler, of_batches)?;
+        Ok(Self { dataset: Arc::new(dataset), batches, config, ahead: None })
     }
 
     /// The next batch of this epoch, `None` at its end.
@@ -123,19 +144,18 @@ impl<D: Dataset + 'static> DataLoader<D> {
             self.ahead = None;
         }
         let batch = result?;
-        if let Some(batch) = &batch {
-            self.sampler.advance(batch.indices.len() as u64)?;
+        if batch.is_some() {
+            self.batches.skip_batch()?;
         }
         Ok(batch)
     }
 
     fn read_here(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
-        let indices = batch_of(&mut self.sampler.indices()?, &self.config);
-        if indices.is_empty() {
-            return Ok(None);
-        }
-        let samples = indices.iter().map(|&i| read(&*self.dataset, i)).collect::<Result<_, _>>()?;
-        Ok(Some(Batch { epoch: self.sampler.epoch(), indices, samples }))
+        // A copy looks ahead: the loader itself moves only once the samples have been read.
+        let Some(plan) = self.batches.clone().next_batch()? else { return Ok(None) };
+        let draws = plan.micro_batches.iter().flatten();
+        let samples = draws.map(|draw| read(&*self.dataset, draw.index)).collect::<Result<_, _>>()?;
+        Ok(Some(Batch::new(&plan, samples)))
     }
 
     fn read_ahead(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
@@ -144,9 +164,9 @@ impl<D: Dataset + 'static> DataLoader<D> {
             None => Prefetch::start(&self.dataset, self.config.workers)?,
         };
         if ahead.is_idle() {
-            ahead.begin(self.sampler.indices()?);
+            ahead.begin(self.batches.clone());
         }
-        let next = ahead.next(self.sampler.epoch(), &self.config);
+        let next = ahead.next(&self.config);
         self.ahead = Some(ahead);
         next
     }
@@ -169,7 +189,7 @@ impl<D: Dataset + 'static> DataLoader<D> {
     /// # Errors
     /// [`Error::ConsumedBeyondEpoch`]; the loader stays where it was.
     pub fn set_epoch(&mut self, epoch: u64, consumed: u64) -> Result<(), Error> {
-        self.sampler.set_epoch(epoch, consumed)?;
+        self.batches.set_epoch(epoch, consumed)?;
         self.forget_what_was_read_ahead();
         Ok(())
     }
@@ -179,7 +199,7 @@ impl<D: Dataset + 'static> DataLoader<D> {
     /// # Errors
     /// As there; the loader stays where it was.
     pub fn restore(&mut self, state: &SamplerState) -> Result<Resume, Error> {
-        let resume = self.sampler.restore(state)?;
+        let resume = self.batches.restore(state)?;
         self.forget_what_was_read_ahead();
         Ok(resume)
     }
@@ -190,12 +210,12 @@ impl<D: Dataset + 'static> DataLoader<D> {
 
     /// The position after the last batch that was given out.
     pub fn state(&self) -> SamplerState {
-        self.sampler.state()
+        self.batches.state()
     }
 
     /// The sampler, which knows the position.
     pub fn sampler(&self) -> &DistributedSampler {
-        &self.sampler
+        self.batches.sampler()
     }
 
     /// The data set.
@@ -205,32 +225,17 @@ impl<D: Dataset + 'static> DataLoader<D> {
 
     /// Batches of this rank that are left in this epoch.
     pub fn remaining_batches(&self) -> u64 {
-        let samples = self.sampler.remaining();
-        match self.config.last_batch {
-            LastBatch::Keep => samples.div_ceil(self.config.batch_size as u64),
-            LastBatch::Drop => samples / self.config.batch_size as u64,
-        }
+        self.batches.remaining()
     }
 }
 
 impl<D: Dataset> fmt::Debug for DataLoader<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DataLoader")
-            .field("sampler", &self.sampler)
+            .field("batches", &self.batches)
             .field("config", &self.config)
             .finish_non_exhaustive()
     }
-}
-
-/// Takes the indices of the next batch; empty at the end of the epoch.
-pub(crate) fn batch_of(
-    indices: &mut impl ExactSizeIterator<Item = usize>,
-    config: &LoaderConfig,
-) -> Vec<usize> {
-    if config.last_batch == LastBatch::Drop && indices.len() < config.batch_size {
-        return Vec::new();
-    }
-    indices.take(config.batch_size).collect()
 }
 
 /// Reads one sample; an error says which one it was and where it lies.

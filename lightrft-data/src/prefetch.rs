@@ -13,20 +13,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::loader::{Batch, LoaderConfig, batch_of, read};
-use crate::{Dataset, Error, Indices};
+use crate::batches::{BatchPlan, BatchSampler};
+use crate::loader::{Batch, LoaderConfig, read};
+use crate::{Dataset, Error};
 
 /// Dropping waits this long for workers that are in the middle of a sample, then leaves them to end by themselves.
 const GRACE: Duration = Duration::from_secs(1);
 
 struct Task {
     number: u64,
-    indices: Vec<usize>,
+    plan: BatchPlan,
 }
 
 struct Done<T> {
     number: u64,
-    indices: Vec<usize>,
+    plan: BatchPlan,
     samples: Result<Vec<T>, Error>,
 }
 
@@ -37,8 +38,8 @@ pub(crate) struct Prefetch<D: Dataset> {
     done: Receiver<Done<D::Item>>,
     stop: Arc<AtomicBool>,
     workers: Vec<JoinHandle<()>>,
-    /// Indices of this epoch that no worker has been given yet; `None` between epochs.
-    upcoming: Option<Indices>,
+    /// Batches of this epoch that no worker has been given yet; `None` between epochs.
+    upcoming: Option<BatchSampler>,
     /// Number of the next batch to give to the workers, and to the consumer.
     next_task: u64,
     next_out: u64,
@@ -87,17 +88,13 @@ impl<D: Dataset + 'static> Prefetch<D> {
         self.upcoming.is_none()
     }
 
-    /// Reads these indices from now on.
-    pub(crate) fn begin(&mut self, indices: Indices) {
-        self.upcoming = Some(indices);
+    /// Reads these batches from now on.
+    pub(crate) fn begin(&mut self, batches: BatchSampler) {
+        self.upcoming = Some(batches);
     }
 
     /// The next batch, `None` at the end of the epoch.
-    pub(crate) fn next(
-        &mut self,
-        epoch: u64,
-        config: &LoaderConfig,
-    ) -> Result<Option<Batch<D::Item>>, Error> {
+    pub(crate) fn next(&mut self, config: &LoaderConfig) -> Result<Option<Batch<D::Item>>, Error> {
         self.send_tasks(config);
         let Some(&first_index) = self.first_index.get(&self.next_out) else {
             self.upcoming = None;
@@ -123,17 +120,29 @@ impl<D: Dataset + 'static> Prefetch<D> {
         let samples = batch.samples?;
         // The place of the batch that leaves is filled at once, so that the workers read while the caller computes.
         self.send_tasks(config);
-        Ok(Some(Batch { epoch, indices: batch.indices, samples }))
+        Ok(Some(Batch::new(&batch.plan, samples)))
     }
 
     /// Hands out batches until `prefetch_batches` are under way or waiting.
     fn send_tasks(&mut self, config: &LoaderConfig) {
         let (Some(upcoming), Some(tasks)) = (&mut self.upcoming, &self.tasks) else { return };
         while self.next_task - self.next_out < config.prefetch_batches as u64 {
-            let indices = batch_of(upcoming, config);
-            let Some(&first) = indices.first() else { return };
             let number = self.next_task;
-            if tasks.send(Task { number, indices }).is_err() {
+            let plan = match upcoming.next_batch() {
+                Ok(Some(plan)) => plan,
+                Ok(None) => return,
+                Err(error) => {
+                    // It is told in its turn, after the batches before it; then all of this is given up.
+                    self.first_index.insert(number, 0);
+                    self.early
+                        .insert(number, Done { number, plan: BatchPlan::default(), samples: Err(error) });
+                    self.next_task += 1;
+                    return;
+                }
+            };
+            // A rank's passes may all be empty; there is still a batch.
+            let first = plan.micro_batches.iter().flatten().next().map_or(0, |draw| draw.index);
+            if tasks.send(Task { number, plan }).is_err() {
                 return; // no worker is left; the wait for the batch says so
             }
             self.first_index.insert(number, first);
@@ -178,14 +187,13 @@ fn work<D: Dataset>(
         // One idle worker waits for a task and holds the lock; the others wait for the lock. Both waits end when the
         // consumer sends a task or drops its sender.
         let task = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Task { number, indices }) = task else { return };
-        let mut samples = Vec::with_capacity(indices.len());
-        let mut failure = None;
-        for &index in &indices {
+        let Ok(Task { number, plan }) = task else { return };
+        let (mut samples, mut failure) = (Vec::new(), None);
+        for draw in plan.micro_batches.iter().flatten() {
             if stop.load(Ordering::Relaxed) {
                 return;
             }
-            match read_or_catch(dataset, index) {
+            match read_or_catch(dataset, draw.index) {
                 Ok(sample) => samples.push(sample),
                 Err(error) => {
                     failure = Some(error);
@@ -194,7 +202,7 @@ fn work<D: Dataset>(
             }
         }
         let samples = failure.map_or(Ok(samples), Err);
-        if results.send(Done { number, indices, samples }).is_err() {
+        if results.send(Done { number, plan, samples }).is_err() {
             return;
         }
     }
