@@ -42,6 +42,15 @@ impl Draws {
         self.row = self.row.saturating_add(rows as u64).min(self.deal.rows);
     }
 
+    /// The group and the copy that this rank draws in a row.
+    fn place(&self, row: u64) -> (u64, u64) {
+        let seat = match self.order {
+            EpochOrder::One(_) => self.rank,
+            EpochOrder::Mixed(_) => self.deal.rotated(row, self.rank),
+        };
+        self.deal.place(row, seat)
+    }
+
     /// The position of a row's group in the order. Groups from `positions` on are padding: the order begins again.
     fn wrapped(&self, group: u64) -> u64 {
         // Nearly none is padding, and a division would cost as much as the rest.
@@ -60,7 +69,7 @@ impl Draws {
 
     fn compute(&mut self) -> Option<usize> {
         let row = self.row;
-        let group = |row| self.wrapped(self.deal.place(row, self.rank).0);
+        let group = |row| self.wrapped(self.place(row).0);
         let order = match &self.order {
             EpochOrder::Mixed(mixed) => return mixed.at(group(row)),
             EpochOrder::One(order) => order,
@@ -88,7 +97,7 @@ impl Iterator for Draws {
             return None;
         }
         let index = self.sample()?;
-        let (group, copy) = self.deal.place(self.row, self.rank);
+        let (group, copy) = self.place(self.row);
         self.row += 1;
         Some(Draw { index, group, copy: copy as usize })
     }

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
+use crate::keyed::splitmix64;
 use crate::sampler::Tail;
 
 /// Every prompt comes several times.
@@ -101,6 +102,19 @@ impl Deal {
                 (draw / self.size, draw % self.size)
             }
         }
+    }
+
+    /// Another seat for a rank, among those of its row or, where groups stay on one rank, of its block: the same for
+    /// all rows of the block, another for each block.
+    ///
+    /// Data sets of a mixture take turns in a period. Were the seats fixed, and the period of turns and the number of
+    /// ranks had something in common, some ranks would see one data set only.
+    pub(crate) fn rotated(&self, row: u64, rank: u64) -> u64 {
+        let turn = match self.placement {
+            GroupPlacement::OneRank => row / self.size,
+            GroupPlacement::Spread => row,
+        };
+        (rank + splitmix64(turn) % self.world) % self.world
     }
 
     /// Groups of which every copy has been drawn after so many rows.

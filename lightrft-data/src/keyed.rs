@@ -132,7 +132,7 @@ fn round(half: u64, key: u64) -> u64 {
 }
 
 /// The mixer of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-fn splitmix64(seed: u64) -> u64 {
+pub(crate) fn splitmix64(seed: u64) -> u64 {
     let mut z = seed.wrapping_add(GOLDEN);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -23,11 +23,14 @@
 //!
 //! | step | here |
 //! |---|---|
-//! | where samples lie | [`Dataset`], [`JsonLines`], [`InMemory`] |
-//! | the order of an epoch | [`Shuffle`], [`Permutation`] |
+//! | where samples lie | [`Dataset`], [`JsonLines`], [`InMemory`], [`Concat`] |
+//! | the order of an epoch | [`Shuffle`], [`Permutation`]; of several data sets: [`Mixture`] |
 //! | a rank's share, and where it stands | [`DistributedSampler`], [`SamplerState`], [`Resume`] |
+//! | each prompt several times | [`Groups`] |
+//! | steps and their passes | [`BatchSampler`], [`MicroBatch`] |
 //! | batches, read ahead by threads | [`DataLoader`] |
-//! | token sequences to rectangles | [`pad`], [`sequence_parallel_slice`] |
+//! | sequences of unequal length to ranks | [`balance()`], [`partition()`] |
+//! | token sequences to tensors' shapes | [`pad`], [`pack()`], [`sequence_parallel_slice`] |
 //! | images and videos to their prompts | [`build_multimodal_inputs`] |
 //!
 //! Everything blocks; waits have deadlines. Ranks are plain numbers: nothing here talks to another process.

@@ -18,6 +18,9 @@ use crate::{Error, Permutation, Shuffle};
 /// weights), give or take less than one sample: at most `1 - 1/(2n - 2)` for `n` data sets. With [`Exhausted::Drop`]
 /// the shares are those of the data sets that are left, counted from where the last one ended.
 ///
+/// Which rank draws which of a row's samples changes from row to row, so that every rank, too, sees all data sets in
+/// their proportions, though only in the long run.
+///
 /// The samples of all parts are numbered one after the other, as in [`Concat`](crate::Concat).
 ///
 /// ```

@@ -21,6 +21,11 @@ pub enum Shuffle {
     TorchExact,
     /// A keyed permutation: any position in constant time, no table, no start-up. For new runs, and for data sets
     /// whose table would hurt. All 64 bits of the seed and of the epoch count.
+    ///
+    /// As fair as a table's order by chi-squared, within 6 standard deviations over 20,000 seeds: each sample at each
+    /// position, each pair of samples at each pair of positions, next to each other and at fixed distances, and whole
+    /// orders of up to 6 samples. Not asked of it: that nobody could find out the seed; that orders of a power of two
+    /// of samples, 16 or more, are odd permutations as often as even ones.
     Seekable,
 }
 

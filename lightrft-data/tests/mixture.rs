@@ -133,18 +133,47 @@ proptest! {
             alone.set_epoch(at, 0).unwrap();
             alone.indices().unwrap().collect()
         };
+        let mut ranks = Vec::new();
         for rank in 0..world {
             let mut before = sampler(&mixture, rank, world);
             before.set_epoch(at, 0).unwrap();
+            let whole: Vec<_> = before.indices().unwrap().collect();
             let mut drawn = before.next_indices(stop).unwrap();
             let text = serde_json::to_string(&before.state()).unwrap();
             let state: SamplerState = serde_json::from_str(&text).unwrap();
             let mut after = sampler(&mixture, rank, world);
             prop_assert_eq!(after.restore(&state).unwrap(), Resume::Exact);
             drawn.extend(after.indices().unwrap());
-            let whole = one.len() / world * world;
-            let expected: Vec<_> = one[..whole].iter().skip(rank).step_by(world).copied().collect();
+            prop_assert_eq!(&drawn, &whole);
+            ranks.push(drawn);
+        }
+        // Row by row the ranks draw the samples of the mixture, though not each time the same rank first.
+        for (row, expected) in one.chunks_exact(world).enumerate() {
+            let mut drawn: Vec<_> = ranks.iter().map(|rank| rank[row]).collect();
+            let mut expected = expected.to_vec();
+            drawn.sort_unstable();
+            expected.sort_unstable();
             prop_assert_eq!(drawn, expected);
+        }
+        prop_assert!(ranks.iter().all(|rank| rank.len() == one.len() / world));
+    }
+}
+
+#[test]
+fn every_rank_sees_every_part_also_where_ranks_and_turns_have_one_period() {
+    let mixture = Mixture::new([(3000, 3), (1000, 1)], Exhausted::Stop);
+    for placement in [None, Some(GroupPlacement::OneRank), Some(GroupPlacement::Spread)] {
+        for world in [2, 4, 8] {
+            for rank in 0..world {
+                let mut sampler = sampler(&mixture, rank, world);
+                if let Some(placement) = placement {
+                    sampler = sampler.in_groups(Groups { size: 2, placement }).unwrap();
+                }
+                let drawn: Vec<_> = sampler.indices().unwrap().collect();
+                let of_second = drawn.iter().filter(|&&index| index >= 3000).count() as f64;
+                let share = of_second / drawn.len() as f64;
+                assert!((0.15..0.35).contains(&share), "{placement:?}, rank {rank} of {world}: {share}");
+            }
         }
     }
 }
@@ -240,6 +269,8 @@ fn data_sets_of_different_types_are_read_as_one() {
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Kept {
     mixture: Mixture,
+    rank: usize,
+    world: usize,
     epoch: u64,
     head: Vec<usize>,
 }
@@ -250,10 +281,12 @@ fn orders_now() -> Vec<Kept> {
         for parts in [vec![(100, 1)], vec![(7, 3), (20, 2)], vec![(30, 70), (40, 20), (5, 7), (3, 3)]] {
             for number in [0, 9] {
                 let mixture = Mixture::new(parts.clone(), exhausted);
-                let mut sampler = sampler(&mixture, 0, 1);
-                sampler.set_epoch(number, 0).unwrap();
-                let head = sampler.indices().unwrap().take(60).collect();
-                kept.push(Kept { mixture, epoch: number, head });
+                for (rank, world) in [(0, 1), (1, 3)] {
+                    let mut sampler = sampler(&mixture, rank, world);
+                    sampler.set_epoch(number, 0).unwrap();
+                    let head = sampler.indices().unwrap().take(40).collect();
+                    kept.push(Kept { mixture: mixture.clone(), rank, world, epoch: number, head });
+                }
             }
         }
     }

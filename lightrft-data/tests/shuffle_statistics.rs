@@ -71,8 +71,35 @@ fn every_sample_is_equally_likely_at_every_position_and_after_every_other() {
 }
 
 #[test]
+fn every_pair_of_samples_is_equally_likely_at_every_pair_of_positions() {
+    for len in [4usize, 5, 6, 9, 11] {
+        // Counts of (first sample, second sample) for each pair of positions.
+        let mut counts = vec![0u32; (len * len) * (len * len)];
+        for seed in 0..SEEDS {
+            let order = order(len, seed, seed % 3);
+            for (p, &a) in order.iter().enumerate() {
+                for (q, &b) in order.iter().enumerate().skip(p + 1) {
+                    counts[(p * len + q) * len * len + a * len + b] += 1;
+                }
+            }
+        }
+        let pairs = len * (len - 1);
+        for p in 0..len {
+            for q in p + 1..len {
+                let start = (p * len + q) * len * len;
+                let of_pair = &counts[start..start + len * len];
+                let possible =
+                    (0..len * len).filter(|cell| cell / len != cell % len).map(|cell| of_pair[cell]);
+                let value = excess(possible, pairs, SEEDS as f64, (pairs - 1) as f64);
+                assert!(value.abs() < LIMIT, "positions {p} and {q}, len {len}: {value}");
+            }
+        }
+    }
+}
+
+#[test]
 fn every_order_of_few_samples_is_equally_likely() {
-    for (len, orders) in [(2, 2), (3, 6), (4, 24), (5, 120)] {
+    for (len, orders) in [(2, 2), (3, 6), (4, 24), (5, 120), (6, 720)] {
         let mut seen = HashMap::new();
         // Epochs must be as unrelated as seeds are.
         for epoch in 0..SEEDS {

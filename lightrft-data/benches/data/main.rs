@@ -48,8 +48,10 @@ impl Options {
     }
 }
 
-/// Each measures some rows, or none where none is wanted.
-const CASES: [fn(&Options) -> Result<Vec<Row>, Box<dyn Error>>; 2] = [orders::measure, files::measure];
+/// Measures some rows, or none where none is wanted.
+type Case = fn(&Options) -> Result<Vec<Row>, Box<dyn Error>>;
+
+const CASES: [Case; 2] = [orders::measure, files::measure];
 
 fn main() -> ExitCode {
     let done = options().and_then(|options| match options.child {

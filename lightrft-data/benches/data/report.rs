@@ -134,6 +134,7 @@ pub(crate) fn json(rows: &[Row], setting: &Setting) -> Value {
         let value = |seconds: f64| three_places(row.unit.value(seconds));
         let peers: serde_json::Map<_, _> =
             row.others.iter().map(|other| (other.label.to_owned(), value(other.median()).into())).collect();
+        // Rising as the times do, or falling: fastest first.
         let (fastest, slowest) = (row.ours.sorted.first(), row.ours.sorted.last());
         let mut object = json!({
             "what": row.what,
