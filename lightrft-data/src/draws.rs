@@ -80,7 +80,7 @@ impl Draws {
         // Short blocks first: whoever takes one sample of many does not pay for the others.
         let len = (2 * self.block_len).clamp(BLOCK / 8, BLOCK).min((self.deal.rows - row) as usize);
         let mut positions = [0; BLOCK];
-        for (row, position) in (row..).zip(&mut positions[..len]) {
+        for (row, position) in (row..row + len as u64).zip(&mut positions) {
             *position = group(row);
         }
         keyed.at_each(&positions[..len], &mut self.block);
