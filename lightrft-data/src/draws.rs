@@ -69,11 +69,11 @@ impl Draws {
 
     fn compute(&mut self) -> Option<usize> {
         let row = self.row;
-        let group = |row| self.wrapped(self.place(row).0);
         let order = match &self.order {
-            EpochOrder::Mixed(mixed) => return mixed.at(group(row)),
+            EpochOrder::Mixed(mixed) => return mixed.at(self.wrapped(self.place(row).0)),
             EpochOrder::One(order) => order,
         };
+        let group = |row| self.wrapped(self.deal.place(row, self.rank).0);
         let Some(keyed) = order.keyed() else {
             return order.at(group(row) as usize);
         };
