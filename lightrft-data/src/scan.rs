@@ -245,5 +245,10 @@ mod tests {
         let starts = line_starts(&file(text.as_bytes()), text.len() as u64, 8).expect("read");
         assert_eq!(starts, [0, 200_003]);
         assert_eq!(line_starts(&file(b"x\n"), 2, 9).expect("read"), [0]);
+        assert_eq!(
+            line_starts(&file(b"a\nb\n"), 4, 2).expect("read"),
+            [0, 2],
+            "a line that begins just there"
+        );
     }
 }

@@ -72,9 +72,14 @@ proptest! {
                 }
             }
         }
+        // No more is added or left out than makes whole rows of whole groups.
+        let block = match groups.placement {
+            GroupPlacement::OneRank => world,
+            GroupPlacement::Spread => (1..=world).find(|count| (count * groups.size).is_multiple_of(world)).unwrap(),
+        };
         match tail {
-            Tail::Pad => prop_assert!((len..len + world).contains(&found.len())),
-            Tail::Drop => prop_assert!(found.len() <= len && len < found.len() + world),
+            Tail::Pad => prop_assert_eq!(found.len(), len.next_multiple_of(block)),
+            Tail::Drop => prop_assert_eq!(found.len(), len / block * block),
         }
     }
 

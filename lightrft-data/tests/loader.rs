@@ -259,6 +259,32 @@ fn dropping_the_loader_ends_its_workers() {
     assert_eq!(Arc::strong_count(&alive), 1, "a worker still holds the data set");
 }
 
+/// More samples than a table can hold.
+struct Endless;
+
+impl Dataset for Endless {
+    type Item = usize;
+
+    fn len(&self) -> usize {
+        usize::MAX
+    }
+
+    fn get(&self, index: usize) -> Result<usize, Error> {
+        Ok(index)
+    }
+}
+
+#[test]
+fn an_order_that_cannot_be_made_is_an_error_whoever_reads() {
+    for workers in [0, 2] {
+        let mut loader = DataLoader::new(Endless, sampler(usize::MAX, 0, 1), config(4, workers)).unwrap();
+        for _ in 0..3 {
+            let error = loader.next_batch().unwrap_err();
+            assert!(matches!(error, Error::TooLarge { .. }), "{workers} workers: {error:?}");
+        }
+    }
+}
+
 #[test]
 fn settings_that_cannot_work_are_refused() {
     let refused =
