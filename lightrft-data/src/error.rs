@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::media::MediumProblem;
 use crate::mixture::MixtureProblem;
 use crate::multimodal::{MediaKind, MediaProblem};
 
@@ -152,6 +153,44 @@ pub enum Error {
         /// What does not match.
         problem: MediaProblem,
     },
+    /// An image or a video of a prompt that cannot be had.
+    #[error("prompt {prompt}: {kind}: number {place}: {problem}")]
+    Medium {
+        /// The prompt's place in the batch, from 0.
+        prompt: usize,
+        /// Images or videos.
+        kind: MediaKind,
+        /// Which of the prompt's images or videos, from 0.
+        place: usize,
+        /// Why.
+        problem: Box<MediumProblem>,
+    },
+    /// A chat template, or an input template, that cannot be read or rendered.
+    #[error("template: cannot {action}: {message}")]
+    Template {
+        /// What was tried.
+        action: &'static str,
+        /// What is wrong: the template's own words where it raised an exception.
+        message: String,
+    },
+    /// A tokenizer that cannot be read, or that refuses a text.
+    #[error("tokenizer: {message}")]
+    Tokenizer {
+        /// What it said.
+        message: String,
+    },
+    /// A prompt of more tokens than allowed, which must not, or cannot, be cut.
+    #[error("prompt {prompt} has {tokens} tokens, {max} are allowed{hint}")]
+    PromptTooLong {
+        /// The prompt's place in the batch, from 0.
+        prompt: usize,
+        /// Its tokens.
+        tokens: usize,
+        /// The limit that was set.
+        max: usize,
+        /// Why it was not cut, where cutting was asked for.
+        hint: &'static str,
+    },
     /// A data set of the caller's own failed; see [`Error::other`].
     #[error(transparent)]
     Other(Box<dyn std::error::Error + Send + Sync>),
@@ -227,6 +266,40 @@ pub enum LineProblem {
         key: String,
         /// How many messages the list holds.
         messages: usize,
+    },
+    /// A message of a conversation that is none.
+    #[error("message {index}: {expected} expected")]
+    Message {
+        /// Its place in the conversation, from 0.
+        index: usize,
+        /// What should be there.
+        expected: &'static str,
+    },
+    /// The messages have another number of places for images or videos than the record has of them.
+    #[error("{kind}: {media} in the record, {parts} places for them in its messages")]
+    MediaParts {
+        /// Images or videos.
+        kind: MediaKind,
+        /// In the record.
+        media: usize,
+        /// In its messages.
+        parts: usize,
+    },
+    /// Something that is neither an image nor a video, nor a way to one.
+    #[error("{kind}: number {place}: {message}")]
+    Medium {
+        /// Images or videos.
+        kind: MediaKind,
+        /// Which one, from 0.
+        place: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// The chat template refused the record.
+    #[error("the chat template: {message}")]
+    Template {
+        /// What it said.
+        message: String,
     },
     /// The line is longer than the reader accepts.
     #[error("longer than {limit} bytes")]

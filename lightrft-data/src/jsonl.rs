@@ -1,5 +1,6 @@
 //! JSON Lines files: checked and indexed when opened, read at random by position.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -147,6 +148,29 @@ impl JsonLines {
         self.index.line(index)
     }
 
+    /// The number of a sample's line, and its bytes.
+    pub(crate) fn line_bytes(&self, index: usize) -> Result<(u64, Cow<'_, [u8]>), Error> {
+        let (Some(range), Some(line)) = (self.index.range(index), self.index.line(index)) else {
+            return Err(Error::IndexOutOfRange { index, len: self.index.len() });
+        };
+        let bytes = match &self.bytes {
+            // The index was made from these very bytes, so the range lies inside them.
+            Bytes::Memory(whole) => {
+                whole.get(range.start as usize..range.end as usize).unwrap_or_default().into()
+            }
+            Bytes::File(file) => {
+                let mut bytes = vec![0; (range.end - range.start) as usize];
+                file.read_exact_at(&mut bytes, range.start).map_err(|source| Error::Io {
+                    action: "read",
+                    path: self.path.clone(),
+                    source,
+                })?;
+                bytes.into()
+            }
+        };
+        Ok((line, bytes))
+    }
+
     fn parse(&self, line: u64, bytes: &[u8]) -> Result<Prompt, Error> {
         Prompt::parse(bytes, &self.options.keys)
             .map_err(|problem| BadLine { path: self.path.clone(), line, problem }.into())
@@ -161,24 +185,8 @@ impl Dataset for JsonLines {
     }
 
     fn get(&self, index: usize) -> Result<Prompt, Error> {
-        let (Some(range), Some(line)) = (self.index.range(index), self.index.line(index)) else {
-            return Err(Error::IndexOutOfRange { index, len: self.index.len() });
-        };
-        match &self.bytes {
-            // The index was made from these very bytes, so the range lies inside them.
-            Bytes::Memory(whole) => {
-                self.parse(line, whole.get(range.start as usize..range.end as usize).unwrap_or_default())
-            }
-            Bytes::File(file) => {
-                let mut bytes = vec![0; (range.end - range.start) as usize];
-                file.read_exact_at(&mut bytes, range.start).map_err(|source| Error::Io {
-                    action: "read",
-                    path: self.path.clone(),
-                    source,
-                })?;
-                self.parse(line, &bytes)
-            }
-        }
+        let (line, bytes) = self.line_bytes(index)?;
+        self.parse(line, &bytes)
     }
 
     fn locate(&self, index: usize) -> String {

@@ -31,28 +31,43 @@
 //! | batches, read ahead by threads | [`DataLoader`] |
 //! | sequences of unequal length to ranks | [`balance()`], [`partition()`] |
 //! | token sequences to tensors' shapes | [`pad`], [`pack()`], [`sequence_parallel_slice`] |
-//! | images and videos to their prompts | [`build_multimodal_inputs`] |
+//! | records to prompts | [`PromptDataset`], [`PromptFormat`], `ChatTemplate` (feature `templates`) |
+//! | prompts to tokens | `PromptTokenizer` (feature `tokenizer`) |
+//! | images and videos to their prompts | [`build_multimodal_inputs`], [`inputs_of`] |
+//! | how many tokens they take | [`VisionTokens`], [`smart_resize`] |
+//! | their pixels | [`MediaSource`], `MediaDecoder` (feature `images`), `HttpFetch` (feature `http`) |
 //!
 //! Everything blocks; waits have deadlines. Ranks are plain numbers: nothing here talks to another process.
 //!
-//! Not here: tokenizing, chat templates, decoding of media, tensors. The crate hands out text, indices and plain
-//! vectors.
+//! Not here: tensors, video containers, sound formats (a sound is [`Audio`]: bytes and a rate). The crate hands out
+//! text, indices and plain vectors.
 #![forbid(unsafe_code)]
 
 mod balance;
 mod batches;
 mod chairman;
+#[cfg(feature = "templates")]
+mod chat_template;
 mod collate;
 mod concat;
 mod cursor;
 mod dataset;
+#[cfg(feature = "images")]
+mod decode;
 mod draws;
 mod error;
 mod groups;
+#[cfg(feature = "http")]
+mod http;
 mod jsonl;
 mod keyed;
 mod lines;
 mod loader;
+mod media;
+#[cfg(feature = "images")]
+mod media_bytes;
+#[cfg(feature = "templates")]
+mod messages;
 mod mixture;
 mod mt19937;
 mod multimodal;
@@ -62,23 +77,36 @@ mod placeholders;
 mod positioned;
 mod prefetch;
 mod prompt;
+mod prompt_dataset;
+#[cfg(feature = "templates")]
+mod python_json;
 mod sampler;
 mod scan;
 mod sequence_parallel;
 mod shuffle;
+#[cfg(feature = "tokenizer")]
+mod tokenize;
 mod torch_exact;
+mod vision_tokens;
 
 pub use balance::{Assignment, BalanceConfig, Cost, balance};
 pub use batches::{BatchConfig, BatchPlan, BatchSampler, LastBatch, MicroBatch};
+#[cfg(feature = "templates")]
+pub use chat_template::{ChatOptions, ChatTemplate, GenerationPrompt, OrderedJson};
 pub use collate::{PadConfig, Side, TokenBatch, TokenSequence, pad};
 pub use concat::Concat;
 pub use cursor::{Resume, SamplerState};
 pub use dataset::{Dataset, InMemory};
+#[cfg(feature = "images")]
+pub use decode::{DecodeConfig, Fetch, MediaDecoder, PathPolicy};
 pub use draws::{Draws, Indices};
 pub use error::{BadLine, Error, LineProblem};
 pub use groups::{Draw, GroupPlacement, Groups};
+#[cfg(feature = "http")]
+pub use http::{HttpConfig, HttpFetch};
 pub use jsonl::{BadLines, JsonLines, JsonLinesOptions, Skipped};
 pub use loader::{Batch, DataLoader, LoaderConfig};
+pub use media::{Audio, MediaSource, MediumProblem, Pixels};
 pub use mixture::{Exhausted, Mixture, MixturePart, MixtureProblem};
 pub use multimodal::{
     Media, MediaColumn, MediaKind, MediaProblem, Mode, MultimodalInput, build_multimodal_inputs,
@@ -87,9 +115,13 @@ pub use multimodal::{
 pub use pack::{PackConfig, PackedBatch, pack};
 pub use partition::{Counts, partition};
 pub use prompt::{Keys, Prompt};
+pub use prompt_dataset::{InputTemplate, PromptDataset, PromptFormat, PromptKeys, PromptRecord, inputs_of};
 pub use sampler::{DistributedSampler, SamplerConfig, Tail};
 pub use sequence_parallel::{SequenceSlice, sequence_parallel_slice};
 pub use shuffle::{Permutation, Shuffle};
+#[cfg(feature = "tokenizer")]
+pub use tokenize::{PromptTokenizer, TokenizeConfig, Truncation};
+pub use vision_tokens::{Grid, PixelBounds, VisionTokens, smart_resize};
 
 /// Compiles the example of the README.
 #[cfg(doctest)]

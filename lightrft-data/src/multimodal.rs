@@ -155,6 +155,24 @@ pub enum MediaProblem {
         /// Vision blocks of this kind in its text.
         blocks: usize,
     },
+    /// A block that is neither one pad, to be expanded, nor as many as its medium takes.
+    #[error("block {place} has {pads} pads; 1 or {tokens} are expected")]
+    PadCount {
+        /// Which block of this kind, from 0.
+        place: usize,
+        /// Pads that are there.
+        pads: usize,
+        /// Tokens that its medium takes.
+        tokens: u64,
+    },
+    /// A grid of more tokens than any context has.
+    #[error("the medium of block {place} takes {tokens} tokens")]
+    TooManyTokens {
+        /// Which block of this kind, from 0.
+        place: usize,
+        /// Tokens that the grid says.
+        tokens: u64,
+    },
     /// Vision tokens that form no block: empty, mixed, bare or interrupted.
     #[error("its text has vision tokens outside of a whole block, at byte {byte}")]
     StrayTokens {
@@ -228,6 +246,9 @@ fn check_text(prompt: usize, text: &str, images: usize, videos: usize) -> Result
         return Err(Error::Media { prompt, kind, problem: MediaProblem::StrayTokens { byte } });
     }
     if images == 0 && videos == 0 {
+        if found.first().is_none() {
+            return Ok(text.to_owned());
+        }
         let stripped = found.without_blocks(text);
         // Taking a block out of the middle of a word can spell a token.
         if let Some((byte, kind)) = Placeholders::find(&stripped).first() {

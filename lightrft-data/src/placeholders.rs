@@ -9,10 +9,24 @@ const END: &str = "<|vision_end|>";
 const IMAGE_PAD: &str = "<|image_pad|>";
 const VIDEO_PAD: &str = "<|video_pad|>";
 
-fn pad_of(kind: MediaKind) -> &'static str {
+/// The token that stands for one part of a medium.
+pub(crate) fn pad_of(kind: MediaKind) -> &'static str {
     match kind {
         MediaKind::Image => IMAGE_PAD,
         MediaKind::Video => VIDEO_PAD,
+    }
+}
+
+/// `text.find(token)` for a token that begins with `<`. Looking for one byte is many times faster than preparing a search
+/// for a string, which is done anew for every place that is found.
+fn find(text: &str, token: &str) -> Option<usize> {
+    let mut at = 0;
+    loop {
+        at += text[at..].find('<')?;
+        if text[at..].starts_with(token) {
+            return Some(at);
+        }
+        at += 1;
     }
 }
 
@@ -35,7 +49,7 @@ pub(crate) fn strip_in_two_passes(text: &str) -> String {
 fn strip(text: &str, kind: MediaKind) -> String {
     let mut kept = String::with_capacity(text.len());
     let mut rest = text;
-    while let Some(at) = rest.find(START) {
+    while let Some(at) = find(rest, START) {
         let (before, from) = rest.split_at(at);
         kept.push_str(before);
         let taken = block_at_start(from, kind).unwrap_or_else(|| {
@@ -58,18 +72,21 @@ impl Placeholders {
     pub(crate) fn find(text: &str) -> Self {
         let mut found = Self { blocks: Vec::new(), stray: None };
         let mut at = 0;
-        while let Some(next) = text[at..].find("<|") {
+        while let Some(next) = find(&text[at..], "<|") {
             at += next;
             let rest = &text[at..];
+            let starts = rest.starts_with(START);
             let block = [MediaKind::Image, MediaKind::Video]
                 .into_iter()
+                .filter(|_| starts)
                 .find_map(|kind| Some((kind, block_at_start(rest, kind)?)));
             if let Some((kind, len)) = block {
                 found.blocks.push((kind, at..at + len));
                 at += len;
                 continue;
             }
-            if found.stray.is_none() && [START, END, IMAGE_PAD, VIDEO_PAD].iter().any(|t| rest.starts_with(t))
+            if found.stray.is_none()
+                && (starts || [END, IMAGE_PAD, VIDEO_PAD].iter().any(|t| rest.starts_with(t)))
             {
                 // An empty or an unfinished block belongs to the kind of the pad that it begins with, if to any.
                 let inner = rest.strip_prefix(START).unwrap_or(rest);
@@ -90,6 +107,11 @@ impl Placeholders {
     /// Whole blocks of one kind.
     pub(crate) fn count(&self, kind: MediaKind) -> usize {
         self.blocks.iter().filter(|(of, _)| *of == kind).count()
+    }
+
+    /// Where the pads of each block lie, in order.
+    pub(crate) fn pads(&self) -> impl Iterator<Item = (MediaKind, Range<usize>)> {
+        self.blocks.iter().map(|(kind, block)| (*kind, block.start + START.len()..block.end - END.len()))
     }
 
     /// The text without its blocks.

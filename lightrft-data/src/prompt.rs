@@ -35,16 +35,7 @@ pub struct Prompt {
 impl Prompt {
     /// Reads a line. A byte-order mark has been taken off by the caller.
     pub(crate) fn parse(line: &[u8], keys: &Keys) -> Result<Self, LineProblem> {
-        let text =
-            std::str::from_utf8(line).map_err(|e| LineProblem::InvalidUtf8 { byte: e.valid_up_to() })?;
-        let value: Value = serde_json::from_str(text).map_err(|e| LineProblem::Json {
-            column: e.column(),
-            // The parser counts lines within this one; the true place is said by whoever knows the file.
-            message: e.to_string().split(" at line ").next().unwrap_or_default().to_owned(),
-        })?;
-        let Value::Object(mut fields) = value else {
-            return Err(LineProblem::NotAnObject { found: type_name(&value) });
-        };
+        let (_, mut fields) = object(line)?;
         let text = text_at(&fields, &keys.input)?;
         let label = keys.label.as_ref().map(|key| text_at(&fields, key)).transpose()?;
         fields.remove(&keys.input);
@@ -53,6 +44,25 @@ impl Prompt {
         }
         Ok(Self { text, label, fields })
     }
+}
+
+/// The text of a line, and the object that it holds.
+pub(crate) fn object(line: &[u8]) -> Result<(&str, Map<String, Value>), LineProblem> {
+    let text = std::str::from_utf8(line).map_err(|e| LineProblem::InvalidUtf8 { byte: e.valid_up_to() })?;
+    let value: Value = serde_json::from_str(text).map_err(|e| LineProblem::Json {
+        column: e.column(),
+        // The parser counts lines within this one; the true place is said by whoever knows the file.
+        message: e.to_string().split(" at line ").next().unwrap_or_default().to_owned(),
+    })?;
+    match value {
+        Value::Object(fields) => Ok((text, fields)),
+        other => Err(LineProblem::NotAnObject { found: type_name(&other) }),
+    }
+}
+
+pub(crate) fn missing_key(fields: &Map<String, Value>, key: &str) -> LineProblem {
+    let present = fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+    LineProblem::MissingKey { key: key.to_owned(), present }
 }
 
 fn text_at(fields: &Map<String, Value>, key: &str) -> Result<String, LineProblem> {
@@ -64,14 +74,11 @@ fn text_at(fields: &Map<String, Value>, key: &str) -> Result<String, LineProblem
             Err(LineProblem::ChatPrompt { key, messages: messages.len() })
         }
         Some(other) => Err(LineProblem::WrongType { key, expected: "a string", found: type_name(other) }),
-        None => {
-            let present = fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            Err(LineProblem::MissingKey { key, present })
-        }
+        None => Err(missing_key(fields, &key)),
     }
 }
 
-fn type_name(value: &Value) -> &'static str {
+pub(crate) fn type_name(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

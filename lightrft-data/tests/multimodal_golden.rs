@@ -154,6 +154,9 @@ fn strict_mode_names_the_prompt_of_every_trap() {
     // Flat and nested at once.
     let found = refused(&texts(&[1, 1]), &[group(&["a"]), one("b")], Some(&n(&[1, 1])));
     assert!(matches!(found, (1, P::MixedForms { entry: 1, .. })), "{found:?}");
+    // An empty list for a prompt without images looks nested to LightRFT, whatever the others are.
+    let found = refused(&texts(&[0, 1]), &[group(&[]), one("b")], Some(&n(&[0, 1])));
+    assert!(matches!(found, (1, P::MixedForms { entry: 1, .. })), "{found:?}");
     // Counts that are negative, missing, too few, too many.
     let found = refused(&texts(&[0, 1]), &[one("a")], Some(&n(&[0, -1])));
     assert_eq!(found, (1, P::NegativeCount { count: -1 }));

@@ -16,6 +16,7 @@
 mod files;
 mod orders;
 mod peer;
+mod prompts;
 mod report;
 
 use std::error::Error;
@@ -51,7 +52,7 @@ impl Options {
 /// Measures some rows, or none where none is wanted.
 type Case = fn(&Options) -> Result<Vec<Row>, Box<dyn Error>>;
 
-const CASES: [Case; 2] = [orders::measure, files::measure];
+const CASES: [Case; 3] = [orders::measure, files::measure, prompts::measure];
 
 fn main() -> ExitCode {
     let done = options().and_then(|options| match options.child {

@@ -1,0 +1,8 @@
+//! Any bytes at `fuzzing::image`
+#![no_main]
+
+#[path = "../../tests/fuzzing/mod.rs"]
+#[allow(dead_code)]
+mod fuzzing;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzzing::image(bytes));

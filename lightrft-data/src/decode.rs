@@ -1,0 +1,364 @@
+//! Images and videos to pixels: late, in parallel, and only within limits that are checked before anything is decoded.
+
+use std::borrow::Cow;
+use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{fmt, thread};
+
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader};
+
+use crate::Error;
+use crate::media::{MediaSource, MediumProblem, Pixels, shorten};
+use crate::media_bytes;
+use crate::multimodal::{Media, MediaKind, MultimodalInput};
+
+/// Which files may be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PathPolicy {
+    /// Any that the process may read; relative paths begin at its working folder. For data sets that are trusted.
+    #[default]
+    Anywhere,
+    /// Those under this folder, where relative paths begin. `..` is refused, and so is a path or a symbolic link that
+    /// leads out. A link that someone changes between check and opening is not seen.
+    Under(PathBuf),
+}
+
+/// What a [`MediaDecoder`] accepts, and how many threads it takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DecodeConfig {
+    /// Most encoded bytes of one image or frame.
+    pub max_bytes: usize,
+    /// Most pixels of one image or frame, by its header.
+    pub max_pixels: u64,
+    /// Most pixels of all frames of a video.
+    pub max_video_pixels: u64,
+    /// Which files may be read.
+    pub paths: PathPolicy,
+    /// Threads that decode, the caller's among them; each holds one image beside the results.
+    pub threads: usize,
+}
+
+impl Default for DecodeConfig {
+    /// 32 MiB encoded, Pillow's 89,478,485 pixels an image, four times that a video, any path, as many threads as there
+    /// are processors but at most 8.
+    fn default() -> Self {
+        let max_pixels = 89_478_485;
+        let threads = thread::available_parallelism().map_or(1, |n| n.get().min(8));
+        Self {
+            max_bytes: 32 << 20,
+            max_pixels,
+            max_video_pixels: 4 * max_pixels,
+            paths: PathPolicy::default(),
+            threads,
+        }
+    }
+}
+
+/// Where the bytes of an `http(s)` address come from.
+///
+/// # Contract
+/// - `fetch` ends within a time of the implementer's choice.
+/// - It reads no more than about `max_bytes`; longer content is [`MediumProblem::TooManyBytes`].
+/// - Addresses come from data sets: an implementation decides which hosts may be reached.
+pub trait Fetch: fmt::Debug + Send + Sync {
+    /// The bytes at this address.
+    ///
+    /// # Errors
+    /// [`MediumProblem::Fetch`] or [`MediumProblem::TooManyBytes`].
+    fn fetch(&self, url: &str, max_bytes: usize) -> Result<Vec<u8>, MediumProblem>;
+}
+
+/// Decodes images (PNG, JPEG, WebP) and videos given as frames to 8-bit RGB, as Pillow's `convert("RGB")` does: alpha is
+/// dropped, grey is tripled, 16-bit values are scaled to 8, of an animation the first picture is taken, and a rotation
+/// that metadata ask for is not done.
+///
+/// ```
+/// use lightrft_data::{DecodeConfig, Media, MediaDecoder, MediaSource, MultimodalInput};
+///
+/// let dot = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC";
+/// let input = MultimodalInput {
+///     prompt: "<|vision_start|><|image_pad|><|vision_end|>Which colour?".into(),
+///     images: vec![Media::One(MediaSource::parse(dot)?)],
+///     videos: vec![],
+/// };
+/// let decoded = MediaDecoder::new(DecodeConfig::default())?.decode(&[input])?;
+/// let Media::One(pixels) = &decoded[0].images[0] else { unreachable!() };
+/// assert_eq!((pixels.height(), pixels.width(), pixels.rgb()), (1, 1, &[255, 0, 0][..]));
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct MediaDecoder {
+    config: DecodeConfig,
+    fetch: Option<Arc<dyn Fetch>>,
+}
+
+impl MediaDecoder {
+    /// A decoder of files, data URLs, bytes and tensors; addresses are refused.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for 0 threads or a limit of 0.
+    pub fn new(config: DecodeConfig) -> Result<Self, Error> {
+        let limits = [
+            ("max_bytes", config.max_bytes as u64),
+            ("max_pixels", config.max_pixels),
+            ("max_video_pixels", config.max_video_pixels),
+            ("threads", config.threads as u64),
+        ];
+        match limits.into_iter().find(|(_, value)| *value == 0) {
+            Some((setting, _)) => Err(Error::Setting { setting, value: 0, expected: "at least 1" }),
+            None => Ok(Self { config, fetch: None }),
+        }
+    }
+
+    /// Lets addresses be read, through `fetch`.
+    #[must_use]
+    pub fn with_fetch(self, fetch: impl Fetch + 'static) -> Self {
+        Self { fetch: Some(Arc::new(fetch)), ..self }
+    }
+
+    /// Decodes all media of a batch. Order and numbers are kept; at most `threads` media are decoded at a time.
+    ///
+    /// # Errors
+    /// [`Error::Medium`] with prompt, kind and place; of several, the first in the order of the batch.
+    pub fn decode(
+        &self,
+        inputs: &[MultimodalInput<MediaSource>],
+    ) -> Result<Vec<MultimodalInput<Pixels>>, Error> {
+        let mut jobs = Vec::new();
+        for (prompt, input) in inputs.iter().enumerate() {
+            for (kind, media) in [(MediaKind::Image, &input.images), (MediaKind::Video, &input.videos)] {
+                jobs.extend(media.iter().enumerate().map(|(place, medium)| Job {
+                    prompt,
+                    kind,
+                    place,
+                    medium,
+                }));
+            }
+        }
+        let mut pixels = self.run(&jobs)?.into_iter().map(Media::One);
+        let decoded = inputs.iter().map(|input| MultimodalInput {
+            prompt: input.prompt.clone(),
+            images: pixels.by_ref().take(input.images.len()).collect(),
+            videos: pixels.by_ref().take(input.videos.len()).collect(),
+        });
+        Ok(decoded.collect())
+    }
+
+    /// Decodes one image.
+    ///
+    /// # Errors
+    /// [`MediumProblem`], [`MediumProblem::NotAnImage`] for frames.
+    pub fn image(&self, source: &MediaSource) -> Result<Pixels, MediumProblem> {
+        match source {
+            MediaSource::Frames(frames) => Err(MediumProblem::NotAnImage { frames: frames.len() }),
+            MediaSource::Pixels(pixels) => match pixels.frames() {
+                1 => self.check(1, pixels.height(), pixels.width()).map(|()| pixels.clone()),
+                frames => Err(MediumProblem::NotAnImage { frames }),
+            },
+            encoded => self.decode_bytes(&self.bytes(encoded)?),
+        }
+    }
+
+    /// Decodes the frames of a video, or takes a tensor of them.
+    ///
+    /// # Errors
+    /// [`MediumProblem`], inside [`MediumProblem::Frame`] where one frame is at fault.
+    pub fn video(&self, source: &MediaSource) -> Result<Pixels, MediumProblem> {
+        let frames = match source {
+            MediaSource::Frames(frames) => frames,
+            MediaSource::Pixels(pixels) => {
+                return self.check(pixels.frames(), pixels.height(), pixels.width()).map(|()| pixels.clone());
+            }
+            _ => return Err(MediumProblem::NotAVideo),
+        };
+        let mut rgb = Vec::new();
+        let mut size = None;
+        for (frame, source) in frames.iter().enumerate() {
+            let pixels = self
+                .image(source)
+                .map_err(|problem| MediumProblem::Frame { frame, problem: Box::new(problem) })?;
+            let (height, width) = (pixels.height(), pixels.width());
+            let (expected_height, expected_width) = *size.get_or_insert((height, width));
+            if (height, width) != (expected_height, expected_width) {
+                return Err(MediumProblem::FrameSize {
+                    frame,
+                    height,
+                    width,
+                    expected_height,
+                    expected_width,
+                });
+            }
+            if frame == 0 {
+                // The first frame says how large all of them are together.
+                self.check(frames.len(), height, width)?;
+                rgb.reserve_exact(pixels.rgb().len() * frames.len());
+            }
+            rgb.extend_from_slice(pixels.rgb());
+        }
+        let (height, width) = size.ok_or(MediumProblem::Empty)?;
+        Pixels::new(frames.len(), height, width, rgb)
+    }
+
+    /// Frames, height and width of an image or a video, from the header of its first image: what
+    /// [`VisionTokens`](crate::VisionTokens) needs, without decoding.
+    ///
+    /// # Errors
+    /// [`MediumProblem`].
+    pub fn size(&self, source: &MediaSource) -> Result<(usize, u32, u32), MediumProblem> {
+        let (frames, height, width) = match source {
+            MediaSource::Frames(frames) => {
+                let first = frames.first().ok_or(MediumProblem::Empty)?;
+                match self.size_of_first(first)? {
+                    (1, height, width) => (frames.len(), height, width),
+                    (frames, ..) => return Err(MediumProblem::NotAnImage { frames }),
+                }
+            }
+            one => self.size_of_first(one)?,
+        };
+        self.check(frames, height, width)?;
+        Ok((frames, height, width))
+    }
+
+    fn size_of_first(&self, source: &MediaSource) -> Result<(usize, u32, u32), MediumProblem> {
+        match source {
+            MediaSource::Frames(frames) => Err(MediumProblem::NotAnImage { frames: frames.len() }),
+            MediaSource::Pixels(pixels) => Ok((pixels.frames(), pixels.height(), pixels.width())),
+            encoded => guarded(|| {
+                let bytes = self.bytes(encoded)?;
+                let (width, height) = self.decoder(&bytes)?.dimensions();
+                Ok((1, height, width))
+            }),
+        }
+    }
+
+    fn run(&self, jobs: &[Job<'_>]) -> Result<Vec<Pixels>, Error> {
+        let (next, failed) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
+        // Jobs are taken in order, so every job before the first that fails is taken and brought to its end.
+        let work = || {
+            let mut done = Vec::new();
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(job) = jobs.get(at).filter(|_| at < failed.load(Ordering::Relaxed)) else {
+                    return done;
+                };
+                let result = job.decode(self);
+                if result.is_err() {
+                    failed.fetch_min(at, Ordering::Relaxed);
+                }
+                done.push((at, result));
+            }
+        };
+        let mut done = thread::scope(|scope| {
+            let others = self.config.threads.min(jobs.len()).saturating_sub(1);
+            // Where no further thread can be had, those that there are do the work.
+            let others: Vec<_> = (0..others)
+                .map_while(|_| thread::Builder::new().name("media".into()).spawn_scoped(scope, work).ok())
+                .collect();
+            let mut done = work();
+            for other in others {
+                // A job does not panic: what the decoders throw has been caught.
+                done.extend(other.join().unwrap_or_default());
+            }
+            done
+        });
+        done.sort_unstable_by_key(|(at, _)| *at);
+        done.into_iter().map(|(_, result)| result).collect()
+    }
+
+    fn bytes<'a>(&self, source: &'a MediaSource) -> Result<Cow<'a, [u8]>, MediumProblem> {
+        let limit = self.config.max_bytes;
+        let bytes: Cow<'a, [u8]> = match source {
+            MediaSource::Path(path) => media_bytes::read(path, &self.config.paths, limit)?.into(),
+            MediaSource::DataUrl(url) => media_bytes::from_data_url(url, limit)?.into(),
+            MediaSource::Bytes(bytes) => bytes.as_ref().into(),
+            MediaSource::Url(url) => match &self.fetch {
+                Some(fetch) => fetch.fetch(url, limit)?.into(),
+                None => return Err(MediumProblem::UrlsAreOff { url: shorten(url) }),
+            },
+            // The caller has taken these apart.
+            MediaSource::Frames(_) | MediaSource::Pixels(_) => return Err(MediumProblem::NotAVideo),
+        };
+        match bytes.len() {
+            0 => Err(MediumProblem::Empty),
+            len if len > limit => Err(MediumProblem::TooManyBytes { limit }),
+            _ => Ok(bytes),
+        }
+    }
+
+    fn check(&self, frames: usize, height: u32, width: u32) -> Result<(), MediumProblem> {
+        let area = u64::from(height) * u64::from(width);
+        let (max, max_video) = (self.config.max_pixels, self.config.max_video_pixels);
+        if area > max {
+            return Err(MediumProblem::TooManyPixels { frames: 1, height, width, limit: max });
+        }
+        if frames > 1 && area.checked_mul(frames as u64).is_none_or(|all| all > max_video) {
+            return Err(MediumProblem::TooManyPixels { frames, height, width, limit: max_video });
+        }
+        Ok(())
+    }
+
+    /// A decoder that has read the header, of a size that is allowed.
+    fn decoder<'a>(&self, bytes: &'a [u8]) -> Result<impl ImageDecoder + 'a, MediumProblem> {
+        let broken = |e: image::ImageError| MediumProblem::Broken { message: e.to_string() };
+        let format = image::guess_format(bytes)
+            .ok()
+            .filter(|format| matches!(format, ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP));
+        let format = format
+            .ok_or_else(|| MediumProblem::Format { begins: bytes.iter().copied().take(12).collect() })?;
+        let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+        let mut limits = image::Limits::no_limits();
+        // Four 16-bit values a pixel, and as much again for what a decoder holds meanwhile.
+        limits.max_alloc = Some(self.config.max_pixels.saturating_mul(16).saturating_add(1 << 20));
+        reader.limits(limits);
+        let decoder = reader.into_decoder().map_err(broken)?;
+        let (width, height) = decoder.dimensions();
+        self.check(1, height, width)?;
+        Ok(decoder)
+    }
+
+    fn decode_bytes(&self, bytes: &[u8]) -> Result<Pixels, MediumProblem> {
+        guarded(|| {
+            let image = DynamicImage::from_decoder(self.decoder(bytes)?)
+                .map_err(|e| MediumProblem::Broken { message: e.to_string() })?
+                .into_rgb8();
+            let (width, height) = image.dimensions();
+            Pixels::new(1, height, width, image.into_raw())
+        })
+    }
+}
+
+/// The decoders read what strangers wrote; should one have a defect, an image is lost and not the run.
+fn guarded<T>(decode: impl FnOnce() -> Result<T, MediumProblem>) -> Result<T, MediumProblem> {
+    catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|panic| {
+        let message = match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+            (Some(text), _) => (*text).to_owned(),
+            (_, Some(text)) => text.clone(),
+            _ => "no message".to_owned(),
+        };
+        Err(MediumProblem::Panicked { message })
+    })
+}
+
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    prompt: usize,
+    kind: MediaKind,
+    place: usize,
+    medium: &'a Media<MediaSource>,
+}
+
+impl Job<'_> {
+    fn decode(&self, decoder: &MediaDecoder) -> Result<Pixels, Error> {
+        let pixels = match (self.medium, self.kind) {
+            (Media::One(source), MediaKind::Image) => decoder.image(source),
+            (Media::One(source), MediaKind::Video) => decoder.video(source),
+            (Media::Missing, _) => Err(MediumProblem::NotAMedium { found: "nothing" }),
+            (Media::Group(_), _) => Err(MediumProblem::NotAMedium { found: "a list" }),
+        };
+        let Job { prompt, kind, place, .. } = *self;
+        pixels.map_err(|problem| Error::Medium { prompt, kind, place, problem: Box::new(problem) })
+    }
+}

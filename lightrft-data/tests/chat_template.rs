@@ -1,0 +1,171 @@
+//! Chat templates render what transformers renders with them, byte for byte.
+#![cfg(feature = "templates")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::collections::HashMap;
+
+use lightrft_data::{ChatOptions, ChatTemplate, Error, GenerationPrompt, OrderedJson};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Recorded {
+    templates: Vec<Named>,
+    tools: String,
+    chats: Vec<Chat>,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Named {
+    name: String,
+    template: String,
+}
+
+#[derive(Deserialize)]
+struct Chat {
+    name: String,
+    messages: String,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    template: String,
+    chat: String,
+    tools: bool,
+    add_generation_prompt: bool,
+    text: Option<String>,
+    error: Option<String>,
+}
+
+/// Every case that differs, and how many there are in all.
+fn differences(recorded: &Recorded) -> (Vec<String>, usize) {
+    let templates: HashMap<_, _> = recorded
+        .templates
+        .iter()
+        .map(|named| {
+            let template = ChatTemplate::new(&named.template).and_then(|t| t.with_date(2026, 7, 4));
+            (
+                named.name.as_str(),
+                template.map(|t| t.with_variable("bos_token", "<s>").with_variable("eos_token", "</s>")),
+            )
+        })
+        .collect();
+    let chats: HashMap<_, _> = recorded
+        .chats
+        .iter()
+        .map(|chat| (chat.name.as_str(), OrderedJson::parse(&chat.messages).unwrap()))
+        .collect();
+    let mut different = Vec::new();
+    for case in &recorded.cases {
+        let mut options = ChatOptions::default();
+        if !case.add_generation_prompt {
+            options.generation_prompt = GenerationPrompt::Omit;
+        }
+        if case.tools {
+            options.tools = Some(OrderedJson::parse(&recorded.tools).unwrap());
+            options.variables.push(("add_vision_id".into(), OrderedJson::of(&true)));
+        }
+        let what = format!(
+            "{} / {} / tools {} / {}",
+            case.template, case.chat, case.tools, case.add_generation_prompt
+        );
+        let rendered = match &templates[case.template.as_str()] {
+            Ok(template) => template.render(&chats[case.chat.as_str()], &options).map_err(|e| e.to_string()),
+            Err(e) => Err(e.to_string()),
+        };
+        match (rendered, &case.text, &case.error) {
+            (Ok(found), Some(expected), _) if found == *expected => {}
+            (Err(_), None, Some(_)) => {}
+            (found, expected, error) => {
+                different.push(format!("{what}\n  found    {found:?}\n  expected {expected:?} {error:?}"));
+            }
+        }
+    }
+    (different, recorded.cases.len())
+}
+
+#[test]
+fn every_recorded_conversation_is_rendered_as_transformers_renders_it() {
+    let recorded: Recorded = serde_json::from_str(include_str!("data/chat_templates.json")).unwrap();
+    let (different, cases) = differences(&recorded);
+    assert!(different.is_empty(), "{}", different.join("\n"));
+    assert_eq!(cases, 64);
+}
+
+/// The templates of models are not kept here; `tools/make_chat_vectors.py` says how to compare with them.
+#[test]
+#[ignore = "reads the vectors named by LIGHTRFT_CHAT_VECTORS"]
+fn templates_of_models_render_as_in_transformers() {
+    let path = std::env::var("LIGHTRFT_CHAT_VECTORS").expect("LIGHTRFT_CHAT_VECTORS names a file");
+    let recorded: Recorded = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let (different, cases) = differences(&recorded);
+    assert!(different.is_empty(), "{}\n{} of {cases} differ", different.join("\n"), different.len());
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> (&'static str, String) {
+    match result {
+        Err(Error::Template { action, message }) => (action, message),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn render(template: &str) -> Result<String, Error> {
+    let messages = OrderedJson::parse(r#"[{"role": "user", "content": "a"}]"#).unwrap();
+    ChatTemplate::new(template)?.render(&messages, &ChatOptions::default())
+}
+
+#[test]
+fn what_a_template_raises_and_where_it_breaks_is_said() {
+    let (action, message) = refused(render("\n\n{{ raise_exception('Roles must alternate') }}"));
+    assert_eq!((action, message.as_str()), ("render", "Roles must alternate (line 3)"));
+    let (action, message) = refused(render("a\n{% if %}"));
+    assert!(action == "compile" && message.contains("line 2"), "{message}");
+    assert_eq!(refused(render("{{ messages.nothing.more }}")).0, "render");
+    assert_eq!(refused(render("{{ 'x' | no_such_filter }}")).0, "render");
+    assert_eq!(refused(render("{{ messages | tojson(colour=1) }}")).0, "render");
+    assert_eq!(refused(render("{{ strftime_now('%!') }}")).0, "render");
+    assert_eq!(refused(OrderedJson::parse("[1,")).0, "read JSON");
+}
+
+#[test]
+fn a_template_that_does_not_end_is_ended() {
+    let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+    assert!(refused(render(endless)).1.contains("fuel"));
+    assert_eq!(refused(render("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}")).0, "render");
+}
+
+#[test]
+fn the_day_is_the_callers_or_todays() {
+    let template = "{{ strftime_now('%Y-%m-%d %H:%M') }}";
+    let messages = OrderedJson::parse("[]").unwrap();
+    let fixed = ChatTemplate::new(template).unwrap().with_date(2024, 2, 29).unwrap();
+    assert_eq!(fixed.render(&messages, &ChatOptions::default()).unwrap(), "2024-02-29 00:00");
+    assert_eq!(render("{{ strftime_now('%Y')|int > 2025 }}").unwrap(), "True");
+    assert_eq!(refused(ChatTemplate::new(template).unwrap().with_date(2023, 2, 29)).0, "set the day");
+}
+
+#[test]
+fn a_tokenizers_configuration_brings_template_and_special_tokens() {
+    let messages = OrderedJson::parse("[]").unwrap();
+    let config = |chat_template: &str| {
+        format!(
+            r#"{{"bos_token": "<s>", "eos_token": {{"content": "</s>", "lstrip": false}}, "pad_token": null,
+            "chat_template": {chat_template}}}"#
+        )
+    };
+    let render = |template: ChatTemplate| template.render(&messages, &ChatOptions::default()).unwrap();
+    let one = ChatTemplate::from_tokenizer_config(
+        &config(r#""{{ bos_token }}{{ eos_token }}{{ pad_token }}""#),
+        None,
+    );
+    assert_eq!(render(one.unwrap()), "<s></s>");
+    let several = config(r#"[{"name": "default", "template": "d"}, {"name": "rag", "template": "r"}]"#);
+    assert_eq!(render(ChatTemplate::from_tokenizer_config(&several, None).unwrap()), "d");
+    assert_eq!(render(ChatTemplate::from_tokenizer_config(&several, Some("rag")).unwrap()), "r");
+    for (json, name) in
+        [(several.as_str(), Some("none")), ("{}", None), (&config("null"), None), (&config("3"), None)]
+    {
+        let (action, message) = refused(ChatTemplate::from_tokenizer_config(json, name));
+        assert!(action == "find" && message.contains(name.unwrap_or("default")), "{message}");
+    }
+}

@@ -1,0 +1,452 @@
+//! Images decode to Pillow's pixels, in the batch's order, and what is broken, absurd or out of bounds is named.
+#![cfg(feature = "images")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use lightrft_data::{
+    Audio, DecodeConfig, Error, Fetch, Media, MediaDecoder, MediaKind, MediaSource, MediumProblem,
+    MultimodalInput, PathPolicy, Pixels,
+};
+use proptest::prelude::*;
+use serde::Deserialize;
+use serde_json::json;
+
+#[derive(Deserialize)]
+struct Recorded {
+    images: Vec<Recording>,
+    bombs: Vec<Bomb>,
+}
+
+#[derive(Deserialize)]
+struct Recording {
+    name: String,
+    file: String,
+    height: u32,
+    width: u32,
+    off: u8,
+    rgb: String,
+}
+
+#[derive(Deserialize)]
+struct Bomb {
+    name: String,
+    file: String,
+}
+
+fn recorded() -> Recorded {
+    serde_json::from_str(include_str!("data/images.json")).unwrap()
+}
+
+fn bytes(base64: &str) -> Vec<u8> {
+    BASE64_STANDARD.decode(base64).unwrap()
+}
+
+fn source(base64: &str) -> MediaSource {
+    MediaSource::Bytes(bytes(base64).into())
+}
+
+fn decoder(change: impl FnOnce(&mut DecodeConfig)) -> MediaDecoder {
+    let mut config = DecodeConfig { threads: 2, ..DecodeConfig::default() };
+    change(&mut config);
+    MediaDecoder::new(config).unwrap()
+}
+
+/// An image of one colour, so that it can be told from others.
+fn dot(value: u8) -> MediaSource {
+    MediaSource::Pixels(Pixels::new(1, 1, 1, vec![value; 3]).unwrap())
+}
+
+#[test]
+fn pixels_are_those_of_pillow() {
+    let images = recorded().images;
+    assert_eq!(images.len(), 14);
+    for image in images {
+        let found = decoder(|_| {}).image(&source(&image.file)).unwrap();
+        assert_eq!((found.frames(), found.height(), found.width()), (1, image.height, image.width));
+        let expected = bytes(&image.rgb);
+        assert_eq!(found.rgb().len(), expected.len(), "{}", image.name);
+        let off = found.rgb().iter().zip(&expected).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        assert!(off <= image.off, "{}: off by {off}", image.name);
+        let size = decoder(|_| {}).size(&source(&image.file)).unwrap();
+        assert_eq!(size, (1, image.height, image.width), "{}", image.name);
+    }
+}
+
+#[test]
+fn headers_that_promise_too_many_pixels_are_refused_before_decoding() {
+    for bomb in recorded().bombs {
+        for result in [
+            decoder(|_| {}).image(&source(&bomb.file)).map(|_| ()),
+            decoder(|_| {}).size(&source(&bomb.file)).map(|_| ()),
+        ] {
+            match result {
+                Err(MediumProblem::TooManyPixels { frames: 1, height, width, limit: 89_478_485 }) => {
+                    assert!(height > 16_000 && width > 16_000, "{}", bomb.name);
+                }
+                other => panic!("{}: {other:?}", bomb.name),
+            }
+        }
+    }
+    let image = &recorded().images[0]; // 9 x 13
+    let result = |max_pixels| decoder(|c| c.max_pixels = max_pixels).image(&source(&image.file));
+    assert!(result(117).is_ok());
+    assert!(matches!(result(116), Err(MediumProblem::TooManyPixels { .. })));
+}
+
+#[test]
+fn encoded_bytes_are_limited_wherever_they_come_from() {
+    let image = &recorded().images[0];
+    let file = bytes(&image.file);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.png");
+    std::fs::write(&path, &file).unwrap();
+    let url = format!("data:image/png;base64,{}", image.file);
+    for source in [
+        MediaSource::Path(path),
+        MediaSource::DataUrl(url.into()),
+        MediaSource::Bytes(file.clone().into()),
+        MediaSource::Url("https://example.org/a.png".into()),
+    ] {
+        let with_limit = |limit| decoder(|c| c.max_bytes = limit).with_fetch(Fixed(file.clone()));
+        assert!(with_limit(file.len()).image(&source).is_ok(), "{source:?}");
+        let refused = with_limit(file.len() - 1).image(&source).unwrap_err();
+        assert!(matches!(refused, MediumProblem::TooManyBytes { .. }), "{source:?}: {refused}");
+    }
+}
+
+/// Always the same bytes.
+#[derive(Debug)]
+struct Fixed(Vec<u8>);
+
+impl Fetch for Fixed {
+    fn fetch(&self, _: &str, _: usize) -> Result<Vec<u8>, MediumProblem> {
+        Ok(self.0.clone())
+    }
+}
+
+#[test]
+fn strings_are_told_apart_as_paths_and_addresses() {
+    let parse = |text| MediaSource::parse(text).unwrap();
+    assert_eq!(parse("a b.png"), MediaSource::Path("a b.png".into()));
+    assert_eq!(parse("file:///x/%20.png"), MediaSource::Path("/x/%20.png".into()));
+    assert_eq!(parse("a:b.png"), MediaSource::Path("a:b.png".into()));
+    assert_eq!(parse("HTTPS://h/a"), MediaSource::Url("HTTPS://h/a".into()));
+    assert_eq!(parse("data:,x"), MediaSource::DataUrl("data:,x".into()));
+    assert!(matches!(MediaSource::parse(""), Err(MediumProblem::Empty)));
+    for refused in ["ftp://h/a", "s3://b/k", "gopher://h"] {
+        assert!(matches!(MediaSource::parse(refused), Err(MediumProblem::Scheme { .. })));
+    }
+    for value in [json!("a.png"), json!({"image": "a.png"}), json!({"image_url": {"url": "a.png"}})] {
+        assert_eq!(MediaSource::from_json(&value).unwrap(), parse("a.png"));
+    }
+    let video = MediaSource::from_json(&json!(["1.png", {"path": "2.png"}])).unwrap();
+    assert_eq!(video, MediaSource::Frames(vec![parse("1.png"), parse("2.png")]));
+    for refused in [json!(3), json!(null), json!({"a": 1}), json!([["a"]]), json!({"image": 3})] {
+        assert!(
+            matches!(MediaSource::from_json(&refused), Err(MediumProblem::NotAMedium { .. })),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
+fn data_urls_that_are_none_say_what_they_lack() {
+    for (url, lacks) in [
+        ("data:image/png;base64", "comma"),
+        ("data:image/png,abc", "base64"),
+        ("data:text/html;base64,AAAA", "image/"),
+        ("data:image/png;base64,A*AA", "base64"),
+    ] {
+        match decoder(|_| {}).image(&MediaSource::parse(url).unwrap()) {
+            Err(MediumProblem::DataUrl { expected }) => {
+                assert!(expected.contains(lacks), "{url}: {expected}")
+            }
+            other => panic!("{url}: {other:?}"),
+        }
+    }
+    let file = &recorded().images[0].file;
+    let odd = format!("data:image/x;charset=utf-8;BASE64, {} ", file.trim_end_matches('='));
+    assert!(decoder(|_| {}).image(&MediaSource::parse(&odd).unwrap()).is_ok());
+}
+
+#[test]
+fn addresses_are_off_unless_a_fetcher_is_set() {
+    let url = MediaSource::parse("https://example.org/a.png").unwrap();
+    assert!(matches!(decoder(|_| {}).image(&url), Err(MediumProblem::UrlsAreOff { .. })));
+}
+
+#[test]
+fn paths_stay_under_the_root_that_is_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("root");
+    std::fs::create_dir_all(root.join("in")).unwrap();
+    let file = bytes(&recorded().images[0].file);
+    std::fs::write(root.join("in/a.png"), &file).unwrap();
+    std::fs::write(folder.path().join("secret.png"), &file).unwrap();
+    let confined = decoder(|c| c.paths = PathPolicy::Under(root.clone()));
+    let read = |path: &Path| confined.image(&MediaSource::Path(path.into()));
+    assert!(read(Path::new("in/a.png")).is_ok());
+    assert!(read(&root.join("in/a.png")).is_ok());
+    let mut outside = vec![
+        Path::new("../secret.png").to_owned(),
+        Path::new("in/../in/a.png").to_owned(),
+        folder.path().join("secret.png"),
+    ];
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink(folder.path().join("secret.png"), root.join("link.png")).unwrap();
+        outside.push("link.png".into());
+    }
+    for path in outside {
+        assert!(matches!(read(&path), Err(MediumProblem::OutsideRoot { .. })), "{}", path.display());
+    }
+    assert!(matches!(read(Path::new("none.png")), Err(MediumProblem::Io { action: "open", .. })));
+    assert!(matches!(read(Path::new("in")), Err(MediumProblem::NotAFile { .. })));
+    assert!(matches!(read(Path::new("")), Err(MediumProblem::Empty)));
+}
+
+#[cfg(unix)]
+#[test]
+fn devices_and_pipes_are_not_opened() {
+    let zero = decoder(|_| {}).image(&MediaSource::Path("/dev/zero".into()));
+    assert!(matches!(zero, Err(MediumProblem::NotAFile { .. })), "{zero:?}");
+}
+
+fn input(images: Vec<MediaSource>, videos: Vec<MediaSource>) -> MultimodalInput<MediaSource> {
+    let ones = |sources: Vec<_>| sources.into_iter().map(Media::One).collect();
+    MultimodalInput { prompt: "?".into(), images: ones(images), videos: ones(videos) }
+}
+
+fn first_values(media: &[Media<Pixels>]) -> Vec<u8> {
+    let value = |medium: &Media<Pixels>| match medium {
+        Media::One(pixels) => pixels.rgb()[0],
+        other => panic!("{other:?}"),
+    };
+    media.iter().map(value).collect()
+}
+
+#[test]
+fn order_and_numbers_are_kept_whatever_the_threads() {
+    let inputs: Vec<_> = (0..40u8)
+        .map(|i| {
+            let images = (0..i % 4).map(|k| dot(i * 4 + k)).collect();
+            let videos = (0..i % 3).map(|k| MediaSource::Frames(vec![dot(200 - i), dot(k)])).collect();
+            input(images, videos)
+        })
+        .collect();
+    for threads in [1, 2, 7, 64] {
+        let decoded = decoder(|c| c.threads = threads).decode(&inputs).unwrap();
+        assert_eq!(decoded.len(), inputs.len());
+        for (i, one) in (0u8..).zip(&decoded) {
+            assert_eq!(first_values(&one.images), (0..i % 4).map(|k| i * 4 + k).collect::<Vec<_>>());
+            assert_eq!(first_values(&one.videos), (0..i % 3).map(|_| 200 - i).collect::<Vec<_>>());
+            assert_eq!(one.prompt, "?");
+        }
+    }
+    assert!(decoder(|_| {}).decode(&[]).unwrap().is_empty());
+}
+
+/// Gives the first address only once the second has been asked for, which takes a second thread.
+#[derive(Debug, Default)]
+struct Turned {
+    second: Mutex<bool>,
+    asked: Condvar,
+}
+
+impl Fetch for Turned {
+    fn fetch(&self, url: &str, _: usize) -> Result<Vec<u8>, MediumProblem> {
+        if url.ends_with("/second") {
+            *self.second.lock().unwrap() = true;
+            self.asked.notify_all();
+        } else {
+            let second = self.second.lock().unwrap();
+            let wait = self.asked.wait_timeout_while(second, Duration::from_secs(60), |second| !*second);
+            assert!(!wait.unwrap().1.timed_out(), "nobody asked for the second image");
+        }
+        let images = recorded().images;
+        Ok(bytes(&images[if url.ends_with("/second") { 7 } else { 0 }].file))
+    }
+}
+
+#[test]
+fn an_image_that_comes_late_keeps_its_place() {
+    let urls = ["http://h/first", "http://h/second"].map(|url| MediaSource::parse(url).unwrap());
+    let turned = decoder(|c| c.threads = 2).with_fetch(Turned::default());
+    let decoded = turned.decode(&[input(urls.to_vec(), vec![])]).unwrap();
+    let recorded = recorded().images;
+    // The first is lossless, so that the two can be told apart.
+    let Media::One(first) = &decoded[0].images[0] else { panic!("{decoded:?}") };
+    assert_eq!(first.rgb(), bytes(&recorded[0].rgb));
+    assert_ne!(decoded[0].images[0], decoded[0].images[1]);
+}
+
+/// Counts how many fetches are under way at once.
+#[derive(Clone, Debug, Default)]
+struct Counting {
+    now: Arc<AtomicUsize>,
+    most: Arc<AtomicUsize>,
+}
+
+impl Fetch for Counting {
+    fn fetch(&self, _: &str, _: usize) -> Result<Vec<u8>, MediumProblem> {
+        let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(now, Ordering::SeqCst);
+        std::thread::yield_now();
+        self.now.fetch_sub(1, Ordering::SeqCst);
+        Ok(bytes(&recorded().images[0].file))
+    }
+}
+
+#[test]
+fn no_more_media_are_under_way_than_threads() {
+    let url = || MediaSource::parse("http://h/a.png").unwrap();
+    let counting = Counting::default();
+    let limited = decoder(|c| c.threads = 3).with_fetch(counting.clone());
+    limited.decode(&[input((0..50).map(|_| url()).collect(), vec![])]).unwrap();
+    assert!((1..=3).contains(&counting.most.load(Ordering::SeqCst)));
+}
+
+#[test]
+fn the_first_broken_medium_of_the_batch_is_named_by_prompt_kind_and_place() {
+    let broken = || MediaSource::Bytes(b"not an image".to_vec().into());
+    let mut batch = vec![input(vec![dot(1)], vec![]), input(vec![dot(2), dot(3)], vec![dot(4)])];
+    for _ in 0..20 {
+        batch.push(input(vec![dot(5), broken()], vec![broken()]));
+    }
+    for threads in [1, 4] {
+        match decoder(|c| c.threads = threads).decode(&batch) {
+            Err(Error::Medium { prompt: 2, kind: MediaKind::Image, place: 1, problem }) => {
+                assert!(matches!(&*problem, MediumProblem::Format { begins } if begins == b"not an image"));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let error = decoder(|_| {}).decode(&batch).unwrap_err().to_string();
+    assert!(error.starts_with("prompt 2: images: number 1: neither PNG"), "{error}");
+    for (odd, found) in [(Media::Missing, "nothing"), (Media::Group(vec![]), "a list")] {
+        let batch = [MultimodalInput { images: vec![odd], ..input(vec![], vec![]) }];
+        match decoder(|_| {}).decode(&batch) {
+            Err(Error::Medium { prompt: 0, place: 0, problem, .. }) => {
+                assert!(matches!(*problem, MediumProblem::NotAMedium { found: f } if f == found));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn videos_are_frames_of_one_size_within_a_limit_of_their_own() {
+    let frame = |height, width| {
+        let area = (height * width) as usize;
+        MediaSource::Pixels(Pixels::new(1, height, width, vec![7; area * 3]).unwrap())
+    };
+    let video = |frames: Vec<_>| decoder(|c| c.max_video_pixels = 12).video(&MediaSource::Frames(frames));
+    let three = video(vec![frame(2, 2), frame(2, 2), frame(2, 2)]).unwrap();
+    assert_eq!((three.frames(), three.height(), three.width(), three.rgb().len()), (3, 2, 2, 36));
+    assert!(matches!(
+        video((0..4).map(|_| frame(2, 2)).collect()),
+        Err(MediumProblem::TooManyPixels { frames: 4, limit: 12, .. })
+    ));
+    assert!(matches!(
+        video(vec![frame(1, 2), frame(2, 1)]),
+        Err(MediumProblem::FrameSize {
+            frame: 1,
+            height: 2,
+            width: 1,
+            expected_height: 1,
+            expected_width: 2
+        })
+    ));
+    assert!(matches!(video(vec![]), Err(MediumProblem::Empty)));
+    match video(vec![frame(1, 1), MediaSource::Bytes(vec![].into())]) {
+        Err(MediumProblem::Frame { frame: 1, problem }) => assert!(matches!(*problem, MediumProblem::Empty)),
+        other => panic!("{other:?}"),
+    }
+    let any = decoder(|_| {});
+    assert!(matches!(any.video(&MediaSource::Path("a.mp4".into())), Err(MediumProblem::NotAVideo)));
+    let frames = MediaSource::Frames(vec![frame(1, 1); 2]);
+    assert!(matches!(any.image(&frames), Err(MediumProblem::NotAnImage { frames: 2 })));
+    assert_eq!(any.size(&frames).unwrap(), (2, 1, 1));
+    let tensor = MediaSource::Pixels(Pixels::new(2, 1, 1, vec![0; 6]).unwrap());
+    assert!(matches!(any.image(&tensor), Err(MediumProblem::NotAnImage { frames: 2 })));
+    assert_eq!(any.video(&tensor).unwrap().frames(), 2);
+    assert_eq!(any.size(&tensor).unwrap(), (2, 1, 1));
+    let inside = MediaSource::Frames(vec![tensor]);
+    assert!(matches!(any.size(&inside), Err(MediumProblem::NotAnImage { frames: 2 })));
+}
+
+#[test]
+fn tensors_and_sounds_have_the_length_that_they_say() {
+    assert!(Pixels::new(2, 3, 4, vec![0; 72]).is_ok());
+    for (frames, height, width, len) in [(2, 3, 4, 71), (0, 3, 4, 0), (1, 0, 4, 0), (usize::MAX, 9, 9, 3)] {
+        let refused = Pixels::new(frames, height, width, vec![0; len]);
+        assert!(matches!(refused, Err(MediumProblem::Shape { .. })), "{refused:?}");
+    }
+    let sound = Audio::new(vec![1, 2], 16_000).unwrap();
+    assert_eq!((sound.bytes(), sound.sample_rate()), (&[1, 2][..], 16_000));
+    assert!(matches!(Audio::new(vec![], 16_000), Err(MediumProblem::Empty)));
+    assert!(matches!(Audio::new(vec![1], 0), Err(MediumProblem::SampleRate)));
+}
+
+#[test]
+fn limits_of_nothing_are_refused() {
+    for change in [
+        (|c| c.max_bytes = 0) as fn(&mut DecodeConfig),
+        |c| c.max_pixels = 0,
+        |c| c.max_video_pixels = 0,
+        |c| c.threads = 0,
+    ] {
+        let mut config = DecodeConfig::default();
+        change(&mut config);
+        assert!(matches!(MediaDecoder::new(config), Err(Error::Setting { value: 0, .. })));
+    }
+}
+
+/// What the fetcher was asked for.
+#[derive(Clone, Debug, Default)]
+struct Asked(Arc<Mutex<Vec<String>>>);
+
+impl Fetch for Asked {
+    fn fetch(&self, url: &str, _: usize) -> Result<Vec<u8>, MediumProblem> {
+        self.0.lock().unwrap().push(url.to_owned());
+        Ok(bytes(&recorded().images[0].file))
+    }
+}
+
+#[test]
+fn nothing_is_opened_before_it_is_decoded() {
+    let asked = Asked::default();
+    let with = decoder(|_| {}).with_fetch(asked.clone());
+    let batch = [input(vec![MediaSource::parse("http://h/1").unwrap()], vec![])];
+    assert!(asked.0.lock().unwrap().is_empty());
+    with.decode(&batch).unwrap();
+    assert_eq!(*asked.0.lock().unwrap(), ["http://h/1"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+    #[test]
+    fn broken_files_are_pixels_or_errors_never_a_panic(
+        which in 0usize..14, cut in 0.0f64..1.0, at in 0.0f64..1.0, with: u8, truncate: bool,
+    ) {
+        let mut file = bytes(&recorded().images[which].file);
+        if truncate {
+            file.truncate((file.len() as f64 * cut) as usize);
+        }
+        let place = (file.len() as f64 * at) as usize;
+        if let Some(byte) = file.get_mut(place) {
+            *byte ^= with;
+        }
+        let small = decoder(|c| c.max_pixels = 1 << 20);
+        if let Err(problem) = small.image(&MediaSource::Bytes(file.into())) {
+            // A panic inside of the image library is caught, but it would be news.
+            prop_assert!(!matches!(problem, MediumProblem::Panicked { .. }), "{}", problem);
+        }
+    }
+}
