@@ -200,7 +200,21 @@ pub(crate) fn load(
         checkpoint.read_into(&name, &Region::Flat(range), into)
     };
     let moments = options.loads(StateKind::ExpAvg);
-    load_state(model.units_mut(), moments.then_some(&mut *optimizer), read)?;
+    let average = ema.as_mut().filter(|_| options.loads(StateKind::Ema));
+    let read_all = || -> Result<()> {
+        load_state(model.units_mut(), moments.then_some(&mut *optimizer), read)?;
+        match (average, &shared.ema) {
+            (Some(ema), Some(_)) => {
+                ema.load_state(|param, range, into| read(StateKind::Ema, param, range, into))?;
+            }
+            // A run that had none: the average begins here.
+            (Some(ema), None) => ema.copy_from(model.units())?,
+            (None, _) => {}
+        }
+        Ok(())
+    };
+    // A disk may fail one rank now, after all have verified: none goes on with a policy that another has not.
+    agree(&**world, "loading a checkpoint", read_all())?;
     if moments {
         let (steps, skipped) = (shared.optimizer_steps, shared.optimizer_skipped);
         optimizer.set_counters(AdamWCounters { steps, skipped });
@@ -208,17 +222,8 @@ pub(crate) fn load(
     if options.load_module_only || !options.load_lr_scheduler_states {
         run.updates = 0;
     }
-    match (ema.as_mut().filter(|_| options.loads(StateKind::Ema)), shared.ema) {
-        (Some(ema), Some(counters)) => {
-            ema.load_state(|param, range, into| read(StateKind::Ema, param, range, into))?;
-            ema.set_counters(counters);
-        }
-        // A run that had none: the average begins here.
-        (Some(ema), None) => {
-            ema.copy_from(model.units())?;
-            ema.set_counters(EmaCounters::default());
-        }
-        (None, _) => {}
+    if let Some(ema) = ema.as_mut().filter(|_| options.loads(StateKind::Ema)) {
+        ema.set_counters(shared.ema.unwrap_or_default());
     }
     // What a step that failed had accumulated belongs to other parameters.
     model.units_mut().zero_gradients();

@@ -8,9 +8,10 @@ use lightrft_ckpt::{HfFolder, Region};
 use lightrft_collectives::Communicator;
 use lightrft_engine::Engine;
 use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, ModelError, Settings};
-use lightrft_sharding::{AdamW, AdamWConfig, Ema, EmaConfig, Policy, Precision, ShardedModel};
+use lightrft_sharding::{AdamW, AdamWConfig, Ema, EmaConfig, FlatParam, Policy, Precision, ShardedModel};
 use safetensors::Dtype;
 
+use crate::agree::agree;
 use crate::config::{EngineType, StrategyConfig};
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
@@ -45,9 +46,7 @@ pub struct Reference {
 }
 
 pub(crate) fn actor(config: &StrategyConfig, world: &Arc<dyn Communicator>, folder: &Path) -> Result<Actor> {
-    let decoder = DecoderConfig::from_folder(folder)?;
-    check_frozen(config, &decoder)?;
-    let model = load(config, world, folder, decoder, config.actor_policy()?)?;
+    let model = load(config, world, folder, config.actor_policy()?, |decoder| check_frozen(config, decoder))?;
     let optimizer = optimizer(config, &model)?;
     // Moved once for each optimizer step.
     let average = EmaConfig { beta: config.ema_beta, every: 1 };
@@ -60,8 +59,7 @@ pub(crate) fn reference(
     world: &Arc<dyn Communicator>,
     folder: &Path,
 ) -> Result<Reference> {
-    let decoder = DecoderConfig::from_folder(folder)?;
-    Ok(Reference { model: load(config, world, folder, decoder, config.reference_policy()?)? })
+    Ok(Reference { model: load(config, world, folder, config.reference_policy()?, |_| Ok(()))? })
 }
 
 /// A prefix that freezes nothing is a mistake in it, and so is one that freezes everything.
@@ -113,13 +111,21 @@ fn optimizer(config: &StrategyConfig, model: &ShardedModel<CausalLm>) -> Result<
     Ok(AdamW::new(settings, model.units())?)
 }
 
+/// The model of a folder, sharded. A folder that one rank cannot read, or that `check` refuses there, is an error on all:
+/// each may see another file system.
 fn load(
     config: &StrategyConfig,
     world: &Arc<dyn Communicator>,
     folder: &Path,
-    decoder: DecoderConfig,
     policy: Policy,
+    check: impl FnOnce(&DecoderConfig) -> Result<()>,
 ) -> Result<ShardedModel<CausalLm>> {
+    let opened = DecoderConfig::from_folder(folder).map_err(Error::from).and_then(|decoder| {
+        check(&decoder)?;
+        let files = open(folder, &decoder)?;
+        Ok((decoder, files))
+    });
+    let (decoder, files) = agree(&**world, "opening a model folder", opened)?;
     let dtype = match config.compute_dtype {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
@@ -127,8 +133,10 @@ fn load(
     };
     let decoder = Decoder::new(decoder, dtype, &Device::Cpu)?;
     let mut model = ShardedModel::new(CausalLm::new(decoder), Arc::clone(world), policy)?;
-    let files = open(folder, model.model().decoder().config())?;
-    model.units_mut().load(|param, range, into| files.read_f32(param.name(), &Region::Flat(range), into))?;
+    let read =
+        |param: &FlatParam, range, into: &mut [f32]| files.read_f32(param.name(), &Region::Flat(range), into);
+    let loaded = model.units_mut().load(read).map_err(Error::from);
+    agree(&**world, "reading a model folder", loaded)?;
     Ok(model)
 }
 

@@ -278,7 +278,8 @@ impl Strategy {
     ///
     /// # Errors
     /// [`Error::Checkpoint`](crate::Error::Checkpoint); for a checkpoint of another model it names the tensors that
-    /// differ, and nothing has been loaded.
+    /// differ, and nothing has been loaded. Every byte is verified before anything is loaded; a disk that fails after that,
+    /// on any rank, is an error on all of them, and the policy is then partly loaded and of no use.
     pub fn load_ckpt(&self, actor: &mut Actor, dir: &Path) -> Result<Option<checkpoint::Loaded>> {
         self.load_ckpt_with(actor, dir, &LoadOptions::default())
     }

@@ -201,6 +201,30 @@ fn layers_that_a_checkpoint_has_not_keep_their_values_when_that_is_allowed() {
 }
 
 #[test]
+fn a_model_folder_that_one_rank_cannot_read_is_an_error_on_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, cut) = (folder.path().join("whole"), folder.path().join("cut"));
+    for path in [&whole, &cut] {
+        write_folder(path, &config(serde_json::json!({})), 5);
+    }
+    let weights = cut.join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() - 4]).unwrap();
+    let texts = on_ranks(2, |world| {
+        let strategy = Strategy::with_world(settings(12, 6), world)?;
+        let mine = if strategy.rank() == 1 { &cut } else { &whole };
+        Ok([
+            strategy.prepare_actor(mine).map(drop).unwrap_err().to_string(),
+            strategy.prepare_reference(mine).map(drop).unwrap_err().to_string(),
+        ])
+    });
+    for text in texts.iter().flatten() {
+        assert!(text.contains("model.safetensors"), "{text}");
+    }
+    assert!(texts[0][0].contains("rank 1"), "{texts:?}");
+}
+
+#[test]
 fn no_checkpoint_is_no_error() {
     let folder = tempfile::tempdir().unwrap();
     write_folder(folder.path(), &config(serde_json::json!({})), 5);

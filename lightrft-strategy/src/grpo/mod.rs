@@ -284,10 +284,11 @@ impl<'a> Grpo<'a> {
 
     /// Saves a checkpoint when [`save_steps`](crate::StrategyConfig::save_steps) or the end of the run asks for one.
     /// Returns the report of what was saved; with [`async_save`](crate::StrategyConfig::async_save) that is the save
-    /// before, and the one that is due has begun. *Collective.*
+    /// before, and the one that is due has begun: call [`finish_saves`](Self::finish_saves) at the end. *Collective.*
     ///
     /// # Errors
-    /// As [`Strategy::save_ckpt`], or as [`ActorSaver::save`].
+    /// As [`Strategy::save_ckpt`], or as [`ActorSaver::save`]; but when it is the save before that failed, the one that is
+    /// due has begun nevertheless.
     pub fn save_if_due(&mut self, dir: &Path, client: serde_json::Value) -> Result<Option<SaveReport>> {
         let every = self.strategy.config().save_steps as u64;
         let due = every > 0 && (self.step.is_multiple_of(every) || self.step == self.parts.total_steps);
@@ -298,13 +299,14 @@ impl<'a> Grpo<'a> {
             return self.save(dir, client).map(Some);
         }
         let state = self.state(client);
-        let elsewhere = self.saver.as_ref().is_some_and(|saver| saver.dir() != dir);
-        let before = if elsewhere { self.finish_saves()? } else { None };
-        let saver = match self.saver.take().filter(|_| !elsewhere) {
+        // Its failure must not cost the run the save that is due.
+        let before = self.finish_saves();
+        let saver = match self.saver.take().filter(|saver| saver.dir() == dir) {
             Some(saver) => self.saver.insert(saver),
             None => self.saver.insert(self.strategy.actor_saver(dir)?),
         };
-        Ok(saver.save(&self.parts.actor, &state)?.or(before))
+        saver.save(&self.parts.actor, &state)?;
+        before
     }
 
     /// Waits for the save in the background, if there is one, and reports it. *Collective.*
