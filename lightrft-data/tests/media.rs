@@ -252,38 +252,38 @@ fn order_and_numbers_are_kept_whatever_the_threads() {
     assert!(decoder(|_| {}).decode(&[]).unwrap().is_empty());
 }
 
-/// Gives the first address only once the second has been asked for, which takes a second thread.
+/// Gives each image only once the next one has been asked for: the second thread takes the middle of three.
 #[derive(Debug, Default)]
 struct Turned {
-    second: Mutex<bool>,
+    last_asked: Mutex<usize>,
     asked: Condvar,
 }
 
+/// Images that can be told apart, by the number at the end of their address.
+const APART: [usize; 3] = [0, 7, 2];
+
 impl Fetch for Turned {
     fn fetch(&self, url: &str, _: usize) -> Result<Vec<u8>, MediumProblem> {
-        if url.ends_with("/second") {
-            *self.second.lock().unwrap() = true;
-            self.asked.notify_all();
-        } else {
-            let second = self.second.lock().unwrap();
-            let wait = self.asked.wait_timeout_while(second, Duration::from_secs(60), |second| !*second);
-            assert!(!wait.unwrap().1.timed_out(), "nobody asked for the second image");
-        }
-        let images = recorded().images;
-        Ok(bytes(&images[if url.ends_with("/second") { 7 } else { 0 }].file))
+        let place: usize = url.rsplit('/').next().unwrap().parse().unwrap();
+        let mut last = self.last_asked.lock().unwrap();
+        *last = place.max(*last);
+        self.asked.notify_all();
+        let next = (place + 1).min(APART.len() - 1);
+        let (_last, wait) =
+            self.asked.wait_timeout_while(last, Duration::from_secs(60), |last| *last < next).unwrap();
+        assert!(!wait.timed_out(), "nobody asked for image {next}");
+        Ok(bytes(&recorded().images[APART[place]].file))
     }
 }
 
 #[test]
-fn an_image_that_comes_late_keeps_its_place() {
-    let urls = ["http://h/first", "http://h/second"].map(|url| MediaSource::parse(url).unwrap());
+fn images_that_come_late_keep_their_places() {
+    let urls = (0..3).map(|place| MediaSource::parse(&format!("http://h/{place}")).unwrap());
     let turned = decoder(|c| c.threads = 2).with_fetch(Turned::default());
-    let decoded = turned.decode(&[input(urls.to_vec(), vec![])]).unwrap();
-    let recorded = recorded().images;
-    // The first is lossless, so that the two can be told apart.
-    let Media::One(first) = &decoded[0].images[0] else { panic!("{decoded:?}") };
-    assert_eq!(first.rgb(), bytes(&recorded[0].rgb));
-    assert_ne!(decoded[0].images[0], decoded[0].images[1]);
+    let decoded = turned.decode(&[input(urls.collect(), vec![])]).unwrap();
+    let expected = APART.map(|which| decoder(|_| {}).image(&source(&recorded().images[which].file)).unwrap());
+    assert!(expected[0] != expected[1] && expected[1] != expected[2] && expected[0] != expected[2]);
+    assert_eq!(decoded[0].images, expected.map(Media::One));
 }
 
 /// Counts how many fetches are under way at once.

@@ -3,7 +3,7 @@
 
 use lightrft_data::{
     BadLine, BadLines, DataLoader, Dataset, DistributedSampler, Error, InputTemplate, LineProblem,
-    LoaderConfig, Media, MediaKind, MediaProblem, MediaSource, PromptDataset, PromptFormat, PromptKeys,
+    LoaderConfig, MediaKind, MediaProblem, MediaSource, PromptDataset, PromptFormat, PromptKeys,
     SamplerConfig, Shuffle, Tail, inputs_of,
 };
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ fn read(format: &PromptFormat, record: &Value) -> Result<lightrft_data::PromptRe
 mod with_templates {
     use std::sync::Arc;
 
-    use lightrft_data::ChatTemplate;
+    use lightrft_data::{ChatTemplate, Media};
     use serde::Deserialize;
 
     use super::*;
