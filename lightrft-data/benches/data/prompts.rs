@@ -13,9 +13,9 @@ use crate::peer::Taken;
 use crate::report::{Measured, Row, Target, Unit};
 
 pub(crate) fn measure(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
-    let mut rows = multimodal(options)?;
+    let rows = multimodal(options)?;
     #[cfg(all(feature = "templates", feature = "tokenizer"))]
-    rows.extend(chat(options)?);
+    let rows = rows.into_iter().chain(chat(options)?).collect();
     Ok(rows)
 }
 
