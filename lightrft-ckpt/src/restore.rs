@@ -1,7 +1,7 @@
 //! Reading a checkpoint into memory in one pass: verified on the way, by all ranks or by none.
 
-use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::error::Error as StdError;
 
 use safetensors::Dtype;
@@ -12,6 +12,7 @@ use crate::catalog::Skipped;
 use crate::checkpoint::{Checkpoint, difference};
 use crate::error::{Error, Mismatch, Result};
 use crate::reader::{Checkpoints, Which};
+use crate::region::Span;
 use crate::search::{Candidate, Tried, same_everywhere, search, tell};
 use crate::wanted::Wanted;
 
@@ -70,6 +71,8 @@ enum Said {
     Asks {
         identity: String,
         asked: Asked,
+        /// Tensors of a checkpoint that failed, whose elements this one would leave in this rank's destinations.
+        leaves: BTreeSet<String>,
     },
     /// The caller or its request is wrong: another checkpoint would not help.
     Refuses(String),
@@ -80,8 +83,10 @@ impl Checkpoints {
     ///
     /// For each checkpoint that is tried, `wanted` is called with `context` and the checkpoint, and says what this rank
     /// wants of it and where it shall go (names and shapes that it borrows are part of `context` too); it can also look
-    /// at the saved state first and refuse, which ends the restore on every rank. Damage that any rank meets makes all take the next older checkpoint, into the same
-    /// destinations. When this returns `Ok`, every rank's destinations hold one and the same checkpoint's elements.
+    /// at the saved state first and refuse, which ends the restore on every rank. Damage that any rank meets makes all
+    /// take the next older checkpoint, into the same destinations: what was asked of the damaged one must be asked of
+    /// the older one too, and be there, or the restore ends. When this returns `Ok`, every rank's destinations hold one
+    /// and the same checkpoint's elements.
     ///
     /// What no rank asks for is not verified, apart from the files' headers and lengths.
     ///
@@ -107,8 +112,8 @@ impl Checkpoints {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Spoilt`] with the cause when destinations were written to, on this rank or another; with any other
-    /// error they were not: [`Error::NoCheckpoint`] with all that was refused; [`Error::NoTag`], or a tag's own
+    /// [`Error::Spoilt`] with the cause when destinations were written to, on this rank or another, also when an older
+    /// checkpoint would overwrite only some of them; with any other error they were not: [`Error::NoCheckpoint`] with all that was refused; [`Error::NoTag`], or a tag's own
     /// damage, when a tag was asked for; [`Error::Mismatch`]; [`Error::Request`] when a region does not lie in its
     /// tensor or a destination has another length; [`Error::Refused`]; [`Error::Rank`] with another rank's failure;
     /// [`Error::Agreement`].
@@ -119,7 +124,7 @@ impl Checkpoints {
         context: &mut C,
         mut wanted: impl for<'c> FnMut(&'c mut C, &Checkpoint) -> Result<Vec<Wanted<'c>>, Reason>,
     ) -> Result<(Checkpoint, RestoreReport)> {
-        let touched = Cell::new(false);
+        let touched = RefCell::new(None);
         let restored = search(self, group, how.which, |candidate| {
             self.try_restore(group, how, candidate, &touched, |checkpoint| wanted(context, checkpoint))
         });
@@ -129,18 +134,18 @@ impl Checkpoints {
                 let Fit { missing, unexpected, left_out, .. } = fit;
                 Ok((checkpoint, RestoreReport { tag, step, skipped, missing, unexpected, left_out }))
             }
-            Err(source) if touched.get() => Err(Error::Spoilt { source: Box::new(source) }),
+            Err(source) if touched.borrow().is_some() => Err(Error::Spoilt { source: Box::new(source) }),
             Err(error) => Err(error),
         }
     }
 
-    /// Tries one checkpoint. Sets `touched` before any rank may have begun to write to a destination.
+    /// Tries one checkpoint. Fills `touched` before any rank may have begun to write to a destination.
     fn try_restore<'w>(
         &self,
         group: &dyn Agreement,
         how: &Restore<'_>,
         candidate: &Candidate,
-        touched: &Cell<bool>,
+        touched: &RefCell<Option<Written>>,
         wanted: impl FnOnce(&Checkpoint) -> Result<Vec<Wanted<'w>>, Reason>,
     ) -> Result<Tried<(Checkpoint, Fit)>> {
         let opened = self.open_one(candidate).map(|checkpoint| {
@@ -149,8 +154,11 @@ impl Checkpoints {
             (checkpoint, mine)
         });
         let said = match &opened {
-            Ok((checkpoint, Ok((asked, _)))) => {
-                Ok(Said::Asks { identity: checkpoint.identity(), asked: asked.clone() })
+            Ok((checkpoint, Ok((asked, wanted)))) => {
+                let leaves =
+                    touched.borrow().as_ref().map(|before| before.beyond(&Written::by(wanted, checkpoint)));
+                let (identity, asked) = (checkpoint.identity(), asked.clone());
+                Ok(Said::Asks { identity, asked, leaves: leaves.unwrap_or_default() })
             }
             Ok((_, Err(e))) => Ok(Said::Refuses(e.to_string())),
             Err(e) => Err(e.to_string()),
@@ -158,9 +166,12 @@ impl Checkpoints {
         let (checkpoint, mut wanted, asked) = match (tell(group, "opening", said)?, opened) {
             (Ok(_), Ok((_, Err(own)))) => return Err(own),
             (Ok(all), Ok((checkpoint, Ok((_, wanted))))) => {
-                let (identities, asked) = join(all)?;
+                let (identities, asked, leaves) = join(all)?;
                 if let Err(told) = same_everywhere(&identities) {
                     return Ok(Tried::refused("opening", Some(told), None));
+                }
+                if let Some(first) = leaves.first() {
+                    return Err(mixed(first, leaves.len() - 1, checkpoint.tag()));
                 }
                 (checkpoint, wanted, asked)
             }
@@ -169,8 +180,8 @@ impl Checkpoints {
         let fit = Fit::of(&checkpoint, &asked, how.leave_out);
         fit.check(&checkpoint, how.strictness)?;
 
-        touched.set(true);
         wanted.retain(|w| checkpoint.tensor(&w.name).is_some());
+        touched.borrow_mut().get_or_insert_default().join(Written::by(&wanted, &checkpoint));
         let read = checkpoint
             .verify_headers(group.rank(), group.world_size())
             .and_then(|()| checkpoint.read_many(&mut wanted));
@@ -189,18 +200,60 @@ fn asked(wanted: &[Wanted<'_>]) -> Result<Asked> {
 }
 
 /// What all ranks found and what they ask for together.
-fn join(said: Vec<Said>) -> Result<(Vec<String>, Asked)> {
-    let (mut identities, mut together) = (Vec::new(), Asked::new());
+fn join(said: Vec<Said>) -> Result<(Vec<String>, Asked, BTreeSet<String>)> {
+    let (mut identities, mut together, mut left) = (Vec::new(), Asked::new(), BTreeSet::new());
     for (rank, said) in said.into_iter().enumerate() {
         match said {
-            Said::Asks { identity, asked } => {
+            Said::Asks { identity, asked, leaves } => {
                 identities.push(identity);
                 together.extend(asked);
+                left.extend(leaves);
             }
             Said::Refuses(reason) => return Err(Error::Rank { rank, during: "opening", reason }),
         }
     }
-    Ok((identities, together))
+    Ok((identities, together, left))
+}
+
+/// An older checkpoint would leave elements of the one that failed beside its own.
+fn mixed(name: &str, others: usize, tag: &str) -> Error {
+    let reason = format!(
+        "it (and {others} more) was read from a checkpoint that turned out to be damaged, and the next one, `{tag}`, \
+         does not have it or was not asked for it: there would be elements of both"
+    );
+    Error::Request { name: name.to_owned(), reason }
+}
+
+/// What this rank's destinations hold of checkpoints whose reading failed: of which tensors which elements, each so
+/// many times as it was asked for. The same elements of the same tensor are taken to go to the same destination.
+#[derive(Debug, Default)]
+struct Written(HashMap<(String, Span), usize>);
+
+impl Written {
+    /// What reading all that is wanted writes to.
+    fn by(wanted: &[Wanted<'_>], checkpoint: &Checkpoint) -> Written {
+        let mut written = Written::default();
+        for w in wanted.iter().filter(|w| checkpoint.tensor(&w.name).is_some()) {
+            // That the spans are sound was seen before.
+            if let Ok((span, _)) = w.span() {
+                *written.0.entry((w.name.as_ref().to_owned(), span)).or_default() += 1;
+            }
+        }
+        written
+    }
+
+    fn join(&mut self, more: Written) {
+        for (what, times) in more.0 {
+            let known = self.0.entry(what).or_default();
+            *known = times.max(*known);
+        }
+    }
+
+    /// The names of what `other` does not overwrite.
+    fn beyond(&self, other: &Written) -> BTreeSet<String> {
+        let left = self.0.iter().filter(|(what, times)| other.0.get(what).is_none_or(|again| again < times));
+        left.map(|((name, _), _)| name.clone()).collect()
+    }
 }
 
 /// How what all ranks want together lies to what was saved.

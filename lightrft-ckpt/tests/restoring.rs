@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use lightrft_ckpt::testing::{Observed, Operation, SimulatedDisk, run_ranks};
 use lightrft_ckpt::{
-    Agreement, Checkpoint, Checkpoints, Dtype, Error, FileSystem as _, Part, Region, Restore, RestoreReport,
-    Result, Rotation, Saver, Snapshot, Strictness, Wanted, Which,
+    Agreement, Alone, Checkpoint, Checkpoints, Dtype, Error, FileSystem as _, Part, Region, Restore,
+    RestoreReport, Result, Rotation, Saver, Snapshot, Strictness, Wanted, Which,
 };
 use proptest::prelude::*;
 
@@ -208,6 +208,69 @@ fn when_none_is_whole_the_destinations_are_said_to_be_spoilt() {
     for (told, mine) in restore(&SimulatedDisk::new()) {
         assert!(matches!(told, Err(Error::NoCheckpoint { .. })), "{told:?}");
         untouched(&mine);
+    }
+}
+
+/// Saves tensors of 4 elements each, all of them the step.
+fn save_named(disk: &SimulatedDisk, step: u64, names: &[&str]) {
+    let elements = [step as f32; 4];
+    let mut snapshot = Snapshot::of_step(step);
+    for name in names {
+        snapshot.parts.push(Part::new(*name, vec![4], Region::Whole, &elements));
+    }
+    let saver = Saver::open_on(Arc::new(disk.clone()), DIR, &Alone).unwrap();
+    saver.save(&Alone, &snapshot, &Rotation::KEEP_ALL).unwrap();
+}
+
+#[test]
+fn what_an_older_checkpoint_would_leave_of_a_damaged_one_ends_the_restore_on_all() {
+    // `a`, `b` and `c` are saved in this order. Rot is in the last, so that the others are written to before.
+    let rotten = |steps: &[(u64, &[&str])]| {
+        let disk = SimulatedDisk::new();
+        steps.iter().for_each(|(step, names)| save_named(&disk, *step, names));
+        let path = format!("/c/global_step{}/rank-00000.safetensors", steps.last().unwrap().0);
+        let mut content = disk.content(&path).unwrap();
+        let at = content.windows(4).rposition(|four| four == 20f32.to_le_bytes()).unwrap();
+        content[at] ^= 1;
+        disk.spoil(&path, content).unwrap();
+        disk
+    };
+    // Rank 0 wants `a`, and rank 1 what `also` says, as far as the checkpoint has it where it does so `asking`.
+    let run = |disk: &SimulatedDisk, strictness: Strictness, also: &[&'static str], asking: bool| {
+        run_ranks(READERS, |group| {
+            let mut mine: Vec<(&str, [f32; 4])> = match group.rank() {
+                0 => vec![("a", [BEFORE; 4])],
+                _ => also.iter().map(|name| (*name, [BEFORE; 4])).collect(),
+            };
+            let at = Checkpoints::open_on(Arc::new(disk.clone()), DIR).with_readers(NonZeroUsize::MIN);
+            let how = Restore { strictness, ..Restore::default() };
+            let told = at.restore(&group, &how, &mut mine, |mine, checkpoint| {
+                let there = |name: &str| !asking || checkpoint.tensor(name).is_some();
+                let mine = mine.iter_mut().filter(|(name, _)| there(name));
+                Ok(mine.map(|(name, into)| Wanted::new(*name, vec![4], Region::Whole, into)).collect())
+            });
+            (told.map(|(_, report)| report.step), mine)
+        })
+    };
+    for (strictness, asking) in [(Strictness::Lenient, false), (Strictness::Strict, true)] {
+        // The older one has no `b`, of which rank 1 holds something: nobody may go on.
+        let disk = rotten(&[(10, &["a"]), (20, &["a", "b", "c"])]);
+        for (told, _) in run(&disk, strictness, &["b", "c"], asking) {
+            let Err(Error::Spoilt { source }) = told else { panic!("{told:?}") };
+            assert!(matches!(&*source, Error::Request { name, .. } if name == "b"), "{source}");
+        }
+        // It has all that was written to.
+        let disk = rotten(&[(10, &["a", "b", "c"]), (20, &["a", "b", "c"])]);
+        for (told, mine) in run(&disk, strictness, &["b", "c"], asking) {
+            assert_eq!(told.unwrap(), 10);
+            assert!(mine.iter().all(|(_, held)| *held == [10.0; 4]), "{mine:?}");
+        }
+    }
+    // What neither has was not written to.
+    let disk = rotten(&[(10, &["a", "c"]), (20, &["a", "c"])]);
+    for (told, mine) in run(&disk, Strictness::Lenient, &["b", "c"], false) {
+        assert_eq!(told.unwrap(), 10);
+        assert!(mine.iter().all(|(name, held)| *held == [if *name == "b" { BEFORE } else { 10.0 }; 4]));
     }
 }
 
