@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::agreement::{Agreement, agree};
-use crate::catalog::Skipped;
+use crate::catalog::{Scan, Skipped, scan};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::reader::{Checkpoints, LoadReport, Verify, Which};
@@ -94,6 +94,8 @@ fn of_one_step(models: &[(&Saver, &Snapshot<'_>)]) -> Result<()> {
 /// group: one [`Checkpoint`] for each directory, in their order. One that any rank finds damaged in any directory is
 /// passed over in all. See [`save_together`].
 ///
+/// A tag that is saved again while it is looked at is looked for anew, so that all are of the step that the report gives.
+///
 /// # Errors
 /// [`Error::NoCommonCheckpoint`] with all that was refused; [`Error::Agreement`]; [`Error::Rank`]; [`Error::Io`].
 pub fn load_newest_common(
@@ -101,14 +103,54 @@ pub fn load_newest_common(
     all: &[Checkpoints],
     verify: Verify,
 ) -> Result<(Vec<Checkpoint>, LoadReport)> {
-    let mine = if group.rank() == 0 { common(all).map(Some) } else { Ok(None) };
-    let found = agree(group, "looking for checkpoints", mine)?.into_iter().next().flatten();
-    let (tags, mut skipped) = found.unwrap_or_default();
+    let mut last = Vec::new();
+    for _ in 0..MAX_LOOKS {
+        let mine = if group.rank() == 0 { common(all).map(Some) } else { Ok(None) };
+        let found = agree(group, "looking for checkpoints", mine)?.into_iter().next().flatten();
+        match load_common(group, all, verify, found.unwrap_or_default())? {
+            Tried::Took(loaded) => return Ok(loaded),
+            Tried::Refused { skipped, moved } => {
+                last = skipped;
+                if !moved {
+                    break;
+                }
+            }
+        }
+    }
+    let dirs = all.iter().map(|at| at.dir.clone()).collect();
+    Err(Error::NoCommonCheckpoint { dirs, skipped: last })
+}
+
+/// So often a running job may save the tags again that are looked at.
+const MAX_LOOKS: usize = 8;
+
+enum Tried {
+    Took((Vec<Checkpoint>, LoadReport)),
+    Refused {
+        skipped: Vec<Skipped>,
+        /// Whether it was of another step than a moment before.
+        moved: bool,
+    },
+}
+
+/// Tries what rank 0 found. What comes of it is the same on every rank.
+fn load_common(
+    group: &dyn Agreement,
+    all: &[Checkpoints],
+    verify: Verify,
+    (tags, mut skipped): Common,
+) -> Result<Tried> {
     'tags: for (tag, step) in tags {
         let mut checkpoints = Vec::with_capacity(all.len());
         for at in all {
             match at.load_together(group, Which::Tag(&tag), verify) {
-                Ok((checkpoint, _)) => checkpoints.push(checkpoint),
+                Ok((checkpoint, _)) if checkpoint.step() == step => checkpoints.push(checkpoint),
+                Ok((checkpoint, _)) => {
+                    let name = named(&at.dir, &tag);
+                    let reason = format!("it was of step {step}, and is of {} now", checkpoint.step());
+                    skipped.push(Skipped { name, reason });
+                    return Ok(Tried::Refused { skipped, moved: true });
+                }
                 Err(lost @ Error::Agreement { .. }) => return Err(lost),
                 // Every rank is told of it, so all go on to the same one.
                 Err(e) => {
@@ -119,22 +161,24 @@ pub fn load_newest_common(
                 }
             }
         }
-        return Ok((checkpoints, LoadReport { tag, step, skipped }));
+        return Ok(Tried::Took((checkpoints, LoadReport { tag, step, skipped })));
     }
-    let dirs = all.iter().map(|at| at.dir.clone()).collect();
-    Err(Error::NoCommonCheckpoint { dirs, skipped })
+    Ok(Tried::Refused { skipped, moved: false })
 }
 
 type Common = (Vec<(String, u64)>, Vec<Skipped>);
 
-/// Tags and steps that all directories list, newest first, and those that not all do.
+/// Tags and steps that all directories list, newest first, and those that not all do or that are damaged.
 fn common(all: &[Checkpoints]) -> Result<Common> {
+    let (mut tags, mut skipped) = Common::default();
     let mut lists = Vec::with_capacity(all.len());
     for at in all {
-        let listed = at.list()?.into_iter().map(|l| (l.tag, l.step));
+        let Scan { found, skipped: refused } = scan(at.fs.as_ref(), &at.dir)?;
+        let listed = found.into_iter().map(|f| (f.tag, f.summary.step));
         lists.push((&at.dir, listed.collect::<Vec<(String, u64)>>()));
+        let named = |s: Skipped| Skipped { name: named(&at.dir, &s.name), ..s };
+        skipped.extend(refused.into_iter().map(named));
     }
-    let (mut tags, mut skipped) = Common::default();
     for (i, (dir, list)) in lists.iter().enumerate() {
         for known in list {
             match lists.iter().find(|(_, other)| !other.contains(known)) {

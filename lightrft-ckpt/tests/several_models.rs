@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use lightrft_ckpt::testing::{Crash, Observed, SimulatedDisk, run_ranks};
 use lightrft_ckpt::{
@@ -191,6 +192,42 @@ fn a_step_that_one_model_lacks_is_named_with_who_lacks_it() {
     let told: Vec<_> =
         report.skipped.iter().map(|s| (s.name.as_str(), s.reason.contains("has none"))).collect();
     assert_eq!(told, [("/run/_actor/global_step2", true), ("/run/_critic/global_step2", true)]);
+}
+
+#[test]
+fn a_tag_that_is_saved_again_while_the_first_model_is_verified_is_of_one_step_in_both() {
+    let disk = SimulatedDisk::new();
+    let best = |disk: &SimulatedDisk, step: u64| {
+        let savers = open(Arc::new(disk.clone()), &Alone).unwrap();
+        let weights = [content(0, step, 0), content(1, step, 0)];
+        let both = snapshots(&weights, &Alone, step, 0).map(|s| Snapshot { tag: "best".into(), ..s });
+        save_together(&Alone, &[(&savers[0], &both[0]), (&savers[1], &both[1])], &ONE).unwrap();
+    };
+    best(&disk, 10);
+    let (again, saved) = (disk.clone(), AtomicBool::new(false));
+    let fs = Arc::new(Observed::new(disk.clone(), move |operation| {
+        // The critic is looked into after the actor was opened and verified.
+        let critic =
+            operation.kind == "open" && operation.path.ends_with("_critic/best/rank-00000.safetensors");
+        if critic && !saved.swap(true, Ordering::SeqCst) {
+            best(&again, 20);
+        }
+        Ok(())
+    }));
+    let all = MODELS.map(|dir| Checkpoints::open_on(fs.clone(), dir));
+    let (loaded, report) = load_newest_common(&Alone, &all, Verify::Everything).unwrap();
+    assert_eq!((report.step, loaded[0].step(), loaded[1].step()), (20, 20, 20));
+}
+
+#[test]
+fn what_is_damaged_in_any_model_is_told_when_nothing_is_common() {
+    let disk = disk_with(&[1]);
+    disk.spoil("/run/_critic/global_step1/manifest.json", b"rotten".to_vec()).unwrap();
+    let told = load_newest_common(&Alone, &both(&disk), Verify::Everything);
+    let Err(Error::NoCommonCheckpoint { skipped, .. }) = told else { panic!("{told:?}") };
+    let names: Vec<&str> = skipped.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["/run/_critic/global_step1", "/run/_actor/global_step1"]);
+    assert!(skipped[0].reason.contains("manifest.json"), "{skipped:?}");
 }
 
 #[test]
