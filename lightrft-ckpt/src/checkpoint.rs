@@ -66,7 +66,7 @@ impl Checkpoint {
 
     /// What tells this checkpoint from any other, also of the same name.
     pub(crate) fn identity(&self) -> String {
-        self.manifest.summary.manifest_xxh3.clone()
+        self.manifest.summary.xxh3.clone()
     }
 
     /// The state that all ranks shared.

@@ -59,10 +59,13 @@ pub(crate) struct Summary {
     pub(crate) saved_unix_ms: u64,
     /// Total of the files' lengths, without the manifest.
     pub(crate) data_bytes: u64,
-    /// Length and checksum of the rest of the manifest, by which two checkpoints of one name are told apart. Filled in
-    /// when it is written.
+    /// Length and checksum of the rest of the manifest. Filled in when it is written.
     pub(crate) manifest_bytes: u64,
     pub(crate) manifest_xxh3: String,
+    /// Checksum of this summary as it was read: of two checkpoints whose tensors are equal but whose steps are not, it
+    /// differs.
+    #[serde(skip)]
+    pub(crate) xxh3: String,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -348,7 +351,8 @@ fn framed_summary(content: &[u8], file_bytes: u64) -> Result<(Summary, usize), S
     let (sum, rest) = rest.split_once(SUMMARY).ok_or("no summary after the checksum")?;
     let inner = rest.strip_suffix(LINE_END).ok_or("its first line does not end as a manifest's does")?;
     same_sum("the summary", sum, inner)?;
-    let summary: Summary = serde_json::from_str(inner).map_err(|e| format!("not a summary: {e}"))?;
+    let mut summary: Summary = serde_json::from_str(inner).map_err(|e| format!("not a summary: {e}"))?;
+    sum.clone_into(&mut summary.xxh3);
     let expected = summary.manifest_bytes.checked_add((line + BODY.len() + TAIL.len()) as u64);
     if expected != Some(file_bytes) {
         return Err(format!("{file_bytes} bytes, but its summary says {expected:?}: cut off?"));
@@ -456,6 +460,15 @@ mod tests {
     fn what_is_written_is_read() {
         let read = parsed(&manifest()).unwrap();
         assert_eq!(read.to_bytes().unwrap(), manifest().to_bytes().unwrap());
+    }
+
+    #[test]
+    fn checkpoints_that_differ_in_their_step_alone_are_told_apart() {
+        let mut later = manifest();
+        later.summary.step += 1;
+        let [one, same, later] = [manifest(), manifest(), later].map(|m| parsed(&m).unwrap().summary);
+        assert_eq!((&one.manifest_xxh3, &one.xxh3), (&later.manifest_xxh3, &same.xxh3));
+        assert_ne!(one.xxh3, later.xxh3);
     }
 
     /// The checksum is right in all of these: they are made up, not rotten.
