@@ -2,7 +2,10 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+
+use rustix::fs::OFlags;
 
 use crate::aligned::ALIGN;
 use crate::direct::{self, DirectFile};
@@ -76,7 +79,10 @@ impl FileSystem for OsFileSystem {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn ReadFile>> {
-        let file = File::open(path)?;
+        // Opening a named pipe, which anybody may have put there, waits for a writer, unless told not to. Regular files
+        // are read in the same way with the flag.
+        let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+        let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path)?;
         if !file.metadata()?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
@@ -87,7 +93,12 @@ impl FileSystem for OsFileSystem {
         let mut entries = Vec::new();
         for entry in fs::read_dir(path)? {
             let entry = entry?;
-            let kind = match entry.file_type()? {
+            let file_type = match entry.file_type() {
+                // It was removed since its name was read.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                file_type => file_type?,
+            };
+            let kind = match file_type {
                 t if t.is_file() => EntryKind::File,
                 t if t.is_dir() => EntryKind::Dir,
                 _ => EntryKind::Other,
