@@ -6,10 +6,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::fs::{EntryKind, FileSystem};
+use crate::fs::{Entry, EntryKind, FileSystem};
 use crate::manifest::{
-    LATEST, Manifest, REPLACED_INFIX, Summary, TMP_INFIX, TRASH_PREFIX, check_tag, is_part_name,
-    read_manifest, read_summary,
+    LATEST, MANIFEST, Manifest, REPLACED_INFIX, Summary, TMP_INFIX, TRASH_PREFIX, begins_as_manifest,
+    check_tag, is_part_name, read_manifest, read_summary,
 };
 
 /// A directory that was passed over, and why.
@@ -81,35 +81,67 @@ pub(crate) fn is_unique(suffix: &str) -> bool {
     suffix.len() == 16 && suffix.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
+/// A running job renames and rotates while its directory is looked at; so often it is looked at again.
+const MAX_LOOKS: usize = 8;
+
 /// Finds every checkpoint, by the summary at the head of its manifest: whether it is whole, [`read_whole`] tells. A
 /// directory that does not exist holds none.
+///
+/// Names are read one after the other while a saver may change them. What was there all the time, under whatever name,
+/// is found; so is one of two that took turns.
+///
+/// # Errors
+/// When the directory cannot be listed, or this process can open no more files.
 pub(crate) fn scan(fs: &dyn FileSystem, dir: &Path) -> Result<Scan> {
+    let mut looks = 1;
+    loop {
+        let (scan, settled) = look(fs, dir)?;
+        if settled || looks == MAX_LOOKS {
+            return Ok(scan);
+        }
+        looks += 1;
+    }
+}
+
+/// Looks once, and tells whether nothing was seen to change meanwhile.
+fn look(fs: &dyn FileSystem, dir: &Path) -> Result<(Scan, bool)> {
     let entries = match fs.list(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Scan::default()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((Scan::default(), true)),
         listed => listed.map_err(Error::io("list", dir))?,
     };
     let mut scan = Scan::default();
+    let mut settled = true;
     let mut asides = Vec::new();
     for entry in entries.into_iter().filter(|e| e.kind == EntryKind::Dir) {
-        let tag = match Name::of(&entry.name) {
-            Name::Plain => entry.name.clone(),
-            Name::Aside { tag } => tag.to_owned(),
+        let (tag, plain) = match Name::of(&entry.name) {
+            Name::Plain => (entry.name.clone(), true),
+            Name::Aside { tag } => (tag.to_owned(), false),
             _ => continue,
         };
-        match read_summary(fs, &dir.join(&entry.name)) {
+        let path = dir.join(&entry.name);
+        match read_summary(fs, &path) {
             Ok(Some((summary, manifest_bytes))) => {
                 let bytes = summary.data_bytes.saturating_add(manifest_bytes);
                 let found = Found { dir: entry.name, tag, summary, bytes };
-                if found.dir == found.tag { scan.found.push(found) } else { asides.push(found) }
+                if plain { scan.found.push(found) } else { asides.push(found) }
             }
-            Ok(None) if holds_parts(fs, &dir.join(&entry.name)) => {
-                let reason = "it has shards but no manifest: not completely copied?".to_owned();
-                scan.skipped.push(Skipped { name: entry.name, reason });
+            Ok(None) => match fs.list(&path) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => settled = false,
+                Ok(held) if held.iter().any(|e| is_part_name(&e.name)) => {
+                    let reason = "it has shards but no manifest: not completely copied?".to_owned();
+                    scan.skipped.push(Skipped { name: entry.name, reason });
+                }
+                _ => {}
+            },
+            Err(e) if e.is_of_process() => return Err(e),
+            Err(e) if plain && is_foreign(fs, dir, &entry.name) => {
+                tracing::debug!(name = entry.name, reason = %e, "no checkpoint of ours");
             }
-            Ok(None) => {}
             Err(e) => scan.skipped.push(Skipped { name: entry.name, reason: e.to_string() }),
         }
     }
+    // Of several that stepped aside, what crashes left behind, the newest counts.
+    asides.sort_by(|a, b| order(b).cmp(&order(a)));
     for aside in asides {
         // The old one counts only while the new one has not taken its place.
         if !scan.found.iter().any(|f| f.tag == aside.tag) {
@@ -118,15 +150,27 @@ pub(crate) fn scan(fs: &dyn FileSystem, dir: &Path) -> Result<Scan> {
     }
     scan.found.sort_by(|a, b| order(b).cmp(&order(a)));
     scan.skipped.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(scan)
+    Ok((scan, settled))
+}
+
+/// Whether a directory whose manifest cannot be read is none of this crate's: it has no shards, and its manifest does
+/// not begin as ours do. One that may not be looked into is foreign unless `latest` names it.
+fn is_foreign(fs: &dyn FileSystem, dir: &Path, name: &str) -> bool {
+    let path = dir.join(name);
+    match fs.list(&path) {
+        Ok(entries) => {
+            let shard = |e: &Entry| e.name != MANIFEST && is_part_name(&e.name);
+            !entries.iter().any(shard) && !begins_as_manifest(fs, &path)
+        }
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            read_latest(fs, dir).ok().flatten().is_none_or(|latest| latest != name)
+        }
+        Err(_) => false,
+    }
 }
 
 fn order(found: &Found) -> (u64, u64, &str) {
     (found.summary.step, found.summary.saved_unix_ms, &found.dir)
-}
-
-fn holds_parts(fs: &dyn FileSystem, path: &Path) -> bool {
-    fs.list(path).is_ok_and(|entries| entries.iter().any(|e| is_part_name(&e.name)))
 }
 
 /// Reads and checks the whole manifest in `dir`, and [`check_files`]. Reads no data.

@@ -5,6 +5,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use rustix::io::Errno;
 use safetensors::Dtype;
 
 /// The result of every fallible function here.
@@ -183,6 +184,23 @@ impl Error {
     pub(crate) fn io(op: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { op, path, source }
+    }
+
+    /// Whether this process has come to a limit of its own or of its machine, files or memory: then nothing is known of
+    /// what it wanted to look at, and an older checkpoint is no answer.
+    pub(crate) fn is_of_process(&self) -> bool {
+        let Error::Io { source, .. } = self else { return false };
+        source.kind() == io::ErrorKind::OutOfMemory
+            || source.raw_os_error().is_some_and(|code| {
+                [Errno::MFILE, Errno::NFILE, Errno::NOMEM].iter().any(|limit| limit.raw_os_error() == code)
+            })
+    }
+
+    /// Whether it says nothing about what is on the disk, only about who reads it: a limit as above, or rights.
+    pub(crate) fn is_of_reader(&self) -> bool {
+        let forbidden =
+            matches!(self, Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied);
+        forbidden || self.is_of_process()
     }
 
     pub(crate) fn damaged(path: impl Into<PathBuf>, reason: impl Into<String>) -> Error {

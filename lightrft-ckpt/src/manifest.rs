@@ -323,6 +323,13 @@ pub(crate) fn read_summary(fs: &dyn FileSystem, dir: &Path) -> Result<Option<(Su
     Ok(Some((summary, bytes)))
 }
 
+/// Whether the manifest in `dir` begins as those of this crate do, of whatever version and however damaged after that.
+pub(crate) fn begins_as_manifest(fs: &dyn FileSystem, dir: &Path) -> bool {
+    let mut begin = [0; HEAD.len()];
+    fs.open(&dir.join(MANIFEST)).and_then(|file| file.read_exact_at(0, &mut begin)).is_ok()
+        && begin == *HEAD.as_bytes()
+}
+
 fn open(fs: &dyn FileSystem, path: &Path) -> Result<Option<(Box<dyn ReadFile>, u64)>> {
     let file = match fs.open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
