@@ -1,11 +1,11 @@
 //! One checkpoint, open for reading: its state, its tensors, and any region of them from whatever ranks wrote it.
 
 use std::borrow::Cow;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use safetensors::Dtype;
 use serde_json::Value;
@@ -27,9 +27,16 @@ pub struct Checkpoint {
     pub(crate) manifest: Manifest,
     readers: NonZeroUsize,
     by_name: HashMap<String, usize>,
-    /// Opened when first read from.
+    /// Opened when first read from, and again when closed meanwhile.
     shards: Vec<Mutex<Option<Arc<Shard>>>>,
+    /// Those that are open, in the order in which they were opened.
+    open: Mutex<VecDeque<usize>>,
 }
+
+/// So many shards stay open with their tables of checksums, whatever the number of ranks that saved: well below the
+/// files that a process may have, also with a few checkpoints open. Reading goes through the shards in their order, so
+/// one that is closed is seldom opened again.
+const MAX_OPEN: usize = 64;
 
 impl Checkpoint {
     pub(crate) fn new(
@@ -41,7 +48,7 @@ impl Checkpoint {
     ) -> Self {
         let by_name = manifest.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let shards = manifest.files.iter().map(|_| Mutex::new(None)).collect();
-        Checkpoint { fs, path, tag, manifest, readers, by_name, shards }
+        Checkpoint { fs, path, tag, manifest, readers, by_name, shards, open: Mutex::default() }
     }
 
     /// The name by which it was found.
@@ -209,15 +216,30 @@ impl Checkpoint {
     }
 
     fn shard(&self, index: usize) -> Result<Arc<Shard>> {
-        // A panic while opening leaves `None` or an open shard: either is fine to go on with.
-        let mut slot = self.shards[index].lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(open) = &*slot {
-            return Ok(open.clone());
+        let shard = {
+            let mut slot = lock(&self.shards[index]);
+            if let Some(open) = &*slot {
+                return Ok(open.clone());
+            }
+            let record = &self.manifest.files[index];
+            let open = Shard::open(self.fs.as_ref(), &self.path, record, self.manifest.block_bytes)?;
+            slot.insert(Arc::new(open)).clone()
+        };
+        // One lock at a time. Whoever still reads from the shard that goes keeps it open until it is done.
+        let mut open = lock(&self.open);
+        open.push_back(index);
+        let oldest = if open.len() > MAX_OPEN { open.pop_front() } else { None };
+        drop(open);
+        if let Some(oldest) = oldest {
+            *lock(&self.shards[oldest]) = None;
         }
-        let record = &self.manifest.files[index];
-        let open = Arc::new(Shard::open(self.fs.as_ref(), &self.path, record, self.manifest.block_bytes)?);
-        Ok(slot.insert(open).clone())
+        Ok(shard)
     }
+}
+
+/// A panic while one of the locks was held leaves an open shard, none, or one that is not closed early: all are fine.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl fmt::Debug for Checkpoint {

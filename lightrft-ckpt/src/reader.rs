@@ -131,9 +131,13 @@ impl Checkpoints {
     /// Opens a checkpoint on every rank of a group, the same one on all: a checkpoint that any rank finds damaged is
     /// skipped by all, and the next older one tried. The group need not be as large as the one that saved.
     ///
+    /// That a rank may not read a file, or has no more files or memory, is no damage: all fail, and no older one is
+    /// taken.
+    ///
     /// # Errors
     /// [`Error::NoCheckpoint`] with all that was refused; [`Error::NoTag`], or a tag's own damage, when a tag was
-    /// asked for; [`Error::Agreement`]; [`Error::Rank`].
+    /// asked for; [`Error::Io`] as said, and when the directory cannot be listed; [`Error::Agreement`];
+    /// [`Error::Rank`].
     pub fn load_together(
         &self,
         group: &dyn Agreement,
@@ -147,12 +151,11 @@ impl Checkpoints {
                 }
                 Ok(checkpoint)
             });
-            let identity = opened.as_ref().map(Checkpoint::identity).map_err(ToString::to_string);
-            let told = tell(group, "opening", identity)?.and_then(|all| same_everywhere(&all));
-            Ok(match (told, opened) {
-                (Ok(()), Ok(checkpoint)) => Tried::Took(checkpoint),
-                (told, opened) => Tried::refused("opening", told.err(), opened.err()),
-            })
+            let identity = opened.as_ref().map(Checkpoint::identity);
+            match (tell(group, "opening", identity)?.and_then(|all| same_everywhere(&all)), opened) {
+                (Ok(()), opened) => opened.map(Tried::Took),
+                (Err(told), opened) => Tried::refused("opening", told, opened.err()),
+            }
         })?;
         let report = LoadReport { tag: checkpoint.tag().to_owned(), step: checkpoint.step(), skipped };
         Ok((checkpoint, report))

@@ -88,6 +88,8 @@ impl Checkpoints {
     /// the older one too, and be there, or the restore ends. When this returns `Ok`, every rank's destinations hold one
     /// and the same checkpoint's elements.
     ///
+    /// That a rank may not read a file, or has no more files or memory, is no damage: no older one is taken then.
+    ///
     /// What no rank asks for is not verified, apart from the files' headers and lengths.
     ///
     /// ```
@@ -115,7 +117,7 @@ impl Checkpoints {
     /// [`Error::Spoilt`] with the cause when destinations were written to, on this rank or another, also when an older
     /// checkpoint would overwrite only some of them; with any other error they were not: [`Error::NoCheckpoint`] with all that was refused; [`Error::NoTag`], or a tag's own
     /// damage, when a tag was asked for; [`Error::Mismatch`]; [`Error::Request`] when a region does not lie in its
-    /// tensor or a destination has another length; [`Error::Refused`]; [`Error::Rank`] with another rank's failure;
+    /// tensor or a destination has another length; [`Error::Io`] as said; [`Error::Refused`]; [`Error::Rank`] with another rank's failure;
     /// [`Error::Agreement`].
     pub fn restore<C: ?Sized>(
         &self,
@@ -161,21 +163,22 @@ impl Checkpoints {
                 Ok(Said::Asks { identity, asked, leaves: leaves.unwrap_or_default() })
             }
             Ok((_, Err(e))) => Ok(Said::Refuses(e.to_string())),
-            Err(e) => Err(e.to_string()),
+            Err(e) => Err(e),
         };
         let (checkpoint, mut wanted, asked) = match (tell(group, "opening", said)?, opened) {
             (Ok(_), Ok((_, Err(own)))) => return Err(own),
             (Ok(all), Ok((checkpoint, Ok((_, wanted))))) => {
                 let (identities, asked, leaves) = join(all)?;
                 if let Err(told) = same_everywhere(&identities) {
-                    return Ok(Tried::refused("opening", Some(told), None));
+                    return Tried::refused("opening", told, None);
                 }
                 if let Some(first) = leaves.first() {
                     return Err(mixed(first, leaves.len() - 1, checkpoint.tag()));
                 }
                 (checkpoint, wanted, asked)
             }
-            (told, opened) => return Ok(Tried::refused("opening", told.err(), opened.err())),
+            (Err(told), opened) => return Tried::refused("opening", told, opened.err()),
+            (Ok(_), Err(own)) => return Err(own),
         };
         let fit = Fit::of(&checkpoint, &asked, how.leave_out);
         fit.check(&checkpoint, how.strictness)?;
@@ -185,11 +188,10 @@ impl Checkpoints {
         let read = checkpoint
             .verify_headers(group.rank(), group.world_size())
             .and_then(|()| checkpoint.read_many(&mut wanted));
-        let told = tell(group, "reading", read.as_ref().copied().map_err(ToString::to_string))?;
-        Ok(match (told, read) {
-            (Ok(_), Ok(())) => Tried::Took((checkpoint, fit)),
-            (told, read) => Tried::refused("reading", told.err(), read.err()),
-        })
+        match tell(group, "reading", read.as_ref().copied())? {
+            Ok(_) => read.map(|()| Tried::Took((checkpoint, fit))),
+            Err(told) => Tried::refused("reading", told, read.err()),
+        }
     }
 }
 

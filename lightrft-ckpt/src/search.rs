@@ -32,32 +32,54 @@ pub(crate) enum Tried<T> {
     },
 }
 
+/// The first rank that failed, and why, as all ranks know it.
+pub(crate) struct Told {
+    pub(crate) rank: usize,
+    pub(crate) reason: String,
+    /// The rank may not, or can no more, read what is there: an older checkpoint is no answer.
+    pub(crate) ends: bool,
+}
+
 impl<T> Tried<T> {
-    /// `told` is what all ranks know, `own` is this rank's own error, if it has one.
-    pub(crate) fn refused(during: &'static str, told: Option<(usize, String)>, own: Option<Error>) -> Self {
-        let (rank, reason) = told.unwrap_or_default();
+    /// `told` is what all ranks know, `own` is this rank's own error, if it has one. Fails on every rank where some
+    /// rank's failure says nothing about the checkpoint.
+    pub(crate) fn refused(during: &'static str, told: Told, own: Option<Error>) -> Result<Self> {
+        let Told { rank, reason, ends } = told;
+        let own = own.filter(|own| !ends || own.is_of_reader());
         let error = own.unwrap_or_else(|| Error::Rank { rank, during, reason: reason.clone() });
-        Tried::Refused { rank, reason, error }
+        if ends { Err(error) } else { Ok(Tried::Refused { rank, reason, error }) }
     }
 }
 
 /// Exchanges outcomes as news: that something failed on a rank is no failure of the exchange. Returns what all said,
-/// or the first rank that failed and why.
+/// or the first rank that failed and why; one that ends the search goes before others.
 pub(crate) fn tell<T: Serialize + DeserializeOwned>(
     group: &dyn Agreement,
     during: &'static str,
-    mine: Result<T, String>,
-) -> Result<Result<Vec<T>, (usize, String)>> {
-    let said = agree(group, during, Ok(mine))?;
-    Ok(said.into_iter().enumerate().map(|(rank, said)| said.map_err(|reason| (rank, reason))).collect())
+    mine: Result<T, &Error>,
+) -> Result<Result<Vec<T>, Told>> {
+    let mine = mine.map_err(|e| (e.is_of_reader(), e.to_string()));
+    let (mut all, mut failed) = (Vec::new(), None::<Told>);
+    for (rank, said) in agree(group, during, Ok(mine))?.into_iter().enumerate() {
+        match said {
+            Ok(said) => all.push(said),
+            Err((ends, reason)) => {
+                if failed.as_ref().is_none_or(|first| ends && !first.ends) {
+                    failed = Some(Told { rank, reason, ends });
+                }
+            }
+        }
+    }
+    Ok(failed.map_or(Ok(all), Err))
 }
 
 /// A tag may be saved again while the ranks open it, one before and one after.
-pub(crate) fn same_everywhere(identities: &[String]) -> Result<(), (usize, String)> {
+pub(crate) fn same_everywhere(identities: &[String]) -> Result<(), Told> {
     match identities.iter().position(|identity| *identity != identities[0]) {
         None => Ok(()),
         Some(rank) => {
-            Err((rank, format!("rank {rank} and rank 0 found different checkpoints under its name")))
+            let reason = format!("rank {rank} and rank 0 found different checkpoints under its name");
+            Err(Told { rank, reason, ends: false })
         }
     }
 }
@@ -156,9 +178,9 @@ mod tests {
 
     #[test]
     fn ranks_that_found_different_checkpoints_are_named() {
-        let found = |all: [&str; 3]| same_everywhere(&all.map(str::to_owned));
-        assert_eq!(found(["a", "a", "a"]), Ok(()));
-        assert_eq!(found(["a", "a", "b"]).unwrap_err().0, 2);
-        assert_eq!(found(["a", "b", "b"]).unwrap_err().0, 1);
+        let found = |all: [&str; 3]| same_everywhere(&all.map(str::to_owned)).err().map(|told| told.rank);
+        assert_eq!(found(["a", "a", "a"]), None);
+        assert_eq!(found(["a", "a", "b"]), Some(2));
+        assert_eq!(found(["a", "b", "b"]), Some(1));
     }
 }

@@ -95,6 +95,7 @@ fn of_one_step(models: &[(&Saver, &Snapshot<'_>)]) -> Result<()> {
 /// passed over in all. See [`save_together`].
 ///
 /// A tag that is saved again while it is looked at is looked for anew, so that all are of the step that the report gives.
+/// That a rank may not read a file, or has no more files or memory, is no damage: all fail.
 ///
 /// # Errors
 /// [`Error::NoCommonCheckpoint`] with all that was refused; [`Error::Agreement`]; [`Error::Rank`]; [`Error::Io`].
@@ -154,9 +155,10 @@ fn load_common(
                 Err(lost @ Error::Agreement { .. }) => return Err(lost),
                 // Every rank is told of it, so all go on to the same one.
                 Err(e) => {
-                    let name = named(&at.dir, &tag);
-                    tracing::warn!(name, reason = %e, "checkpoint skipped");
-                    skipped.push(Skipped { name, reason: e.to_string() });
+                    let (name, reason) = (named(&at.dir, &tag), e.to_string());
+                    agree(group, "opening", if e.is_of_reader() { Err(e) } else { Ok(()) })?;
+                    tracing::warn!(name, reason, "checkpoint skipped");
+                    skipped.push(Skipped { name, reason });
                     continue 'tags;
                 }
             }

@@ -230,10 +230,10 @@ fn what_is_damaged_in_any_model_is_told_when_nothing_is_common() {
     assert!(skipped[0].reason.contains("manifest.json"), "{skipped:?}");
 }
 
-#[test]
-fn all_ranks_take_the_same_common_step_though_one_of_them_cannot_read_the_newest() {
+/// Loads on two ranks, of which the second cannot read the critic's newest.
+fn load_where_reading_fails(kind: io::ErrorKind) -> Vec<Result<([u64; 2], usize)>> {
     let disk = SimulatedDisk::new();
-    let steps = run_ranks(2, |group| {
+    run_ranks(2, |group| {
         let savers = open(Arc::new(disk.clone()), &group).unwrap();
         for step in 1..=2 {
             let weights = [content(0, step, 0), content(1, step, 0)];
@@ -243,14 +243,25 @@ fn all_ranks_take_the_same_common_step_though_one_of_them_cannot_read_the_newest
         let rank = group.rank();
         let fs = Arc::new(Observed::new(disk.clone(), move |operation| {
             let unreadable = rank == 1 && operation.path.starts_with("/run/_critic/global_step2");
-            if unreadable && operation.kind == "read" { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+            if unreadable && operation.kind == "read" { Err(kind.into()) } else { Ok(()) }
         }));
         let all = MODELS.map(|dir| Checkpoints::open_on(fs.clone(), dir));
-        let (loaded, report) = load_newest_common(&group, &all, Verify::Everything).unwrap();
-        assert_eq!(report.skipped.len(), 1);
-        (loaded[0].step(), loaded[1].step())
-    });
-    assert_eq!(steps, [(1, 1), (1, 1)]);
+        let (loaded, report) = load_newest_common(&group, &all, Verify::Everything)?;
+        Ok(([loaded[0].step(), loaded[1].step()], report.skipped.len()))
+    })
+}
+
+#[test]
+fn all_ranks_take_the_same_common_step_though_one_of_them_cannot_read_the_newest() {
+    for told in load_where_reading_fails(io::ErrorKind::TimedOut) {
+        assert_eq!(told.unwrap(), ([1, 1], 1));
+    }
+}
+
+#[test]
+fn what_one_rank_may_not_read_is_an_error_on_all_and_no_older_step() {
+    let told = load_where_reading_fails(io::ErrorKind::PermissionDenied);
+    assert!(matches!(told[..], [Err(Error::Rank { rank: 1, .. }), Err(Error::Io { .. })]), "{told:?}");
 }
 
 #[test]
