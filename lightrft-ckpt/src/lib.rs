@@ -69,6 +69,8 @@ mod fs;
 mod hf;
 mod inspect;
 mod manifest;
+#[cfg(test)]
+mod manifest_lies;
 mod os;
 mod pieces;
 mod plan;

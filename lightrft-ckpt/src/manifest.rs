@@ -2,6 +2,7 @@
 //!
 //! `docs/CHECKPOINT_FORMAT.md` describes the bytes; change one, look at the other.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::Path;
 
@@ -14,6 +15,7 @@ use crate::element::{element_bytes, element_count};
 use crate::error::{Error, Result};
 use crate::fs::{FileSystem, ReadFile};
 use crate::region::{Region, Span, Uneven, partition};
+use crate::safetensors::MAX_HEADER_BYTES;
 
 /// The manifest's name in a checkpoint's directory.
 pub(crate) const MANIFEST: &str = "manifest.json";
@@ -40,6 +42,12 @@ const MAX_HEAD_BYTES: usize = 4096;
 
 /// A manifest longer than this is taken for damage before it is read.
 const MAX_MANIFEST_BYTES: u64 = 1 << 30;
+
+/// The same for a shard's header: its length, and what the safetensors format allows.
+const MAX_SHARD_HEADER_BYTES: u64 = 8 + MAX_HEADER_BYTES;
+
+/// And for a shard's table of checksums, which is in memory while the shard is read: 1 GiB of them, those of 2 TiB.
+const MAX_SUMS: u64 = (1 << 30) / SUM_BYTES as u64;
 
 const HEAD: &str = "{\"format\":\"lightrft-checkpoint\",\"version\":";
 const SUM: &str = ",\"xxh3\":\"";
@@ -204,15 +212,22 @@ impl Manifest {
             ));
         }
         let mut total = 0u64;
-        for (i, file) in self.files.iter().enumerate() {
+        let mut names = HashSet::with_capacity(self.files.len());
+        for file in &self.files {
             if file.name == MANIFEST || !is_part_name(&file.name) {
                 return Err(format!("`{}` is not the name of a rank's file", file.name));
             }
-            if self.files[..i].iter().any(|f| f.name == file.name) {
+            if !names.insert(file.name.as_str()) {
                 return Err(format!("file `{}` is listed twice", file.name));
             }
             if file.header_bytes > file.bytes {
                 return Err(format!("`{}` is shorter than its header", file.name));
+            }
+            if file.header_bytes > MAX_SHARD_HEADER_BYTES {
+                let (name, bytes) = (&file.name, file.header_bytes);
+                return Err(format!(
+                    "`{name}`: a header of {bytes} bytes; {MAX_SHARD_HEADER_BYTES} are believed"
+                ));
             }
             total = total.checked_add(file.bytes).ok_or("the files' lengths overflow")?;
         }
@@ -276,6 +291,9 @@ impl Manifest {
                     "`{}`: regions end at {end}, {sums} checksums do not fill the rest of {} bytes",
                     file.name, file.bytes
                 ));
+            }
+            if sums > MAX_SUMS {
+                return Err(format!("`{}`: {sums} checksums; at most {MAX_SUMS} are believed", file.name));
             }
             file.sums = sums as usize;
         }
@@ -416,103 +434,3 @@ pub(crate) const REPLACED_INFIX: &str = ".replaced-";
 pub(crate) const TRASH_PREFIX: &str = ".trash-";
 /// The lock that the one saver of a directory holds.
 pub(crate) const LOCK: &str = ".lightrft-ckpt.lock";
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// One file of 4096 bytes of header and a tensor of 6 floats, cut in two, with two checksums.
-    fn manifest() -> Manifest {
-        let region = |start: usize, end: usize| RegionRecord {
-            place: Place::Flat([start, end]),
-            file: 0,
-            offset: 4096 + 4 * start as u64,
-            bytes: 4 * (end - start) as u64,
-            first_sum: 0,
-        };
-        Manifest {
-            summary: Summary {
-                tag: "global_step1".into(),
-                step: 1,
-                world_size: 1,
-                saved_unix_ms: 0,
-                data_bytes: 4096 + 24 + 16,
-                ..Summary::default()
-            },
-            block_bytes: BLOCK_BYTES,
-            files: vec![FileRecord {
-                name: rank_file(0),
-                bytes: 4096 + 24 + 16,
-                header_bytes: 4096,
-                header_xxh3: hex_sum(b""),
-                sums_xxh3: hex_sum(b""),
-                sums: 2,
-            }],
-            tensors: vec![TensorRecord {
-                name: "w".into(),
-                dtype: Dtype::F32,
-                shape: vec![2, 3],
-                regions: vec![region(0, 2), region(2, 6)],
-            }],
-            shared: Value::Null,
-            ranks: vec![Value::Null],
-        }
-    }
-
-    fn parsed(manifest: &Manifest) -> Result<Manifest> {
-        Manifest::from_bytes(&manifest.to_bytes().unwrap(), Path::new("manifest.json"))
-    }
-
-    #[test]
-    fn what_is_written_is_read() {
-        let read = parsed(&manifest()).unwrap();
-        assert_eq!(read.to_bytes().unwrap(), manifest().to_bytes().unwrap());
-    }
-
-    #[test]
-    fn checkpoints_that_differ_in_their_step_alone_are_told_apart() {
-        let mut later = manifest();
-        later.summary.step += 1;
-        let [one, same, later] = [manifest(), manifest(), later].map(|m| parsed(&m).unwrap().summary);
-        assert_eq!((&one.manifest_xxh3, &one.xxh3), (&later.manifest_xxh3, &same.xxh3));
-        assert_ne!(one.xxh3, later.xxh3);
-    }
-
-    /// The checksum is right in all of these: they are made up, not rotten.
-    #[test]
-    fn a_made_up_manifest_is_refused() {
-        type Lie = (&'static str, fn(&mut Manifest));
-        let lies: [Lie; 22] = [
-            ("a file outside", |m| m.files[0].name = "../rank-00000.safetensors".into()),
-            ("an absolute file", |m| m.files[0].name = "/etc/passwd".into()),
-            ("the manifest as a file", |m| m.files[0].name = MANIFEST.into()),
-            ("a file twice", |m| m.files.push(m.files[0].clone())),
-            ("a tag outside", |m| m.summary.tag = "../up".into()),
-            ("no ranks", |m| m.summary.world_size = 0),
-            ("more ranks than states", |m| m.summary.world_size = usize::MAX),
-            ("a huge shape", |m| m.tensors[0].shape = vec![usize::MAX, 3]),
-            ("a huge shape with a zero", |m| m.tensors[0].shape = vec![usize::MAX, 0]),
-            ("a shape too large for its regions", |m| m.tensors[0].shape = vec![2, 4]),
-            ("a region outside", |m| m.tensors[0].regions[1].place = Place::Flat([4, 8])),
-            ("regions that overlap", |m| m.tensors[0].regions[1].place = Place::Flat([1, 5])),
-            ("a region too few", |m| drop(m.tensors[0].regions.pop())),
-            ("a length that is not its extent's", |m| m.tensors[0].regions[0].bytes = u64::MAX),
-            ("a file that is not there", |m| m.tensors[0].regions[0].file = 7),
-            ("an offset beyond", |m| m.tensors[0].regions[0].offset = u64::MAX),
-            ("too few checksums", |m| m.block_bytes = 4),
-            ("no block size", |m| m.block_bytes = 0),
-            ("a huge block size", |m| m.block_bytes = usize::MAX),
-            ("a header longer than its file", |m| m.files[0].header_bytes = u64::MAX),
-            ("bytes that no checksum covers", |m| {
-                m.files[0].bytes += 1;
-                m.summary.data_bytes += 1;
-            }),
-            ("a tensor twice", |m| m.tensors.push(m.tensors[0].clone())),
-        ];
-        for (lie, tell) in lies {
-            let mut made_up = manifest();
-            tell(&mut made_up);
-            assert!(matches!(parsed(&made_up), Err(Error::Damaged { .. })), "{lie}");
-        }
-    }
-}

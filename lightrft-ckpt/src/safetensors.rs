@@ -17,7 +17,7 @@ use crate::publish;
 use crate::region::Region;
 
 /// Headers longer than this are refused, as by every reader of the format.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
+pub(crate) const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// What a safetensors file says about one tensor.
 #[derive(Clone, Debug, PartialEq)]
