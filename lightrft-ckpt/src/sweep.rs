@@ -30,7 +30,11 @@ pub(crate) fn delete(fs: &dyn FileSystem, path: &Path) -> Result<()> {
 pub(crate) fn sweep(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<Skipped>> {
     let mut left = Vec::new();
     let mut trash = Vec::new();
-    let entries = fs.list(dir).map_err(Error::io("list", dir))?;
+    let mut entries = fs.list(dir).map_err(Error::io("list", dir))?;
+    // Of several that stepped aside for one tag, the one that readers count has it back, and the others follow.
+    let counting = scan(fs, dir)?.found;
+    entries.sort_by_key(|e| !counting.iter().any(|f| f.dir == e.name));
+    let mut back = Vec::new();
     for entry in &entries {
         let path = dir.join(&entry.name);
         let done = match (Name::of(&entry.name), entry.kind) {
@@ -39,10 +43,10 @@ pub(crate) fn sweep(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<Skipped>> {
                 fs.remove_file(&path).map_err(Error::io("remove", &path))
             }
             (Name::Aside { tag }, EntryKind::Dir) => {
-                if entries.iter().any(|e| e.name == tag) {
+                if back.contains(&tag) || entries.iter().any(|e| e.name == tag) {
                     retire_superseded(fs, dir, &entry.name, tag).map(|name| trash.push(name))
                 } else {
-                    restore(fs, dir, &entry.name, tag)
+                    restore(fs, dir, &entry.name, tag).map(|()| back.push(tag))
                 }
             }
             _ => continue,

@@ -93,7 +93,7 @@ fn looking_ends_though_names_never_settle() {
 }
 
 #[test]
-fn of_several_that_stepped_aside_the_newest_counts() {
+fn of_several_that_stepped_aside_the_newest_counts_and_comes_back() {
     for suffixes in [["0000000000000000", "ffffffffffffffff"], ["ffffffffffffffff", "0000000000000000"]] {
         let disk = SimulatedDisk::new();
         [1, 2].iter().for_each(|&step| save(&disk, &step.to_string(), step, &Rotation::KEEP_ALL));
@@ -101,6 +101,12 @@ fn of_several_that_stepped_aside_the_newest_counts() {
             disk.rename(tag.as_ref(), format!("{ASIDE}{suffix}").as_ref()).unwrap();
         }
         assert_eq!(steps(&watched(&disk, |_| Ok(()))), [2]);
+        // Whoever saves next gives it the tag, and lets the others go.
+        let saver = Saver::open_on(Arc::new(disk.clone()), DIR, &Alone).unwrap();
+        let (checkpoint, _) = saver.checkpoints().load(Which::Tag("best"), Verify::Everything).unwrap();
+        assert_eq!((checkpoint.step(), checkpoint.path()), (2, Path::new("/c/best")));
+        let left = disk.list(DIR.as_ref()).unwrap();
+        assert!(left.iter().all(|entry| !entry.name.contains("replaced")), "{left:?}");
     }
 }
 
