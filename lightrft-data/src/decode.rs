@@ -259,13 +259,23 @@ impl MediaDecoder {
                 .collect();
             let mut done = work();
             for other in others {
-                // A job does not panic: what the decoders throw has been caught.
+                // Jobs catch panics. Should a thread be lost all the same, its jobs are missed below.
                 done.extend(other.join().unwrap_or_default());
             }
             done
         });
         done.sort_unstable_by_key(|(at, _)| *at);
-        done.into_iter().map(|(_, result)| result).collect()
+        let mut pixels = Vec::with_capacity(jobs.len());
+        let mut done = done.into_iter().peekable();
+        for (at, job) in jobs.iter().enumerate() {
+            // Places are matched one by one: no medium may slide into the place of one that was lost.
+            let Some((_, result)) = done.next_if(|(found, _)| *found == at) else {
+                let message = "the thread that decoded it is gone".to_owned();
+                return Err(job.failed(MediumProblem::Panicked { message }));
+            };
+            pixels.push(result?);
+        }
+        Ok(pixels)
     }
 
     fn bytes<'a>(&self, source: &'a MediaSource) -> Result<Cow<'a, [u8]>, MediumProblem> {
@@ -330,7 +340,8 @@ impl MediaDecoder {
     }
 }
 
-/// The decoders read what strangers wrote; should one have a defect, an image is lost and not the run.
+/// The decoders read what strangers wrote, and fetching is the caller's code; should one have a defect, an image is lost
+/// and not the run.
 fn guarded<T>(decode: impl FnOnce() -> Result<T, MediumProblem>) -> Result<T, MediumProblem> {
     catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|panic| {
         let message = match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
@@ -352,13 +363,18 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn decode(&self, decoder: &MediaDecoder) -> Result<Pixels, Error> {
-        let pixels = match (self.medium, self.kind) {
+        // All of it is guarded: fetching is the caller's code, and may panic as well.
+        let pixels = guarded(|| match (self.medium, self.kind) {
             (Media::One(source), MediaKind::Image) => decoder.image(source),
             (Media::One(source), MediaKind::Video) => decoder.video(source),
             (Media::Missing, _) => Err(MediumProblem::NotAMedium { found: "nothing" }),
             (Media::Group(_), _) => Err(MediumProblem::NotAMedium { found: "a list" }),
-        };
+        });
+        pixels.map_err(|problem| self.failed(problem))
+    }
+
+    fn failed(&self, problem: MediumProblem) -> Error {
         let Job { prompt, kind, place, .. } = *self;
-        pixels.map_err(|problem| Error::Medium { prompt, kind, place, problem: Box::new(problem) })
+        Error::Medium { prompt, kind, place, problem: Box::new(problem) }
     }
 }

@@ -354,8 +354,8 @@ pub enum MediumProblem {
         /// What went wrong.
         message: String,
     },
-    /// The decoder panicked; it has a defect.
-    #[error("decoding panicked: {message}")]
+    /// The decoder, or the fetcher, panicked; it has a defect.
+    #[error("fetching or decoding panicked: {message}")]
     Panicked {
         /// What the panic said.
         message: String,

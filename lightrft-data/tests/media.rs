@@ -286,6 +286,34 @@ fn images_that_come_late_keep_their_places() {
     assert_eq!(decoded[0].images, expected.map(Media::One));
 }
 
+/// Panics on one image, and gives the others.
+#[derive(Debug)]
+struct Panicking;
+
+impl Fetch for Panicking {
+    fn fetch(&self, url: &str, _: usize) -> Result<Vec<u8>, MediumProblem> {
+        assert!(!url.ends_with("/5"), "no such shelf");
+        Ok(bytes(&recorded().images[0].file))
+    }
+}
+
+#[test]
+fn a_fetcher_that_panics_loses_its_own_image_and_moves_no_other() {
+    let batch: Vec<_> = (0..8)
+        .map(|place| input(vec![MediaSource::parse(&format!("http://h/{place}")).unwrap()], vec![]))
+        .collect();
+    for threads in [1, 2, 8] {
+        match decoder(|c| c.threads = threads).with_fetch(Panicking).decode(&batch) {
+            Err(Error::Medium { prompt: 5, kind: MediaKind::Image, place: 0, problem }) => {
+                let told =
+                    matches!(&*problem, MediumProblem::Panicked { message } if message == "no such shelf");
+                assert!(told, "{problem}");
+            }
+            other => panic!("{threads} threads: {other:?}"),
+        }
+    }
+}
+
 /// Counts how many fetches are under way at once.
 #[derive(Clone, Debug, Default)]
 struct Counting {
