@@ -106,13 +106,37 @@ impl BatchSampler {
     /// Begins where the sampler stands.
     ///
     /// # Errors
-    /// [`Error::Setting`] for sizes of 0, for lengths that are not those of the data set, or for a budget of tokens
-    /// together with [`GroupPlacement::OneRank`], which it cannot keep; [`Error::Length`] with the index of a sample
-    /// that alone exceeds the budget.
+    /// [`Error::Setting`] for sizes of 0, for lengths that are not those of the data set, for batches that cut
+    /// [groups](crate::Groups), and under [`GroupPlacement::OneRank`] also for passes that do, or for a budget of tokens,
+    /// which cannot keep them; [`Error::Length`] with the index of a sample that alone exceeds the budget.
     pub fn new(sampler: DistributedSampler, config: BatchConfig) -> Result<Self, Error> {
         let refuse = |setting, value, expected| Err(Error::Setting { setting, value, expected });
         if config.batch_size == 0 {
             return refuse("batch_size", 0, "at least 1");
+        }
+        if let Some(groups) = sampler.groups() {
+            let whole = |samples: usize| samples.is_multiple_of(groups.size);
+            match groups.placement {
+                GroupPlacement::OneRank if !whole(config.batch_size) => {
+                    let expected = "a multiple of the group size, so that no batch cuts a group";
+                    return refuse("batch_size", config.batch_size, expected);
+                }
+                GroupPlacement::OneRank => match config.micro_batch {
+                    MicroBatch::Samples(most) if most < config.batch_size && !whole(most) => {
+                        let expected = "a multiple of the group size, so that no pass cuts a group";
+                        return refuse("micro-batch", most, expected);
+                    }
+                    _ => {}
+                },
+                GroupPlacement::Spread => {
+                    let world = sampler.config().world;
+                    if !config.batch_size.checked_mul(world).is_some_and(whole) {
+                        let expected =
+                            "times the ranks a multiple of the group size, so that no batch cuts a group";
+                        return refuse("batch_size", config.batch_size, expected);
+                    }
+                }
+            }
         }
         match &config.micro_batch {
             MicroBatch::Samples(0) => return refuse("micro-batch", 0, "at least 1"),
@@ -140,6 +164,16 @@ impl BatchSampler {
     /// # Errors
     /// [`Error::TooLarge`] where the order's table cannot be allocated. The sampler stays where it was.
     pub fn next_batch(&mut self) -> Result<Option<BatchPlan>, Error> {
+        let plan = self.peek_batch()?;
+        if plan.is_some() {
+            self.skip_batch()?;
+        }
+        Ok(plan)
+    }
+
+    /// The next batch of this epoch, without moving. The order that is made for it stays with this sampler and its
+    /// later copies.
+    pub(crate) fn peek_batch(&self) -> Result<Option<BatchPlan>, Error> {
         let rows = self.next_rows();
         if rows == 0 {
             return Ok(None);
@@ -156,7 +190,6 @@ impl BatchSampler {
                 draws.chunks(most).map(<[Draw]>::to_vec).collect()
             }
         };
-        self.skip_batch()?;
         Ok(Some(BatchPlan { epoch: self.sampler.epoch(), micro_batches }))
     }
 

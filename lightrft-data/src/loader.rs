@@ -53,6 +53,8 @@ pub struct Batch<T> {
     /// For each sample the prompt of the epoch that it is a copy of: under [`Groups`](crate::Groups) the copies share
     /// this number, otherwise no two samples do.
     pub groups: Vec<u64>,
+    /// For each sample which copy of its prompt it is, from 0 up to the size of the group.
+    pub copies: Vec<usize>,
     /// Samples of each pass, in order; equally many passes on every rank.
     pub micro_batches: Vec<usize>,
 }
@@ -66,6 +68,7 @@ impl<T> Batch<T> {
             indices: draws().map(|draw| draw.index).collect(),
             samples,
             groups: draws().map(|draw| draw.group).collect(),
+            copies: draws().map(|draw| draw.copy).collect(),
             micro_batches: plan.micro_batches.iter().map(Vec::len).collect(),
         }
     }
@@ -151,14 +154,18 @@ impl<D: Dataset + 'static> DataLoader<D> {
     }
 
     fn read_here(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
-        // A copy looks ahead: the loader itself moves only once the samples have been read.
-        let Some(plan) = self.batches.clone().next_batch()? else { return Ok(None) };
+        // The loader moves only once the samples have been read.
+        let Some(plan) = self.batches.peek_batch()? else { return Ok(None) };
         let draws = plan.micro_batches.iter().flatten();
         let samples = draws.map(|draw| read(&*self.dataset, draw.index)).collect::<Result<_, _>>()?;
         Ok(Some(Batch::new(&plan, samples)))
     }
 
     fn read_ahead(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
+        if self.ahead.as_ref().is_none_or(Prefetch::is_idle) && self.batches.remaining() > 0 {
+            // The order is made here, once, and shared by the copies that read ahead, after an error as well.
+            self.batches.sampler().draws()?;
+        }
         let mut ahead = match self.ahead.take() {
             Some(ahead) => ahead,
             None => Prefetch::start(&self.dataset, self.config.workers)?,
@@ -245,4 +252,27 @@ pub(crate) fn read<D: Dataset>(dataset: &D, index: usize) -> Result<D::Item, Err
         at: dataset.locate(index),
         source: Box::new(source),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::{DataLoader, LoaderConfig};
+    use crate::{DistributedSampler, InMemory, SamplerConfig, Shuffle, Tail};
+
+    #[test]
+    fn the_order_of_an_epoch_is_made_once_and_not_for_each_batch() {
+        for workers in [0, 2] {
+            let (shuffle, tail) = (Shuffle::TorchExact, Tail::Drop);
+            let config = SamplerConfig { len: 20, rank: 0, world: 1, seed: 0, shuffle, tail };
+            let sampler = DistributedSampler::new(config).unwrap();
+            let numbers: InMemory<usize> = (0..20).collect();
+            let config = LoaderConfig { workers, ..LoaderConfig::new(4) };
+            let mut loader = DataLoader::new(numbers, sampler, config).unwrap();
+            assert!(!loader.sampler().has_order(), "nobody has read yet");
+            loader.next_batch().unwrap();
+            assert!(loader.sampler().has_order(), "{workers} workers: the next batch would make it again");
+        }
+    }
 }

@@ -237,6 +237,12 @@ impl DistributedSampler {
         Ok(taken)
     }
 
+    /// Whether the order of this epoch has been made, so that nothing makes it again.
+    #[cfg(test)]
+    pub(crate) fn has_order(&self) -> bool {
+        self.order.get().is_some()
+    }
+
     fn order(&self) -> Result<EpochOrder, Error> {
         if let Some(order) = self.order.get() {
             return Ok(order.clone());

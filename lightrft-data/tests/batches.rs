@@ -148,6 +148,7 @@ proptest! {
                 let draws: Vec<Draw> = plan.micro_batches.concat();
                 prop_assert!(draws.iter().map(|draw| draw.index).eq(batch.indices.iter().copied()));
                 prop_assert!(draws.iter().map(|draw| draw.group).eq(batch.groups.iter().copied()));
+                prop_assert!(draws.iter().map(|draw| draw.copy).eq(batch.copies.iter().copied()));
                 let passes: Vec<Vec<usize>> = batch.passes().map(<[_]>::to_vec).collect();
                 let planned: Vec<Vec<usize>> = plan.micro_batches.iter()
                     .map(|pass| pass.iter().map(|draw| draw.index * 10).collect()).collect();
@@ -155,6 +156,64 @@ proptest! {
             }
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn steps_of_whole_groups_are_the_same_on_any_number_of_ranks(
+        prompts in 12usize..90, size in 1usize..4, spread: bool, old in 0usize..4, new in 0usize..4, stop in 0usize..4,
+    ) {
+        let worlds = [1, 2, 3, 6];
+        let placement = if spread { GroupPlacement::Spread } else { GroupPlacement::OneRank };
+        let batches = |world, rank| {
+            let sampler = sampler(prompts, rank, world, Tail::Drop).in_groups(Groups { size, placement }).unwrap();
+            let of_36 = BatchConfig::over_all_ranks(36, world).unwrap();
+            BatchSampler::new(sampler, BatchConfig { last_batch: LastBatch::Drop, ..of_36 }).unwrap()
+        };
+        let steps = |ranks: Vec<BatchSampler>| {
+            let ranks: Vec<_> = ranks.into_iter().map(all).collect();
+            let step = |step: usize| sorted(ranks.iter().flat_map(|rank| rank[step].micro_batches.iter().flatten()));
+            (0..ranks[0].len()).map(step).collect::<Vec<_>>()
+        };
+        let (old, new) = (worlds[old], worlds[new]);
+        let unbroken = steps((0..old).map(|rank| batches(old, rank)).collect());
+        for step in &unbroken {
+            for group in step.chunks(size) {
+                prop_assert!(group.iter().map(|draw| draw.1).eq(0..size), "a step cuts a group");
+            }
+        }
+        let mut stopped = batches(old, 0);
+        for _ in 0..stop {
+            stopped.next_batch().unwrap();
+        }
+        let resumed = (0..new).map(|rank| {
+            let mut resumed = batches(new, rank);
+            assert_eq!(resumed.restore(&stopped.state()).unwrap(), Resume::Exact);
+            resumed
+        });
+        prop_assert_eq!(&steps(resumed.collect())[..], &unbroken[stop.min(unbroken.len())..]);
+    }
+}
+
+#[test]
+fn batches_and_passes_that_would_cut_groups_are_refused() {
+    let new = |placement, batch_size, micro_batch| {
+        let grouped = sampler(60, 0, 2, Tail::Drop).in_groups(Groups { size: 4, placement }).unwrap();
+        BatchSampler::new(grouped, BatchConfig { micro_batch, ..BatchConfig::new(batch_size) }).map(drop)
+    };
+    let (one_rank, spread) = (GroupPlacement::OneRank, GroupPlacement::Spread);
+    assert!(new(one_rank, 8, MicroBatch::Whole).is_ok());
+    let cut = new(one_rank, 6, MicroBatch::Whole);
+    assert!(matches!(cut, Err(Error::Setting { setting: "batch_size", value: 6, .. })), "{cut:?}");
+    let cut = new(one_rank, 8, MicroBatch::Samples(3));
+    assert!(matches!(cut, Err(Error::Setting { setting: "micro-batch", value: 3, .. })), "{cut:?}");
+    assert!(new(one_rank, 8, MicroBatch::Samples(4)).is_ok());
+    assert!(new(one_rank, 8, MicroBatch::Samples(9)).is_ok(), "one pass");
+    // Two ranks: six on each are three groups of four, five on each are two and a half.
+    assert!(new(spread, 6, MicroBatch::Samples(3)).is_ok(), "no pass of one rank holds whole groups there");
+    let cut = new(spread, 5, MicroBatch::Whole);
+    assert!(matches!(cut, Err(Error::Setting { setting: "batch_size", value: 5, .. })), "{cut:?}");
 }
 
 #[test]
@@ -172,6 +231,7 @@ fn groups_of_a_mixture_are_loaded_in_batches() {
             assert!(pass.iter().all(|sample| *sample == pass[0]), "one prompt in each pass");
             assert!(groups.iter().all(|group| *group == groups[0]));
         }
+        assert!(batch.copies.chunks(4).all(|copies| copies == [0, 1, 2, 3]));
     }
 }
 
