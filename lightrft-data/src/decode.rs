@@ -5,12 +5,13 @@ use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::{fmt, thread};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader};
 
 use crate::Error;
+use crate::jpeg;
 use crate::media::{MediaSource, MediumProblem, Pixels, shorten};
 use crate::media_bytes;
 use crate::multimodal::{Media, MediaKind, MultimodalInput};
@@ -35,6 +36,11 @@ pub struct DecodeConfig {
     pub max_pixels: u64,
     /// Most pixels of all frames of a video.
     pub max_video_pixels: u64,
+    /// Most pixels of all media of a batch together, which [`MediaDecoder::decode`] holds at 3 bytes each. They are
+    /// counted by each header, before it is decoded.
+    pub max_batch_pixels: u64,
+    /// Most images and frames of one prompt; they are counted before anything is opened.
+    pub max_media: usize,
     /// Which files may be read.
     pub paths: PathPolicy,
     /// Threads that decode, the caller's among them; each holds one image beside the results.
@@ -42,8 +48,8 @@ pub struct DecodeConfig {
 }
 
 impl Default for DecodeConfig {
-    /// 32 MiB encoded, Pillow's 89,478,485 pixels an image, four times that a video, any path, as many threads as there
-    /// are processors but at most 8.
+    /// 32 MiB encoded, Pillow's 89,478,485 pixels an image, four times that a video, 2^30 (3 GiB) a batch, 4,096 images
+    /// and frames a prompt, any path, as many threads as there are processors but at most 8.
     fn default() -> Self {
         let max_pixels = 89_478_485;
         let threads = thread::available_parallelism().map_or(1, |n| n.get().min(8));
@@ -51,6 +57,8 @@ impl Default for DecodeConfig {
             max_bytes: 32 << 20,
             max_pixels,
             max_video_pixels: 4 * max_pixels,
+            max_batch_pixels: 1 << 30,
+            max_media: 4096,
             paths: PathPolicy::default(),
             threads,
         }
@@ -72,8 +80,10 @@ pub trait Fetch: fmt::Debug + Send + Sync {
 }
 
 /// Decodes images (PNG, JPEG, WebP) and videos given as frames to 8-bit RGB, as Pillow's `convert("RGB")` does: alpha is
-/// dropped, grey is tripled, 16-bit values are scaled to 8, of an animation the first picture is taken, and a rotation
-/// that metadata ask for is not done.
+/// dropped, grey is tripled, of an animation the first picture is taken, and a rotation
+/// that metadata ask for is not done. Values of 16 bits are scaled to 8 (Pillow does so for colours, but cuts 16-bit grey
+/// off at 255). A file that is cut short is an error; its end is
+/// never made up. Damage inside is an error where the format shows it: PNG has checksums, JPEG's scans have none.
 ///
 /// ```
 /// use lightrft_data::{DecodeConfig, Media, MediaDecoder, MediaSource, MultimodalInput};
@@ -105,6 +115,8 @@ impl MediaDecoder {
             ("max_bytes", config.max_bytes as u64),
             ("max_pixels", config.max_pixels),
             ("max_video_pixels", config.max_video_pixels),
+            ("max_batch_pixels", config.max_batch_pixels),
+            ("max_media", config.max_media as u64),
             ("threads", config.threads as u64),
         ];
         match limits.into_iter().find(|(_, value)| *value == 0) {
@@ -122,20 +134,29 @@ impl MediaDecoder {
     /// Decodes all media of a batch. Order and numbers are kept; at most `threads` media are decoded at a time.
     ///
     /// # Errors
-    /// [`Error::Medium`] with prompt, kind and place; of several, the first in the order of the batch.
+    /// [`Error::Medium`] with prompt, kind and place; of several, the first in the order of the batch. Where the pixels of
+    /// the batch are too many, it names one of those that were too much.
     pub fn decode(
         &self,
         inputs: &[MultimodalInput<MediaSource>],
     ) -> Result<Vec<MultimodalInput<Pixels>>, Error> {
         let mut jobs = Vec::new();
+        let limit = self.config.max_media;
         for (prompt, input) in inputs.iter().enumerate() {
+            let mut found = 0usize;
             for (kind, media) in [(MediaKind::Image, &input.images), (MediaKind::Video, &input.videos)] {
-                jobs.extend(media.iter().enumerate().map(|(place, medium)| Job {
-                    prompt,
-                    kind,
-                    place,
-                    medium,
-                }));
+                for (place, medium) in media.iter().enumerate() {
+                    let job = Job { prompt, kind, place, medium };
+                    found = found.saturating_add(match medium {
+                        Media::One(MediaSource::Frames(frames)) => frames.len(),
+                        Media::One(MediaSource::Pixels(pixels)) => pixels.frames(),
+                        _ => 1,
+                    });
+                    if found > limit {
+                        return Err(job.failed(MediumProblem::TooManyMedia { limit }));
+                    }
+                    jobs.push(job);
+                }
             }
         }
         let mut pixels = self.run(&jobs)?.into_iter().map(Media::One);
@@ -152,13 +173,17 @@ impl MediaDecoder {
     /// # Errors
     /// [`MediumProblem`], [`MediumProblem::NotAnImage`] for frames.
     pub fn image(&self, source: &MediaSource) -> Result<Pixels, MediumProblem> {
+        self.image_within(source, &Budget::NONE)
+    }
+
+    fn image_within(&self, source: &MediaSource, budget: &Budget) -> Result<Pixels, MediumProblem> {
         match source {
             MediaSource::Frames(frames) => Err(MediumProblem::NotAnImage { frames: frames.len() }),
             MediaSource::Pixels(pixels) => match pixels.frames() {
-                1 => self.check(1, pixels.height(), pixels.width()).map(|()| pixels.clone()),
+                1 => self.checked(pixels, budget),
                 frames => Err(MediumProblem::NotAnImage { frames }),
             },
-            encoded => self.decode_bytes(&self.bytes(encoded)?),
+            encoded => self.decode_bytes(&self.bytes(encoded)?, budget),
         }
     }
 
@@ -167,18 +192,20 @@ impl MediaDecoder {
     /// # Errors
     /// [`MediumProblem`], inside [`MediumProblem::Frame`] where one frame is at fault.
     pub fn video(&self, source: &MediaSource) -> Result<Pixels, MediumProblem> {
+        self.video_within(source, &Budget::NONE)
+    }
+
+    fn video_within(&self, source: &MediaSource, budget: &Budget) -> Result<Pixels, MediumProblem> {
         let frames = match source {
             MediaSource::Frames(frames) => frames,
-            MediaSource::Pixels(pixels) => {
-                return self.check(pixels.frames(), pixels.height(), pixels.width()).map(|()| pixels.clone());
-            }
+            MediaSource::Pixels(pixels) => return self.checked(pixels, budget),
             _ => return Err(MediumProblem::NotAVideo),
         };
         let mut rgb = Vec::new();
         let mut size = None;
         for (frame, source) in frames.iter().enumerate() {
             let pixels = self
-                .image(source)
+                .image_within(source, budget)
                 .map_err(|problem| MediumProblem::Frame { frame, problem: Box::new(problem) })?;
             let (height, width) = (pixels.height(), pixels.width());
             let (expected_height, expected_width) = *size.get_or_insert((height, width));
@@ -203,7 +230,8 @@ impl MediaDecoder {
     }
 
     /// Frames, height and width of an image or a video, from the header of its first image: what
-    /// [`VisionTokens`](crate::VisionTokens) needs, without decoding.
+    /// [`VisionTokens`](crate::VisionTokens) needs, without decoding. The file is read, or the address fetched, whole, and
+    /// again when it is decoded; where that is slow, decode first and take the size of the [`Pixels`].
     ///
     /// # Errors
     /// [`MediumProblem`].
@@ -235,6 +263,7 @@ impl MediaDecoder {
     }
 
     fn run(&self, jobs: &[Job<'_>]) -> Result<Vec<Pixels>, Error> {
+        let budget = Budget::new(self.config.max_batch_pixels);
         let (next, failed) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
         // Jobs are taken in order, so every job before the first that fails is taken and brought to its end.
         let work = || {
@@ -244,7 +273,7 @@ impl MediaDecoder {
                 let Some(job) = jobs.get(at).filter(|_| at < failed.load(Ordering::Relaxed)) else {
                     return done;
                 };
-                let result = job.decode(self);
+                let result = job.decode(self, &budget);
                 if result.is_err() {
                     failed.fetch_min(at, Ordering::Relaxed);
                 }
@@ -310,6 +339,14 @@ impl MediaDecoder {
         Ok(())
     }
 
+    /// Pixels that are decoded already, if they are allowed.
+    fn checked(&self, pixels: &Pixels, budget: &Budget) -> Result<Pixels, MediumProblem> {
+        let (frames, height, width) = (pixels.frames(), pixels.height(), pixels.width());
+        self.check(frames, height, width)?;
+        budget.take(frames, height, width)?;
+        Ok(pixels.clone())
+    }
+
     /// A decoder that has read the header, of a size that is allowed.
     fn decoder<'a>(&self, bytes: &'a [u8]) -> Result<impl ImageDecoder + 'a, MediumProblem> {
         let broken = |e: image::ImageError| MediumProblem::Broken { message: e.to_string() };
@@ -329,14 +366,55 @@ impl MediaDecoder {
         Ok(decoder)
     }
 
-    fn decode_bytes(&self, bytes: &[u8]) -> Result<Pixels, MediumProblem> {
+    fn decode_bytes(&self, bytes: &[u8], budget: &Budget) -> Result<Pixels, MediumProblem> {
         guarded(|| {
-            let image = DynamicImage::from_decoder(self.decoder(bytes)?)
+            let decoder = self.decoder(bytes)?;
+            let (width, height) = decoder.dimensions();
+            budget.take(1, height, width)?;
+            match image::guess_format(bytes) {
+                Ok(ImageFormat::Jpeg) => return jpeg::decode(bytes),
+                Ok(ImageFormat::WebP) if !is_whole_webp(bytes) => {
+                    let message = "WebP: the file is shorter than it says".to_owned();
+                    return Err(MediumProblem::Broken { message });
+                }
+                _ => {}
+            }
+            let image = DynamicImage::from_decoder(decoder)
                 .map_err(|e| MediumProblem::Broken { message: e.to_string() })?
                 .into_rgb8();
             let (width, height) = image.dimensions();
             Pixels::new(1, height, width, image.into_raw())
         })
+    }
+}
+
+/// Whether a WebP file is as long as its RIFF header says, which libwebp asks for and the decoder here does not.
+fn is_whole_webp(bytes: &[u8]) -> bool {
+    let said = bytes.get(4..8).and_then(|said| said.try_into().ok()).map_or(0, u32::from_le_bytes);
+    bytes.len() as u64 >= u64::from(said) + 8
+}
+
+/// The pixels that a batch may still have. Threads take from it before they decode.
+struct Budget {
+    left: AtomicU64,
+    limit: u64,
+}
+
+impl Budget {
+    const NONE: Self = Self::new(u64::MAX);
+
+    const fn new(limit: u64) -> Self {
+        Self { left: AtomicU64::new(limit), limit }
+    }
+
+    fn take(&self, frames: usize, height: u32, width: u32) -> Result<(), MediumProblem> {
+        let limit = self.limit;
+        let wanted = (u64::from(height) * u64::from(width)).checked_mul(frames as u64);
+        let left = |left: u64| left.checked_sub(wanted?);
+        match self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(MediumProblem::TooManyPixelsInBatch { limit }),
+        }
     }
 }
 
@@ -362,11 +440,11 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn decode(&self, decoder: &MediaDecoder) -> Result<Pixels, Error> {
+    fn decode(&self, decoder: &MediaDecoder, budget: &Budget) -> Result<Pixels, Error> {
         // All of it is guarded: fetching is the caller's code, and may panic as well.
         let pixels = guarded(|| match (self.medium, self.kind) {
-            (Media::One(source), MediaKind::Image) => decoder.image(source),
-            (Media::One(source), MediaKind::Video) => decoder.video(source),
+            (Media::One(source), MediaKind::Image) => decoder.image_within(source, budget),
+            (Media::One(source), MediaKind::Video) => decoder.video_within(source, budget),
             (Media::Missing, _) => Err(MediumProblem::NotAMedium { found: "nothing" }),
             (Media::Group(_), _) => Err(MediumProblem::NotAMedium { found: "a list" }),
         });

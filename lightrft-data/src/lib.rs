@@ -59,6 +59,8 @@ mod error;
 mod groups;
 #[cfg(feature = "http")]
 mod http;
+#[cfg(feature = "images")]
+mod jpeg;
 mod jsonl;
 mod keyed;
 mod lines;

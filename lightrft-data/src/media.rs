@@ -106,11 +106,12 @@ pub struct Pixels {
     frames: usize,
     height: u32,
     width: u32,
-    rgb: Arc<[u8]>,
+    /// Shared as the decoder made it: a slice in an `Arc` would be a copy of every image.
+    rgb: Arc<Vec<u8>>,
 }
 
 impl Pixels {
-    /// Wraps a tensor.
+    /// Wraps a tensor; a vector is not copied.
     ///
     /// # Errors
     /// [`MediumProblem::Shape`] where a side is 0 or `rgb` has another length than the shape says.
@@ -118,15 +119,15 @@ impl Pixels {
         frames: usize,
         height: u32,
         width: u32,
-        rgb: impl Into<Arc<[u8]>>,
+        rgb: impl Into<Vec<u8>>,
     ) -> Result<Self, MediumProblem> {
-        let rgb = rgb.into();
+        let rgb: Vec<u8> = rgb.into();
         let expected = [height as usize, width as usize, 3]
             .into_iter()
             .try_fold(frames, usize::checked_mul)
             .filter(|&bytes| bytes > 0 && bytes == rgb.len());
         match expected {
-            Some(_) => Ok(Self { frames, height, width, rgb }),
+            Some(_) => Ok(Self { frames, height, width, rgb: Arc::new(rgb) }),
             None => Err(MediumProblem::Shape { frames, height, width, bytes: rgb.len() }),
         }
     }
@@ -277,6 +278,18 @@ pub enum MediumProblem {
         width: u32,
         /// The limit that was set.
         limit: u64,
+    },
+    /// More pixels in the batch than allowed, by the headers of its media; those beyond were not decoded.
+    #[error("the media of the batch have more than {limit} pixels, with this one among them")]
+    TooManyPixelsInBatch {
+        /// The limit that was set.
+        limit: u64,
+    },
+    /// More images and frames in one prompt than allowed; nothing was opened.
+    #[error("the prompt has more than {limit} images and frames")]
+    TooManyMedia {
+        /// The limit that was set.
+        limit: usize,
     },
     /// The frames of a video differ in size.
     #[error(

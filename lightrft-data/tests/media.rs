@@ -410,6 +410,64 @@ fn videos_are_frames_of_one_size_within_a_limit_of_their_own() {
 }
 
 #[test]
+fn every_image_that_is_cut_short_is_an_error() {
+    for image in recorded().images {
+        let file = bytes(&image.file);
+        let whole = decoder(|_| {}).image(&source(&image.file));
+        assert!(whole.is_ok(), "{}: {whole:?}", image.name);
+        // The last bytes of a PNG are a chunk without content, which says nothing about the pixels.
+        let needed = if file.starts_with(b"\x89PNG") { file.len() - 12 } else { file.len() };
+        for len in 0..needed {
+            let cut = decoder(|_| {}).image(&MediaSource::Bytes(file[..len].into()));
+            assert!(cut.is_err(), "{}: {len} of {} bytes are taken for an image", image.name, file.len());
+        }
+    }
+}
+
+#[test]
+fn a_batch_has_no_more_pixels_and_a_prompt_no_more_media_than_allowed() {
+    let image = &recorded().images[0]; // 9 x 13
+    let video = MediaSource::Frames(vec![source(&image.file), source(&image.file)]);
+    let batch = [input(vec![source(&image.file)], vec![]), input(vec![dot(1)], vec![video])];
+    let pixels = 9 * 13 * 3 + 1;
+    for threads in [1, 3] {
+        let of_batch = |limit| {
+            let limited = decoder(|c| (c.threads, c.max_batch_pixels) = (threads, limit));
+            limited.decode(&batch)
+        };
+        assert!(of_batch(pixels).is_ok());
+        match of_batch(pixels - 1) {
+            Err(Error::Medium { problem, .. }) => {
+                let problem = match *problem {
+                    MediumProblem::Frame { problem, .. } => *problem,
+                    other => other,
+                };
+                assert!(
+                    matches!(problem, MediumProblem::TooManyPixelsInBatch { limit } if limit == pixels - 1)
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let of_prompt = |limit| decoder(|c| c.max_media = limit).decode(&batch);
+    assert!(of_prompt(3).is_ok());
+    match of_prompt(2) {
+        Err(Error::Medium { prompt: 1, kind: MediaKind::Video, place: 0, problem }) => {
+            assert!(matches!(*problem, MediumProblem::TooManyMedia { limit: 2 }));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_vector_of_pixels_is_wrapped_and_not_copied() {
+    let values = vec![0; 72];
+    let at = values.as_ptr();
+    let pixels = Pixels::new(2, 3, 4, values).unwrap();
+    assert_eq!(pixels.clone().rgb().as_ptr(), at);
+}
+
+#[test]
 fn tensors_and_sounds_have_the_length_that_they_say() {
     assert!(Pixels::new(2, 3, 4, vec![0; 72]).is_ok());
     for (frames, height, width, len) in [(2, 3, 4, 71), (0, 3, 4, 0), (1, 0, 4, 0), (usize::MAX, 9, 9, 3)] {
@@ -428,6 +486,8 @@ fn limits_of_nothing_are_refused() {
         (|c| c.max_bytes = 0) as fn(&mut DecodeConfig),
         |c| c.max_pixels = 0,
         |c| c.max_video_pixels = 0,
+        |c| c.max_batch_pixels = 0,
+        |c| c.max_media = 0,
         |c| c.threads = 0,
     ] {
         let mut config = DecodeConfig::default();
