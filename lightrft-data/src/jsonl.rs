@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -100,17 +100,22 @@ enum Bytes {
 }
 
 impl JsonLines {
-    /// Opens a file, finds its lines, and checks them unless told not to.
+    /// Opens a regular file, finds its lines, and checks them unless told not to.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::BadLine`] with file and line; [`Error::NoSamples`] where none is left.
+    /// [`Error::Io`], for pipes and devices too, which may have no end; [`Error::BadLine`] with file and line; [`Error::NoSamples`] where none is left.
     pub fn open(path: impl AsRef<Path>, options: JsonLinesOptions) -> Result<Self, Error> {
         let path = path.as_ref().to_owned();
         let io = |action| {
             let path = path.clone();
             move |source| Error::Io { action, path, source }
         };
-        let mut file = File::open(&path).map_err(io("open"))?;
+        // Opening a pipe would wait for its writer, so the kind is asked for first.
+        if !std::fs::metadata(&path).map_err(io("open"))?.is_file() {
+            let source = std::io::Error::new(ErrorKind::InvalidInput, "not a regular file");
+            return Err(io("open")(source));
+        }
+        let file = File::open(&path).map_err(io("open"))?;
         let size = file.metadata().map_err(io("open"))?.len();
         if options.threads == 0 {
             return Err(Error::Setting { setting: "threads", value: 0, expected: "at least 1" });
@@ -118,7 +123,11 @@ impl JsonLines {
         let scan = Scan { path: &path, options: &options };
         let (Scanned { index, skipped, .. }, bytes) = if size <= KEPT_IN_MEMORY {
             let mut whole = Vec::new();
-            file.read_to_end(&mut whole).map_err(io("read"))?;
+            // It may grow meanwhile; one byte too many is enough to know.
+            file.take(KEPT_IN_MEMORY + 1).read_to_end(&mut whole).map_err(io("read"))?;
+            if whole.len() as u64 > KEPT_IN_MEMORY {
+                return Err(io("read")(std::io::Error::other("the file grows while it is read")));
+            }
             (scan.stream(whole.as_slice())?, Bytes::Memory(whole))
         } else {
             let file = PositionedFile::new(file);

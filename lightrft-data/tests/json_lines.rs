@@ -53,6 +53,28 @@ fn prompts_labels_and_other_fields_are_read_across_blank_lines_and_line_ends() {
 }
 
 #[test]
+fn what_is_not_a_regular_file_is_refused_before_it_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut others = vec![folder.path().to_owned()];
+    if cfg!(unix) {
+        // Without end, and without anybody who writes.
+        others.push("/dev/zero".into());
+        let pipe = folder.path().join("pipe");
+        if std::process::Command::new("mkfifo").arg(&pipe).status().is_ok_and(|status| status.success()) {
+            others.push(pipe);
+        }
+    }
+    for other in others {
+        match JsonLines::open(&other, with(BadLines::Refuse)) {
+            Err(Error::Io { action: "open", path, source }) => {
+                assert!(path == other && source.to_string().contains("regular"), "{source}");
+            }
+            result => panic!("{}: {result:?}", other.display()),
+        }
+    }
+}
+
+#[test]
 fn keys_are_the_callers_and_a_label_may_be_absent() {
     let text = r#"{"question": "q", "answer": 7}"#;
     let keys = |label: Option<&str>| JsonLinesOptions {
