@@ -233,6 +233,12 @@ pub enum LineProblem {
         /// Offset in the line of the first wrong byte, from 0.
         byte: usize,
     },
+    /// An integer that fits neither an `i64` nor a `u64`, and would be read as the nearest floating-point number.
+    #[error("the integer {text} does not fit 64 bits and would lose digits; write it as a string")]
+    Integer {
+        /// The beginning of the number, as it stands there.
+        text: String,
+    },
     /// JSON, but not an object.
     #[error("expected an object, found {found}")]
     NotAnObject {

@@ -78,10 +78,7 @@ pub(crate) fn complete(
     let parts = |kind| messages.iter().map(|message| parts_for(message, kind)).sum::<usize>();
     let (image_parts, video_parts) = (parts(MediaKind::Image), parts(MediaKind::Video));
     if (image_parts, video_parts) == (0, 0) && images + videos > 0 {
-        let user = messages.iter_mut().find(|message| role_is(message, "user"));
-        let user =
-            user.ok_or(LineProblem::MediaParts { kind: MediaKind::Image, media: images + videos, parts: 0 })?;
-        *user = with_media(user, images, videos);
+        place_media(&mut messages, images, videos)?;
     } else {
         for (kind, media, parts) in
             [(MediaKind::Image, images, image_parts), (MediaKind::Video, videos, video_parts)]
@@ -111,17 +108,70 @@ fn parts_for(message: &Value, kind: MediaKind) -> usize {
     content.and_then(|parts| Some(parts.try_iter().ok()?.filter(is_one).count())).unwrap_or(0)
 }
 
-/// The message with a part for each medium in front of its text.
-fn with_media(message: &Value, images: usize, videos: usize) -> Value {
-    let part = |kind: &str| Value::from_pairs([("type", kind)]);
-    let media = std::iter::repeat_n(part("image"), images).chain(std::iter::repeat_n(part("video"), videos));
-    let without_marks = |text: &str| text.replace("<image>", "").replace("<video>", "");
-    let text = |text: &str| Value::from_pairs([("type", "text"), ("text", &without_marks(text))]);
+const IMAGE_MARK: &str = "<image>";
+const VIDEO_MARK: &str = "<video>";
+
+/// Gives each medium a part among those of the user's messages: where its mark stands, or, where no message has a mark
+/// of its kind, in front of the first user's text.
+fn place_media(messages: &mut [Value], images: usize, videos: usize) -> Result<(), LineProblem> {
+    let is_user = |message: &&mut Value| field(message, "role").is_some_and(|r| r.as_str() == Some("user"));
+    let mut users: Vec<&mut Value> = messages.iter_mut().filter(is_user).collect();
+    let all: Vec<_> = users.iter().flat_map(|message| texts(message)).collect();
+    let mut in_front = Vec::new();
+    for (kind, media, mark) in
+        [(MediaKind::Image, images, IMAGE_MARK), (MediaKind::Video, videos, VIDEO_MARK)]
+    {
+        let parts: usize = all.iter().map(|text| text.matches(mark).count()).sum();
+        match parts {
+            0 if users.is_empty() && media > 0 => return Err(LineProblem::MediaParts { kind, media, parts }),
+            0 => in_front.extend(std::iter::repeat_n(part(kind), media)),
+            // Marks in the text of a record without such media are words like any other.
+            _ if media != 0 && parts != media => return Err(LineProblem::MediaParts { kind, media, parts }),
+            _ => {}
+        }
+    }
+    for message in &mut users {
+        **message = with_parts(message, std::mem::take(&mut in_front), (images > 0, videos > 0));
+    }
+    Ok(())
+}
+
+/// The texts of a message, alone or in parts.
+fn texts(message: &Value) -> Vec<String> {
     let content = field(message, "content").unwrap_or_default();
-    let parts: Vec<Value> = match content.as_str() {
-        Some(one) => media.chain([text(one)]).collect(),
-        None => media.chain(content.try_iter().into_iter().flatten()).collect(),
-    };
+    match content.as_str() {
+        Some(one) => vec![one.to_owned()],
+        None => {
+            let parts = content.try_iter().into_iter().flatten();
+            parts.filter_map(|part| field(&part, "text")?.as_str().map(str::to_owned)).collect()
+        }
+    }
+}
+
+fn part(kind: MediaKind) -> Value {
+    let kind = if kind == MediaKind::Video { "video" } else { "image" };
+    Value::from_pairs([("type", kind)])
+}
+
+/// The message with these parts in front, and with its marks (of images, of videos) turned into parts.
+fn with_parts(message: &Value, in_front: Vec<Value>, marks: (bool, bool)) -> Value {
+    let has_marks = |text: &str| marks.0 && text.contains(IMAGE_MARK) || marks.1 && text.contains(VIDEO_MARK);
+    let content = field(message, "content").unwrap_or_default();
+    let mut parts = in_front;
+    match content.as_str() {
+        // A message that no medium belongs to stays a string.
+        Some(one) if parts.is_empty() && !has_marks(one) => return message.clone(),
+        Some(one) => split_at_marks(one, marks, &mut parts),
+        None => {
+            for given in content.try_iter().into_iter().flatten() {
+                let text = field(&given, "text");
+                match text.as_ref().and_then(Value::as_str).filter(|text| has_marks(text)) {
+                    Some(text) => split_at_marks(text, marks, &mut parts),
+                    None => parts.push(given),
+                }
+            }
+        }
+    }
     let fields = message.try_iter().into_iter().flatten().filter_map(|key| {
         let value = if key.as_str() == Some("content") {
             parts.clone().into()
@@ -131,4 +181,27 @@ fn with_media(message: &Value, images: usize, videos: usize) -> Value {
         Some((key, value))
     });
     Value::from_pairs(fields)
+}
+
+/// Text and media in the order in which they stand in the text.
+fn split_at_marks(text: &str, marks: (bool, bool), parts: &mut Vec<Value>) {
+    let mut rest = text;
+    loop {
+        let next = |is_on: bool, mark: &'static str, kind| {
+            rest.find(mark).filter(|_| is_on).map(|at| (at, mark, kind))
+        };
+        let image = next(marks.0, IMAGE_MARK, MediaKind::Image);
+        let video = next(marks.1, VIDEO_MARK, MediaKind::Video);
+        let found = image.into_iter().chain(video).min_by_key(|(at, ..)| *at);
+        let (before, after) = match found {
+            Some((at, mark, _)) => (&rest[..at], &rest[at + mark.len()..]),
+            None => (rest, ""),
+        };
+        if !before.is_empty() {
+            parts.push(Value::from_pairs([("type", "text"), ("text", before)]));
+        }
+        let Some((.., kind)) = found else { return };
+        parts.push(part(kind));
+        rest = after;
+    }
 }

@@ -54,10 +54,57 @@ pub(crate) fn object(line: &[u8]) -> Result<(&str, Map<String, Value>), LineProb
         // The parser counts lines within this one; the true place is said by whoever knows the file.
         message: e.to_string().split(" at line ").next().unwrap_or_default().to_owned(),
     })?;
+    if let Some(integer) = has_large_float(&value).then(|| lossy_integer(text)).flatten() {
+        return Err(LineProblem::Integer { text: crate::media::shorten(integer) });
+    }
     match value {
         Value::Object(fields) => Ok((text, fields)),
         other => Err(LineProblem::NotAnObject { found: type_name(&other) }),
     }
+}
+
+/// Whether there is a number that may have been an integer of more than 64 bits.
+fn has_large_float(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => {
+            number.is_f64() && number.as_f64().is_some_and(|value| value.abs() >= i64::MAX as f64)
+        }
+        Value::Array(values) => values.iter().any(has_large_float),
+        Value::Object(fields) => fields.values().any(has_large_float),
+        _ => false,
+    }
+}
+
+/// The first integer in JSON text that fits neither an `i64` nor a `u64`.
+fn lossy_integer(json: &str) -> Option<&str> {
+    let mut rest = json;
+    while let Some(at) = rest.find(|c: char| c == '"' || c == '-' || c.is_ascii_digit()) {
+        rest = &rest[at..];
+        if let Some(mut inside) = rest.strip_prefix('"') {
+            // To the quote that ends the string; what follows a backslash does not.
+            while let Some(at) = inside.find(['"', '\\']) {
+                let is_end = inside[at..].starts_with('"');
+                let mut after = inside[at + 1..].chars();
+                if !is_end {
+                    after.next();
+                }
+                inside = after.as_str();
+                if is_end {
+                    break;
+                }
+            }
+            rest = inside;
+            continue;
+        }
+        let is_part = |c: char| c.is_ascii_digit() || matches!(c, '-' | '+' | '.' | 'e' | 'E');
+        let (number, after) = rest.split_at(rest.find(|c| !is_part(c)).unwrap_or(rest.len()));
+        let is_integer = !number.contains(['.', 'e', 'E']);
+        if is_integer && number.parse::<i64>().is_err() && number.parse::<u64>().is_err() {
+            return Some(number);
+        }
+        rest = after;
+    }
+    None
 }
 
 pub(crate) fn missing_key(fields: &Map<String, Value>, key: &str) -> LineProblem {

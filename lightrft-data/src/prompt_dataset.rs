@@ -46,13 +46,14 @@ impl InputTemplate {
     /// Reads a template.
     ///
     /// # Errors
-    /// [`Error::Template`] without any place (the prompt would vanish), with several `{}`, with a named place or with a
-    /// brace that stands alone.
+    /// [`Error::Template`] without any place (the prompt would vanish), with several `{}`, with both `{}` and `{0}`, with a
+    /// named place or with a brace that stands alone.
     pub fn new(template: &str) -> Result<Self, Error> {
         let refuse = |message: &str| {
             Err(Error::Template { action: "read the input template", message: message.to_owned() })
         };
         let mut texts = vec![String::new()];
+        let mut numbered = 0;
         let mut rest = template;
         while let Some(at) = rest.find(['{', '}']) {
             let (before, from) = rest.split_at(at);
@@ -63,6 +64,7 @@ impl InputTemplate {
                 (Some(text), Some(place), _) => {
                     text.push_str(before);
                     texts.push(String::new());
+                    numbered += usize::from(place == "{0}");
                     rest = &from[place.len()..];
                 }
                 (Some(text), _, Some(brace)) => {
@@ -76,9 +78,10 @@ impl InputTemplate {
         if let Some(text) = texts.last_mut() {
             text.push_str(rest);
         }
-        match (texts.len() - 1, template.contains("{0}")) {
-            (0, _) => refuse("no `{}` for the prompt"),
-            (places, false) if places > 1 => refuse("more than one `{}`; `{0}` may be repeated"),
+        match (texts.len() - 1 - numbered, numbered) {
+            (0, 0) => refuse("no `{}` for the prompt"),
+            (1.., 1..) => refuse("both `{}` and `{0}`"),
+            (2.., _) => refuse("more than one `{}`; `{0}` may be repeated"),
             _ => Ok(Self { texts }),
         }
     }
@@ -94,12 +97,14 @@ impl InputTemplate {
 /// Without a chat template the prompt is the string under the input key, in the input template if there is one. With
 /// one, a string becomes the message of a user (in the input template), messages in the form `{"from": "human",
 /// "value": ...}` get roles, the system prompt is put in front unless the conversation has its own, and images and
-/// videos get a part each in front of the first user's text, whose `<image>` and `<video>` marks go; messages that have
-/// such parts already must have as many as the record has media.
+/// videos get a part each: where the marks `<image>` and `<video>` stand in the user's messages, which must be as many as
+/// the record has of that kind, or in front of the first user's text where there is no mark. Messages that have such parts
+/// already must have as many as the record has media.
 ///
-/// Where LightRFT differs: `PromptDataset` renders an empty prompt where the key is missing, gives "" for a label that
-/// is nowhere, and drops all of a message but role and content; `PromptDatasetVL` keeps only the first user's message
-/// and makes one place whatever the number of images. Missing things are errors here, and the rest is kept.
+/// Where LightRFT differs: with a chat template `PromptDataset` passes over the input template, which `PromptDatasetVL`
+/// and this fill (leave it out for LightRFT's text-only prompts). `PromptDataset` renders an empty prompt where the key is missing, gives "" for a label that
+/// is nowhere, and drops all of a message but role and content; `PromptDatasetVL` keeps only the first user's message,
+/// makes one place whatever the number of images, and puts it in front wherever the mark stands. Missing things are errors here, and the rest is kept.
 #[derive(Clone, Debug, Default)]
 pub struct PromptFormat {
     /// Under which keys a record holds what.

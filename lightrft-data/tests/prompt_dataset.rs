@@ -53,6 +53,7 @@ mod with_templates {
     fn every_recorded_prompt_of_lightrft_is_reproduced() {
         let recorded: Recorded = serde_json::from_str(include_str!("data/prompt_records.json")).unwrap();
         assert_eq!(recorded.cases.len(), 32);
+        let mut marks_within = 0;
         for case in recorded.cases {
             let format = PromptFormat {
                 input_template: case.input_template.as_deref().map(|t| InputTemplate::new(t).unwrap()),
@@ -61,7 +62,19 @@ mod with_templates {
                 ..PromptFormat::default()
             };
             let found = format.read(case.record.as_bytes()).unwrap();
-            assert_eq!(found.text, case.prompt, "{case:?}");
+            let image = "<|vision_start|><|image_pad|><|vision_end|>";
+            if found.text == case.prompt {
+                // Word for word.
+            } else {
+                // LightRFT puts the image in front wherever its mark stands; nothing else differs.
+                let bare = |text: &str| text.replace(image, "");
+                assert_eq!(bare(&found.text), bare(&case.prompt), "{case:?}");
+                assert!(
+                    case.record.contains("<image>") && found.text.matches(image).count() == 1,
+                    "{case:?}"
+                );
+                marks_within += 1;
+            }
             assert_eq!(found.label, case.label, "{case:?}");
             // An absent reference is "" in one of LightRFT's data sets and None in the other.
             let absent = case.reference.is_null() || case.reference == "";
@@ -72,26 +85,47 @@ mod with_templates {
             );
             assert_eq!(found.images.len(), case.images, "{case:?}");
         }
+        assert_eq!(marks_within, 4, "the records with a mark behind other text");
     }
 
     #[test]
     fn every_image_and_video_has_its_place_in_the_conversation() {
         let record = json!({"label": 1, "images": ["1.png", {"path": "2.png"}], "videos": [["a.png", "b.png"]],
             "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "<image>what<video>?"},
-                       {"role": "assistant", "content": "this"}, {"role": "user", "content": "and?"}]});
+                       {"role": "assistant", "content": "this"}, {"role": "user", "content": "<image>and?"}]});
         let found = read(&chat(), &record).unwrap();
         let (image, video) =
             ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>");
         assert_eq!(
             found.text,
             format!(
-                "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n{image}{image}{video}what?<|im_end|>\n\
-                <|im_start|>assistant\nthis<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
+                "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n{image}what{video}?<|im_end|>\n\
+                <|im_start|>assistant\nthis<|im_end|>\n<|im_start|>user\n{image}and?<|im_end|>\n<|im_start|>assistant\n"
             )
         );
         let inputs = inputs_of(std::slice::from_ref(&found)).unwrap();
         assert_eq!(inputs[0].images[1], Media::One(MediaSource::Path("2.png".into())));
         assert_eq!(inputs[0].videos.len(), 1);
+        // Without marks they stand in front of the first user's text.
+        let text = |record: Value| read(&chat(), &record).map(|found| found.text);
+        let front =
+            text(json!({"label": 1, "images": ["1.png", "2.png"], "videos": ["a.mp4"], "prompt": "what?"}));
+        assert!(front.unwrap().contains(&format!("user\n{image}{image}{video}what?")));
+        // Marks for one kind do not speak for the other.
+        let mixed =
+            text(json!({"label": 1, "images": ["1.png"], "videos": ["a.mp4"], "prompt": "what<video>?"}));
+        assert!(mixed.unwrap().contains(&format!("user\n{image}what{video}?")));
+        let parts = json!([{"role": "user", "content": [{"type": "text", "text": "a<image>b"}]}]);
+        let inside = text(json!({"label": 1, "images": ["1.png"], "prompt": parts}));
+        assert!(inside.unwrap().contains(&format!("a{image}b")));
+        for (prompt, parts) in [("<image>, <image> or <image>?", 3), ("<image>?", 1)] {
+            let refused = text(json!({"label": 1, "images": ["1.png", "2.png"], "prompt": prompt}));
+            assert_eq!(refused, Err(LineProblem::MediaParts { kind: MediaKind::Image, media: 2, parts }));
+        }
+        // Without media a mark is a word.
+        assert!(
+            text(json!({"label": 1, "prompt": "what is <image>?"})).unwrap().contains("what is <image>?")
+        );
         // Parts that are there already are not doubled.
         let record = json!({"label": 1, "images": ["1.png"], "prompt": [{"role": "user", "content": [
             {"type": "text", "text": "see "}, {"type": "image"}, {"type": "text", "text": "?"}]}]});
@@ -154,7 +188,9 @@ fn input_templates_are_pythons_without_its_silences() {
     assert_eq!(fill("a {} b").unwrap(), "a {p} b");
     assert_eq!(fill("{0}{0}{{}}").unwrap(), "{p}{p}{}");
     assert_eq!(fill("{{{}}}").unwrap(), "{{p}}");
-    for bad in ["", "no place", "{{}}", "{} {}", "{name}", "{1}", "{", "}", "{}}"] {
+    for bad in
+        ["", "no place", "{{}}", "{} {}", "{{0}} {} {}", "{} {0}", "{0}{}", "{name}", "{1}", "{", "}", "{}}"]
+    {
         assert!(matches!(fill(bad), Err(Error::Template { action: "read the input template", .. })), "{bad}");
     }
 }
@@ -182,6 +218,27 @@ fn keys_are_looked_for_where_lightrft_looks_and_missing_ones_are_named() {
     assert_eq!((found.text.as_str(), found.label), ("a", Value::Null));
     assert_eq!(found.images, [MediaSource::Path("x.png".into())]);
     assert_eq!(found.videos, [MediaSource::Path("y.mp4".into())]);
+}
+
+#[test]
+fn integers_that_would_lose_digits_are_refused_by_line() {
+    let read = |label: &str| {
+        PromptFormat::default().read(format!(r#"{{"prompt": "a", "label": {label}}}"#).as_bytes())
+    };
+    for kept in
+        ["18446744073709551615", "-9223372036854775808", "1e30", "2.0e19", r#"["99999999999999999999"]"#]
+    {
+        assert!(read(kept).is_ok(), "{kept}");
+    }
+    assert_eq!(read("18446744073709551615").unwrap().label, u64::MAX);
+    for lost in ["18446744073709551616", "-9223372036854775809"] {
+        for label in [lost.to_owned(), format!(r#"{{"\" 1": [1e30, {lost}]}}"#)] {
+            match read(&label) {
+                Err(LineProblem::Integer { text }) => assert_eq!(text, lost),
+                other => panic!("{label}: {other:?}"),
+            }
+        }
+    }
 }
 
 #[test]
