@@ -139,10 +139,12 @@ impl<D: Dataset + 'static> DataLoader<D> {
     ///
     /// # Errors
     /// [`Error::Sample`] with index and place of the sample that could not be read, [`Error::SamplePanicked`],
-    /// [`Error::Stalled`] after the deadline. The loader stays at this batch.
+    /// [`Error::Stalled`] after the deadline. The loader stays at this batch; after `Stalled` the same workers go on with
+    /// it, and asking again waits for them again.
     pub fn next_batch(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
         let result = if self.config.workers == 0 { self.read_here() } else { self.read_ahead() };
-        if result.is_err() {
+        // Workers that are late are waited for again: new ones would only hang beside them.
+        if !matches!(result, Ok(_) | Err(Error::Stalled { .. })) {
             // What was read ahead of the failure is read again: the position alone says what comes next.
             self.ahead = None;
         }

@@ -93,7 +93,7 @@ impl<D: Dataset + 'static> Prefetch<D> {
         self.upcoming = Some(batches);
     }
 
-    /// The next batch, `None` at the end of the epoch.
+    /// The next batch, `None` at the end of the epoch. After [`Error::Stalled`] it may be asked for again.
     pub(crate) fn next(&mut self, config: &LoaderConfig) -> Result<Option<Batch<D::Item>>, Error> {
         self.send_tasks(config);
         let Some(&first_index) = self.first_index.get(&self.next_out) else {
@@ -112,7 +112,11 @@ impl<D: Dataset + 'static> Prefetch<D> {
                 Ok(batch) => {
                     self.early.insert(batch.number, batch);
                 }
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(stalled),
+                Err(RecvTimeoutError::Timeout) => return Err(stalled),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let message = "all workers have ended".to_owned();
+                    return Err(Error::SamplePanicked { index: first_index, message });
+                }
             }
         };
         self.first_index.remove(&batch.number);

@@ -233,6 +233,30 @@ fn a_stalled_data_set_is_an_error_after_the_deadline_and_does_not_hold_up_the_en
     open.1.notify_all();
 }
 
+#[test]
+fn a_stalled_batch_is_waited_for_again_and_read_by_no_second_worker() {
+    let (gate, heard, open) = Gate::new(0);
+    let config = LoaderConfig { deadline: Duration::from_millis(50), ..config(2, 1) };
+    let mut loader = DataLoader::new(gate, sampler(100, 0, 1), config).unwrap();
+    for _ in 0..3 {
+        assert!(matches!(loader.next_batch(), Err(Error::Stalled { .. })));
+    }
+    *open.0.lock().unwrap() = 1000;
+    open.1.notify_all();
+    let batch = loop {
+        match loader.next_batch() {
+            Ok(batch) => break batch.unwrap(),
+            Err(Error::Stalled { .. }) => {}
+            Err(other) => panic!("{other:?}"),
+        }
+    };
+    let order: Vec<_> = sampler(100, 0, 1).indices().unwrap().take(2).collect();
+    assert_eq!(batch.indices, order);
+    drop(loader);
+    let begun: Vec<usize> = heard.try_iter().collect();
+    assert_eq!(begun.iter().filter(|index| **index == order[0]).count(), 1, "{begun:?}");
+}
+
 /// Counts how many of its clones live, so that a test sees the workers let go of it.
 struct Counted(Arc<()>);
 
