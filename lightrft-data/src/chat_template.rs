@@ -1,6 +1,6 @@
 //! Chat templates: a list of messages to the one text that a model was trained on.
 
-use std::fmt;
+use std::{fmt, io};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
@@ -78,8 +78,10 @@ pub struct ChatOptions {
 /// # Ok::<_, lightrft_data::Error>(())
 /// ```
 ///
-/// Templates come with models. One that does not end, or makes a text beyond reason, ends as an error: rendering is
-/// limited to two million steps.
+/// Templates come with models, and are to be trusted like them. One that does not end, or prints a text beyond reason,
+/// ends as an error: rendering is limited to two million steps and 64 MiB of text. These limits stop accidents, not
+/// malice: strings that a template builds without printing them are not counted, and doubling one a few dozen times
+/// takes all memory.
 #[derive(Clone)]
 pub struct ChatTemplate {
     env: Environment<'static>,
@@ -88,6 +90,28 @@ pub struct ChatTemplate {
 
 const NAME: &str = "chat_template";
 const MOST_STEPS: u64 = 2_000_000;
+const MOST_BYTES: usize = 64 << 20;
+
+/// What a template has printed, up to a limit.
+struct Capped {
+    bytes: Vec<u8>,
+    is_full: bool,
+}
+
+impl io::Write for Capped {
+    fn write(&mut self, more: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + more.len() > MOST_BYTES {
+            self.is_full = true;
+            return Err(io::Error::other("too much text"));
+        }
+        self.bytes.extend_from_slice(more);
+        Ok(more.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 /// Tokens of `tokenizer_config.json` that templates use by name.
 const SPECIAL_TOKENS: [&str; 7] =
@@ -189,7 +213,15 @@ impl ChatTemplate {
         let more = options.variables.iter().map(|(name, json)| (name.as_str(), json.0.clone()));
         let context = Value::from_pairs(variables.chain(given).chain(more));
         let template = self.env.get_template(NAME).map_err(failed("find"))?;
-        template.render(context).map_err(failed("render"))
+        let mut text = Capped { bytes: Vec::new(), is_full: false };
+        let rendered = template.render_captured_to(context, &mut text).map(drop);
+        if text.is_full {
+            let message = format!("more than {MOST_BYTES} bytes of text");
+            return Err(Error::Template { action: "render", message });
+        }
+        rendered.map_err(failed("render"))?;
+        String::from_utf8(text.bytes)
+            .map_err(|e| Error::Template { action: "render", message: e.to_string() })
     }
 }
 

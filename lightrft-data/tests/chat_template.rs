@@ -135,6 +135,14 @@ fn a_template_that_does_not_end_is_ended() {
 }
 
 #[test]
+fn a_template_that_prints_without_measure_is_ended() {
+    let much = "{% set a = 'x' * 1048576 %}{% for i in range(N) %}{{ a }}{% endfor %}";
+    assert_eq!(render(&much.replace('N', "64")).unwrap().len(), 64 << 20);
+    let (action, message) = refused(render(&much.replace('N', "65")));
+    assert!(action == "render" && message.contains("67108864 bytes"), "{message}");
+}
+
+#[test]
 fn the_day_is_the_callers_or_todays() {
     let template = "{{ strftime_now('%Y-%m-%d %H:%M') }}";
     let messages = OrderedJson::parse("[]").unwrap();
