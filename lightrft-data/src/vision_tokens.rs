@@ -6,6 +6,8 @@
 //! uses as well; the recorded values come from transformers 5.19. (From 5.22 on it is to share a budget of pixels among
 //! the frames of a long video, its `cap_pixels_per_frame`; a smaller [`PixelBounds::max`] says the same by hand.)
 
+use serde_json::Value;
+
 use crate::Error;
 use crate::media::MediumProblem;
 use crate::multimodal::{MediaKind, MediaProblem};
@@ -36,8 +38,12 @@ pub struct VisionTokens {
 }
 
 impl VisionTokens {
-    /// Qwen2-VL's defaults in transformers 5.19: patches of 14, merged 2 x 2, two frames each; images of 4 to 1,280
-    /// tokens, frames of 128 to 768.
+    /// The defaults of Qwen2-VL's classes in transformers 5.19: patches of 14, merged 2 x 2, two frames each; images of 4 to
+    /// 1,280 tokens, frames of 128 to 768.
+    ///
+    /// Published checkpoints set bounds of their own (`Qwen/Qwen2-VL-*-Instruct`: 3,136 to 12,845,056 pixels for images and
+    /// frames), with which large media take many times more tokens: read them with
+    /// [`from_preprocessor_config`](Self::from_preprocessor_config).
     pub const QWEN2_VL: Self = Self {
         patch: 14,
         temporal_patch: 2,
@@ -45,6 +51,56 @@ impl VisionTokens {
         image: PixelBounds { min: 56 * 56, max: 28 * 28 * 1280 },
         video: PixelBounds { min: 128 * 28 * 28, max: 28 * 28 * 768 },
     };
+
+    /// Reads a checkpoint's `preprocessor_config.json` and, where it has one, its `video_preprocessor_config.json`; without
+    /// the second, videos go by the first, as in transformers. Bounds are `min_pixels` and `max_pixels`, else
+    /// `size.shortest_edge` and `size.longest_edge`. What a file leaves open is as in [`QWEN2_VL`](Self::QWEN2_VL).
+    ///
+    /// ```
+    /// use lightrft_data::{PixelBounds, VisionTokens};
+    ///
+    /// let vision = VisionTokens::from_preprocessor_config(r#"{"min_pixels": 3136, "max_pixels": 12845056}"#, None)?;
+    /// assert_eq!(vision.image, PixelBounds { min: 3136, max: 12_845_056 });
+    /// # Ok::<_, lightrft_data::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Other`] where a text is no JSON object, or a value is no whole number from 1 on that fits; where patches of
+    /// videos and of images differ, which this type cannot say.
+    pub fn from_preprocessor_config(json: &str, video_json: Option<&str>) -> Result<Self, Error> {
+        let default = Self::QWEN2_VL;
+        let read = |json: &str, bounds: PixelBounds| {
+            let config: Value = serde_json::from_str(json)
+                .map_err(|e| Error::other(format!("preprocessor configuration: {e}")))?;
+            if !config.is_object() {
+                return Err(Error::other("preprocessor configuration: an object is expected"));
+            }
+            let side = |key: &str, or: u32| -> Result<u32, Error> {
+                let value = positive(config.get(key), key)?.unwrap_or(or.into());
+                u32::try_from(value).map_err(|_| not_positive(key))
+            };
+            let pixels = |key: &str, edge: &str, or: u64| -> Result<u64, Error> {
+                let of_size = positive(config.get("size").and_then(|size| size.get(edge)), edge)?;
+                Ok(positive(config.get(key), key)?.or(of_size).unwrap_or(or))
+            };
+            let bounds = PixelBounds {
+                min: pixels("min_pixels", "shortest_edge", bounds.min)?,
+                max: pixels("max_pixels", "longest_edge", bounds.max)?,
+            };
+            let patch = side("patch_size", default.patch)?;
+            let temporal_patch = side("temporal_patch_size", default.temporal_patch)?;
+            Ok((bounds, (patch, temporal_patch, side("merge_size", default.merge)?)))
+        };
+        let (image, patches) = read(json, default.image)?;
+        let (video, of_video) = read(video_json.unwrap_or(json), default.video)?;
+        if patches != of_video {
+            return Err(Error::other(
+                "preprocessor configuration: patch_size, temporal_patch_size or merge_size of images and videos differ",
+            ));
+        }
+        let (patch, temporal_patch, merge) = patches;
+        Ok(Self { patch, temporal_patch, merge, image, video })
+    }
 
     /// The grid of an image of this size, in pixels.
     ///
@@ -139,6 +195,21 @@ impl VisionTokens {
         }
         expanded.push_str(&text[from..]);
         Ok(expanded)
+    }
+}
+
+fn not_positive(key: &str) -> Error {
+    Error::other(format!("preprocessor configuration: `{key}` must be a whole number from 1 on that fits"))
+}
+
+/// A number from 1 on, if there is one.
+fn positive(value: Option<&Value>, key: &str) -> Result<Option<u64>, Error> {
+    match value {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_u64().filter(|value| *value > 0) {
+            Some(value) => Ok(Some(value)),
+            None => Err(not_positive(key)),
+        },
     }
 }
 

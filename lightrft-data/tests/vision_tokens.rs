@@ -128,3 +128,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_checkpoints_configuration_sets_bounds_and_patches() {
+    let read = VisionTokens::from_preprocessor_config;
+    assert_eq!(read("{}", None).unwrap(), VISION);
+    let published = r#"{"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
+        "merge_size": 2, "image_mean": [0.5, 0.5, 0.5]}"#;
+    let bounds = PixelBounds { min: 3136, max: 12_845_056 };
+    assert_eq!(read(published, None).unwrap(), VisionTokens { image: bounds, video: bounds, ..VISION });
+    // Five times the tokens that the constant says for a large photograph.
+    let tokens = |vision: VisionTokens| vision.tokens(vision.image_grid(3000, 4000).unwrap());
+    assert!(tokens(read(published, None).unwrap()) > 5 * tokens(VISION));
+    let newer = r#"{"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}"#;
+    let video = r#"{"size": {"shortest_edge": 4096, "longest_edge": 25165824}, "patch_size": 16, "min_pixels": null}"#;
+    let both = read(newer, Some(video)).unwrap();
+    assert_eq!((both.patch, both.image.max, both.video.min), (16, 16_777_216, 4096));
+    for (image, video) in [
+        ("[]", None),
+        ("{", None),
+        (r#"{"patch_size": 0}"#, None),
+        (r#"{"patch_size": 4294967296}"#, None),
+        (r#"{"min_pixels": -1}"#, None),
+        (r#"{"size": {"longest_edge": "big"}}"#, None),
+        (newer, Some("{}")),
+    ] {
+        assert!(matches!(read(image, video), Err(Error::Other(_))), "{image}");
+    }
+}
