@@ -8,24 +8,25 @@ use crate::USAGE;
 use crate::steps::command_line;
 use crate::workspace::Workspace;
 
-/// What can be measured, and the package whose bench of that name measures it.
-const BENCHES: [(&str, &str); 4] = [
-    ("ckpt", "lightrft-ckpt"),
-    ("collectives", "lightrft-collectives"),
-    ("data", "lightrft-data"),
-    ("sharding", "lightrft-sharding"),
+/// What can be measured, the package whose bench of that name measures it, and what cargo is told beside: without its
+/// features a bench would leave rows out and not say so.
+const BENCHES: [(&str, &str, &[&str]); 4] = [
+    ("ckpt", "lightrft-ckpt", &[]),
+    ("collectives", "lightrft-collectives", &[]),
+    ("data", "lightrft-data", &["--all-features"]),
+    ("sharding", "lightrft-sharding", &[]),
 ];
 
 /// Runs the bench named by the first argument; the rest are its own. Its exit code is ours.
 pub(crate) fn run(workspace: &Workspace, args: &[OsString]) -> ExitCode {
     let found = args.first().and_then(|name| package_of(name));
-    let Some((bench, package)) = found else {
-        let known: Vec<_> = BENCHES.iter().map(|(bench, _)| *bench).collect();
+    let Some((bench, package, features)) = found else {
+        let known: Vec<_> = BENCHES.iter().map(|(bench, ..)| *bench).collect();
         eprintln!("xtask: `bench` takes what to measure, one of: {}", known.join(", "));
         return ExitCode::from(USAGE);
     };
     let mut cargo = workspace.cargo();
-    cargo.args(["bench", "-p", package, "--bench", bench, "--"]).args(&args[1..]);
+    cargo.args(["bench", "-p", package, "--bench", bench]).args(features).arg("--").args(&args[1..]);
     // Cargo runs a bench in its package's folder; files named on the command line are meant from here.
     if let Ok(here) = std::env::current_dir() {
         cargo.env("LIGHTRFT_BENCH_FOLDER", here);
@@ -36,8 +37,8 @@ pub(crate) fn run(workspace: &Workspace, args: &[OsString]) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn package_of(bench: &OsStr) -> Option<(&'static str, &'static str)> {
-    BENCHES.into_iter().find(|(name, _)| bench == *name)
+fn package_of(bench: &OsStr) -> Option<(&'static str, &'static str, &'static [&'static str])> {
+    BENCHES.into_iter().find(|(name, ..)| bench == *name)
 }
 
 #[cfg(test)]
@@ -46,7 +47,11 @@ mod tests {
 
     #[test]
     fn a_bench_is_found_by_its_name_alone() {
-        assert_eq!(package_of(OsStr::new("collectives")), Some(("collectives", "lightrft-collectives")));
+        assert_eq!(
+            package_of(OsStr::new("collectives")),
+            Some(("collectives", "lightrft-collectives", &[][..]))
+        );
         assert_eq!(package_of(OsStr::new("collective")), None);
+        assert!(package_of(OsStr::new("data")).is_some_and(|(.., more)| more == ["--all-features"]));
     }
 }
