@@ -173,7 +173,7 @@ impl MediaDecoder {
     /// # Errors
     /// [`MediumProblem`], [`MediumProblem::NotAnImage`] for frames.
     pub fn image(&self, source: &MediaSource) -> Result<Pixels, MediumProblem> {
-        self.image_within(source, &Budget::NONE)
+        self.image_within(source, &Budget::new(u64::MAX))
     }
 
     fn image_within(&self, source: &MediaSource, budget: &Budget) -> Result<Pixels, MediumProblem> {
@@ -192,7 +192,7 @@ impl MediaDecoder {
     /// # Errors
     /// [`MediumProblem`], inside [`MediumProblem::Frame`] where one frame is at fault.
     pub fn video(&self, source: &MediaSource) -> Result<Pixels, MediumProblem> {
-        self.video_within(source, &Budget::NONE)
+        self.video_within(source, &Budget::new(u64::MAX))
     }
 
     fn video_within(&self, source: &MediaSource, budget: &Budget) -> Result<Pixels, MediumProblem> {
@@ -401,9 +401,7 @@ struct Budget {
 }
 
 impl Budget {
-    const NONE: Self = Self::new(u64::MAX);
-
-    const fn new(limit: u64) -> Self {
+    fn new(limit: u64) -> Self {
         Self { left: AtomicU64::new(limit), limit }
     }
 
