@@ -15,8 +15,11 @@
 //! - Loads end with all bytes in memory of the process, which was there before: whoever maps a file copies it into that;
 //!   `torch.load`, which returns new memory, is spared the copy. Ours finds the newest checkpoint and verifies every byte.
 //! - *With checksums*: pairs of saves with and without them. *Background*: until the call returns, beside one copy of the
-//!   state to memory that is there. *Ranks*: four save an even range of every tensor each, three load, cold, and every byte
-//!   read is counted. *List*: a thousand small checkpoints, and a thousand of 870 tensors.
+//!   state to memory that is there, by as many threads as the call copies with (which it is judged by), and by one. *Ranks*:
+//!   four save an even range of every tensor each, three load, cold, and every byte read is counted. *List*: a thousand
+//!   small checkpoints, and a thousand of 870 tensors, while names and manifests are in the system's caches.
+//! - *DCP* has targets in its own format, with one thread and with two. "DCP safetensors", which writes the tensors with the
+//!   safetensors library, counts among the torch paths and not as DCP.
 //!
 //! `--peers` needs a Python with torch (`LIGHTRFT_PYTHON`, else `python3`), and safetensors in it for that one; what cannot
 //! be had is left out aloud. The last line is everything as one JSON object. With `--check` a missed target is an exit code

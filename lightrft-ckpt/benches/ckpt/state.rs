@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 
 use lightrft_ckpt::{
     Alone, Checkpoints, FileSystem, Part, Region, Restore, Rotation, SaveReport, Saver, Snapshot, Wanted,
@@ -69,11 +70,22 @@ impl State {
         tensors.map(|((name, _), into)| Wanted::new(name.as_str(), &shape[..], Region::Whole, into)).collect()
     }
 
-    /// Copies the state once, as whoever wants to go on training must at least.
-    pub(crate) fn copy(&mut self) {
-        for ((_, from), into) in self.tensors.iter().zip(&mut self.into) {
-            into.copy_from_slice(from);
-        }
+    /// Copies the state once with so many threads, as whoever wants to go on training must at least.
+    pub(crate) fn copy(&mut self, threads: usize) {
+        let each = TENSORS.div_ceil(threads);
+        let copy = |from: &[(String, Vec<f32>)], into: &mut [Vec<f32>]| {
+            from.iter().zip(into).for_each(|((_, from), into)| into.copy_from_slice(from));
+        };
+        let mut shares = self.tensors.chunks(each).zip(self.into.chunks_mut(each));
+        let own = shares.next();
+        thread::scope(|scope| {
+            for (from, into) in shares {
+                scope.spawn(move || copy(from, into));
+            }
+            if let Some((from, into)) = own {
+                copy(from, into);
+            }
+        });
     }
 
     /// Sees to it that the last load brought what was saved, and forgets it.
