@@ -133,7 +133,7 @@ fn export_writes_a_folder_in_the_dtype_and_the_shards_asked_for() {
     assert_eq!((code, err.as_str()), (0, ""), "{out}");
     assert!(out.contains("1 tensor,") && out.contains("1.2 KiB"), "{out}");
     let folder = HfFolder::open(&out_dir).unwrap();
-    assert_eq!(folder.config().unwrap()["dtype"], "bfloat16");
+    assert_eq!(folder.config().unwrap().unwrap()["dtype"], "bfloat16");
     assert!(out_dir.join("generation_config.json").exists());
     let mut first = [0.0f32; 2];
     folder.read_f32("model.w", &Region::Flat(0..2), &mut first).unwrap();

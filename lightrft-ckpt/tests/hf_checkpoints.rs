@@ -217,7 +217,7 @@ fn found(fs: &dyn FileSystem, path: &str) -> Option<u8> {
         return None;
     }
     let folder = HfFolder::open_on(fs, path).unwrap();
-    let value = folder.config().unwrap()["value"].as_u64().unwrap() as u8;
+    let value = folder.config().unwrap().unwrap()["value"].as_u64().unwrap() as u8;
     for name in ["a", "b"] {
         let mut bytes = [0; 900];
         folder.read(name, &Region::Whole, &mut bytes).unwrap();

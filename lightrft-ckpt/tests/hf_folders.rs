@@ -3,12 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use half::bf16;
+use lightrft_ckpt::testing::Observed;
 use lightrft_ckpt::{
-    Dtype, Error, Floats, HfFolder, HfOptions, HfReport, HfWriter, Region, SafetensorsFile, TensorSpec,
-    write_safetensors,
+    Dtype, Error, FileSystem, Floats, HfFolder, HfOptions, HfReport, HfWriter, OsFileSystem, Region,
+    SafetensorsFile, TensorSpec, write_safetensors,
 };
 use serde_json::{Value, json};
 
@@ -167,7 +170,7 @@ fn what_is_written_is_read_in_every_dtype_and_in_pieces() {
             Floats::F16 => (Dtype::F16, "float16"),
             _ => (Dtype::F32, "float32"),
         };
-        assert_eq!(folder.config().unwrap()["torch_dtype"], name);
+        assert_eq!(folder.config().unwrap().unwrap()["torch_dtype"], name);
         assert_eq!(report.shards == 1, path.join("model.safetensors").exists());
         assert_eq!(report.shards > 1, path.join("model.safetensors.index.json").exists());
         for (seed, (name, shape)) in MODEL.iter().enumerate() {
@@ -250,6 +253,82 @@ fn tied_embeddings_are_written_once_and_only_if_they_are_equal() {
     assert_eq!(write(false, [1.0, 2.0, 4.0], 3).unwrap().tensors, 2);
     assert_eq!(read(&HfFolder::open(&path).unwrap(), "lm_head.weight"), [1.0, 2.0, 4.0]);
     assert_eq!(names_in(dir.path()), ["model"]);
+}
+
+#[test]
+fn a_configuration_that_does_not_say_whether_embeddings_are_tied_leaves_it_to_the_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    let write = |config: Value, names: &[&str]| {
+        let _none_yet = fs::remove_dir_all(&path);
+        let options = options(|o| o.config = config.as_object().cloned());
+        let given = names.iter().map(|name| TensorSpec::new(*name, Dtype::F32, [1]));
+        let mut writer = HfWriter::create(&path, given, &options).unwrap();
+        names.iter().zip(1u8..).for_each(|(name, i)| writer.push(name, &[i; 4]).unwrap());
+        writer.finish().unwrap();
+        HfFolder::open(&path).unwrap()
+    };
+    let (head, embedding) = ("lm_head.weight", "model.embed_tokens.weight");
+    let named = |folder: &HfFolder| folder.tensor(head).map(|spec| spec.name.clone());
+    // As older releases of transformers wrote it for classes whose embeddings are tied unless it is said.
+    let folder = write(json!({"model_type": "gemma"}), &[embedding]);
+    assert_eq!(named(&folder).as_deref(), Some(embedding));
+    let folder = write(json!({"tie_word_embeddings": false}), &[embedding]);
+    assert_eq!(named(&folder), None);
+    let folder = write(json!({"model_type": "llama"}), &[embedding, head]);
+    assert_eq!(named(&folder).as_deref(), Some(head));
+    let folder =
+        write(json!({"model_type": "t5"}), &["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]);
+    assert_eq!(named(&folder), None, "which of them?");
+    let folder = write(Value::Null, &[embedding]);
+    assert_eq!(named(&folder), None, "nothing says that it is a language model");
+}
+
+#[test]
+fn numbers_that_only_python_writes_in_a_configuration_hinder_nobody_who_wants_the_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    write(&path, &HfOptions::default()).unwrap();
+    fs::write(path.join("config.json"), r#"{"attn_logit_cap": Infinity}"#).unwrap();
+    let folder = HfFolder::open(&path).unwrap();
+    assert_eq!(read(&folder, MODEL[1].0), values(1, 16));
+    assert_eq!(folder.tensor("lm_head.weight").unwrap().name, MODEL[0].0);
+    let told = folder.config().unwrap_err();
+    assert!(matches!(&told, Error::Damaged { path, .. } if path.ends_with("config.json")), "{told}");
+}
+
+#[test]
+fn a_push_out_of_turn_is_forgotten_by_the_comparison_of_tied_embeddings() {
+    let dir = tempfile::tempdir().unwrap();
+    let (head, embedding) = ("lm_head.weight", "model.embed_tokens.weight");
+    let given = ["first", head, embedding].map(|name| TensorSpec::new(name, Dtype::F32, [2]));
+    let tied = json!({"tie_word_embeddings": true});
+    let options = options(|o| o.config = tied.as_object().cloned());
+    let mut writer = HfWriter::create(dir.path().join("model"), given, &options).unwrap();
+    for (name, bytes) in [(embedding, 8), (head, 12)] {
+        assert!(matches!(writer.push_piece(name, &vec![7; bytes]), Err(Error::Request { .. })), "{name}");
+    }
+    for name in ["first", embedding, head] {
+        writer.push(name, &[7; 8]).unwrap();
+    }
+    assert_eq!(writer.finish().unwrap().tensors, 2);
+}
+
+#[test]
+fn a_shape_that_readers_of_the_format_refuse_is_not_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let create = |shape: [usize; 3]| {
+        HfWriter::create(
+            dir.path().join("m"),
+            [TensorSpec::new("a", Dtype::U8, shape)],
+            &HfOptions::default(),
+        )
+    };
+    assert!(matches!(create([1 << 63, 4, 0]), Err(Error::Request { name, .. }) if name == "a"));
+    let mut writer = create([0, 1 << 63, 4]).unwrap();
+    writer.push("a", &[]).unwrap();
+    writer.finish().unwrap();
+    assert_eq!(HfFolder::open(dir.path().join("m")).unwrap().tensors().count(), 1);
 }
 
 #[test]
@@ -349,6 +428,65 @@ fn leftovers_of_a_dead_export_are_swept_and_one_in_work_is_left() {
     assert_eq!(names_in(dir.path()).len(), 3, "{:?}", names_in(dir.path()));
     drop(in_work);
     assert_eq!(names_in(dir.path()), ["model", "model.tmp-old"]);
+}
+
+#[test]
+fn an_export_that_begins_while_another_publishes_takes_nothing_from_it() {
+    for replaced in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model");
+        if replaced {
+            write(&path, &HfOptions::default()).unwrap();
+        }
+        let other = path.clone();
+        // Sweeps, as any export does, just before the finished folder gets its name, and just after.
+        let fs = Observed::new(OsFileSystem::new(), move |operation| {
+            if ["rename", "exchange", "sync_dir"].contains(&operation.kind) {
+                HfWriter::create(&other, specs(), &HfOptions::default())
+                    .map(drop)
+                    .map_err(io::Error::other)?;
+            }
+            Ok(())
+        });
+        let mut writer = HfWriter::create_on(Arc::new(fs), &path, specs(), &HfOptions::default()).unwrap();
+        for (seed, (name, shape)) in MODEL.iter().enumerate() {
+            writer.push(name, bytemuck::cast_slice(&values(seed, shape.iter().product()))).unwrap();
+        }
+        let report = writer.finish().unwrap();
+        assert_eq!(report.not_removed, []);
+        assert_eq!(read(&HfFolder::open(&path).unwrap(), MODEL[0].0), values(0, 40));
+        assert_eq!(names_in(&path), ["model.safetensors"]);
+        assert_eq!(names_in(dir.path()), ["model"]);
+    }
+}
+
+#[test]
+fn what_is_added_to_the_old_folder_at_the_last_moment_is_kept_and_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    let write_on = |fs: Arc<dyn FileSystem>| {
+        let mut writer = HfWriter::create_on(fs, &path, specs(), &HfOptions::default()).unwrap();
+        for (seed, (name, shape)) in MODEL.iter().enumerate() {
+            writer.push(name, bytemuck::cast_slice(&values(seed, shape.iter().product()))).unwrap();
+        }
+        writer.finish().unwrap()
+    };
+    write(&path, &HfOptions::default()).unwrap();
+    let notes = path.join("notes.txt");
+    let fs = Observed::new(OsFileSystem::new(), move |operation| match operation.kind {
+        "exchange" => fs::write(&notes, "mine"),
+        _ => Ok(()),
+    });
+    let report = write_on(Arc::new(fs));
+    let [left] = &report.not_removed[..] else { panic!("{report:?}") };
+    assert!(left.reason.contains("notes.txt"), "{left:?}");
+    // Neither this export nor the next one, which sweeps, and might write a file of that name, takes it away.
+    let source = dir.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("notes.txt"), "theirs").unwrap();
+    write(&path, &options(|o| o.source = Some(source))).unwrap();
+    assert_eq!(fs::read_to_string(Path::new(&left.name).join("notes.txt")).unwrap(), "mine");
+    assert!(Path::new(&left.name).join("model.safetensors").exists());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use safetensors::Dtype;
 
 use super::writer::{HfOptions, HfReport, HfWriter};
 use crate::checkpoint::Checkpoint;
-use crate::element::element_bytes;
+use crate::element::{element_bytes, element_count};
 use crate::error::{Error, Result};
 use crate::fs::FileSystem;
 use crate::manifest::BLOCK_BYTES;
@@ -97,7 +97,9 @@ fn copy(
     let unknown = || Error::NoTensor { within: checkpoint.tag().into(), name: name.into() };
     let (dtype, shape) = checkpoint.tensor(name).ok_or_else(unknown)?;
     let size = element_bytes(dtype).unwrap_or(1);
-    let total: usize = shape.iter().product();
+    let too_many =
+        || Error::Request { name: name.into(), reason: format!("shape {shape:?} has too many elements") };
+    let total = element_count(shape).ok_or_else(too_many)?;
     let mut at = 0;
     loop {
         let end = total.min(at + PIECE_BYTES / size);

@@ -9,12 +9,15 @@ use super::CONFIG;
 use crate::error::{Error, Result};
 use crate::fs::{EntryKind, FileSystem};
 
-/// Longer files are not what lies beside weights.
-const MAX_COMPANION_BYTES: u64 = 1 << 30;
+/// Longer files are neither configurations nor indices.
+const MAX_SMALL_BYTES: u64 = 1 << 28;
+
+/// Bytes of a copied file in memory at a time.
+const COPIED_BYTES: usize = 1 << 20;
 
 /// Whether a file beside the weights belongs to the model: tokenizers, chat templates, processors, generation settings
 /// and code, told by the ending; the rest (weights of any format, model cards, logs) does not.
-fn is_companion(name: &str) -> bool {
+pub(super) fn is_companion(name: &str) -> bool {
     const ENDINGS: [&str; 7] = [".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".spm"];
     // `config.json` is written, not copied. An index is of weights; an adapter's configuration would make its reader
     // look for an adapter; the rest is of the run that made the source.
@@ -38,6 +41,27 @@ pub(super) fn companions(fs: &dyn FileSystem, source: &Path) -> Result<Vec<Strin
     Ok(names)
 }
 
+/// Copies a file that may be large, such as a tokenizer's, and makes the copy durable.
+pub(super) fn copy_companion(fs: &dyn FileSystem, from: &Path, to: &Path) -> Result<()> {
+    let source = fs.open(from).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::damaged(from, "it was listed and is gone, or is a link to nothing")
+        }
+        _ => Error::io("open", from)(e),
+    })?;
+    let bytes = source.bytes().map_err(Error::io("measure", from))?;
+    let copy = fs.create(to, bytes).map_err(Error::io("create", to))?;
+    let mut piece = vec![0; COPIED_BYTES.min(bytes as usize)];
+    let mut at = 0;
+    while at < bytes {
+        let now = piece.len().min((bytes - at) as usize);
+        source.read_exact_at(at, &mut piece[..now]).map_err(Error::io("read", from))?;
+        copy.write_all_at(at, &piece[..now]).map_err(Error::io("write", to))?;
+        at += now as u64;
+    }
+    copy.sync_data().map_err(Error::io("sync", to))
+}
+
 /// A whole small file; `None` when it is not there.
 pub(super) fn read_small(fs: &dyn FileSystem, path: &Path) -> Result<Option<Vec<u8>>> {
     let file = match fs.open(path) {
@@ -45,8 +69,8 @@ pub(super) fn read_small(fs: &dyn FileSystem, path: &Path) -> Result<Option<Vec<
         opened => opened.map_err(Error::io("open", path))?,
     };
     let bytes = file.bytes().map_err(Error::io("measure", path))?;
-    if bytes > MAX_COMPANION_BYTES {
-        return Err(Error::damaged(path, format!("{bytes} bytes; at most {MAX_COMPANION_BYTES} are read")));
+    if bytes > MAX_SMALL_BYTES {
+        return Err(Error::damaged(path, format!("{bytes} bytes; at most {MAX_SMALL_BYTES} are read")));
     }
     let mut content = vec![0; bytes as usize];
     file.read_exact_at(0, &mut content).map_err(Error::io("read", path))?;
@@ -91,13 +115,13 @@ fn set_present(config: &mut Map<String, Value>, dtype: &str) {
     }
 }
 
-/// Whether the output projection is the embedding matrix. Absent means that nobody says so.
-pub(super) fn is_tied(config: Option<&Map<String, Value>>) -> bool {
+/// Whether a configuration says that the output projection is the embedding matrix. `None` where it says nothing:
+/// `save_pretrained` leaves out what is its class's own default, which is true for some (Gemma, GPT-2).
+pub(super) fn says_tied(config: &Map<String, Value>) -> Option<bool> {
     let says = |config: &Map<String, Value>| config.get("tie_word_embeddings").and_then(Value::as_bool);
-    let Some(config) = config else { return false };
     // Models of text and pictures keep it in the part that is the language model.
     let of_text = config.get("text_config").and_then(Value::as_object);
-    says(config).or(of_text.and_then(says)).unwrap_or(false)
+    says(config).or(of_text.and_then(says))
 }
 
 /// Whether this is an output projection, by the names of HF's models.

@@ -9,9 +9,9 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::companions::{embedding, is_output, is_tied, read_config, read_small};
+use super::companions::{embedding, is_output, read_config, read_small, says_tied};
 use super::floats::convert;
-use super::{INDEX, SINGLE};
+use super::{CONFIG, INDEX, SINGLE};
 use crate::error::{Error, Result};
 use crate::fs::FileSystem;
 use crate::os::OsFileSystem;
@@ -22,7 +22,8 @@ use crate::safetensors::{SafetensorsFile, TensorSpec};
 #[derive(Debug)]
 pub struct HfFolder {
     path: PathBuf,
-    config: Option<Map<String, Value>>,
+    /// An unreadable one hinders nobody who wants the weights: Python writes numbers that JSON does not have.
+    config: std::result::Result<Option<Map<String, Value>>, String>,
     files: Vec<SafetensorsFile>,
     file_of: HashMap<String, usize>,
 }
@@ -43,7 +44,11 @@ impl HfFolder {
     /// As there.
     pub fn open_on(fs: &dyn FileSystem, path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let config = read_config(fs, &path)?;
+        let config = match read_config(fs, &path) {
+            Ok(config) => Ok(config),
+            Err(Error::Damaged { reason, .. }) => Err(reason),
+            Err(e) => return Err(e),
+        };
         let index_path = path.join(INDEX);
         let index = match read_small(fs, &index_path)? {
             Some(content) => Some(parse_index(&content, &index_path)?),
@@ -94,8 +99,13 @@ impl HfFolder {
     }
 
     /// The object in `config.json`, if there is one.
-    pub fn config(&self) -> Option<&Map<String, Value>> {
-        self.config.as_ref()
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when it is no JSON object; with `NaN` or `Infinity` in it, as Python writes them, it is none.
+    /// The weights can be read nevertheless.
+    pub fn config(&self) -> Result<Option<&Map<String, Value>>> {
+        let damaged = |reason: &String| Error::damaged(self.path.join(CONFIG), reason.clone());
+        self.config.as_ref().map(Option::as_ref).map_err(damaged)
     }
 
     /// The tensors that the folder holds, file by file, in the order of their bytes.
@@ -104,12 +114,19 @@ impl HfFolder {
     }
 
     /// One tensor's dtype and shape. An output projection that the folder does not hold is the embedding, when
-    /// `config.json` says so with `tie_word_embeddings`; its name is then the embedding's.
+    /// `config.json` says so with `tie_word_embeddings`, or says nothing of it, as for classes whose default it is; its
+    /// name is then the embedding's.
     pub fn tensor(&self, name: &str) -> Option<&TensorSpec> {
         let find = |name: &str| self.files[*self.file_of.get(name)?].tensor(name);
+        let tied = || match &self.config {
+            Ok(Some(config)) => says_tied(config) != Some(false),
+            Ok(None) => false,
+            Err(_) => true,
+        };
+        let names = || self.file_of.keys().map(String::as_str);
         find(name).or_else(|| {
-            let tied = is_output(name) && is_tied(self.config.as_ref());
-            tied.then(|| embedding(self.file_of.keys().map(String::as_str))).flatten().and_then(find)
+            let stands_for = is_output(name) && tied() && !names().any(is_output);
+            stands_for.then(|| embedding(names())).flatten().and_then(find)
         })
     }
 

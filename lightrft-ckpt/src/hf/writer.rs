@@ -8,7 +8,9 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::companions::{companions, embedding, is_output, is_tied, read_config, read_small, set_dtype};
+use super::companions::{
+    companions, copy_companion, embedding, is_output, read_config, says_tied, set_dtype,
+};
 use super::floats::{Floats, convert};
 use super::place::{Staging, check_replaceable};
 use super::shards::{file_name, split};
@@ -161,7 +163,8 @@ impl HfWriter {
             (None, Some(source)) => read_config(fs.as_ref(), source)?,
             (None, None) => None,
         };
-        let tied = if is_tied(config.as_ref()) { Tied::find(&mut given)? } else { None };
+        let says = config.as_ref().and_then(says_tied);
+        let tied = if says == Some(true) { Tied::find(&mut given)? } else { None };
         if given.is_empty() {
             return Err(Error::Request {
                 name: path.display().to_string(),
@@ -180,7 +183,7 @@ impl HfWriter {
         let parent = crate::fs::parent_of(&path);
         fs.create_dir_all(parent).map_err(Error::io("create", parent))?;
         check_replaceable(fs.as_ref(), &path, &beside)?;
-        let staging = Staging::begin(fs.as_ref(), &path)?;
+        let staging = Staging::begin(fs.as_ref(), &path, beside.clone())?;
         let writer = HfWriter {
             fs,
             path,
@@ -196,10 +199,7 @@ impl HfWriter {
             writer.write_beside(CONFIG, &pretty(&Value::Object(config)))?;
         }
         for (name, source) in copied.iter().zip(std::iter::repeat(source).flatten()) {
-            let path = source.join(name);
-            let content = read_small(writer.fs.as_ref(), &path)?;
-            let gone = || Error::damaged(&path, "it was listed and is gone, or is a link to nothing");
-            writer.write_beside(name, &content.ok_or_else(gone)?)?;
+            copy_companion(writer.fs.as_ref(), &source.join(name), &writer.staging.path.join(name))?;
         }
         Ok(writer)
     }
@@ -237,13 +237,8 @@ impl HfWriter {
             let reason = format!("{} bytes are not whole elements of {given:?}", bytes.len());
             return Err(Error::Request { name: name.into(), reason });
         }
-        if let Some(tied) = &mut self.tied {
-            if tied.output.name == name {
-                return tied.take(bytes);
-            }
-            if tied.embedding == name {
-                tied.sums[0].update(bytes);
-            }
+        if let Some(tied) = self.tied.as_mut().filter(|tied| tied.output.name == name) {
+            return tied.take(bytes);
         }
         let Some(announced) = self.tensors.get(name) else { return Err(self.unknown(name)) };
         let shard = &mut self.shards[announced.shard];
@@ -279,6 +274,10 @@ impl HfWriter {
                     break;
                 }
             }
+        }
+        // Bytes that were refused, which may come again, are none of the embedding's.
+        if let Some(tied) = self.tied.as_mut().filter(|tied| tied.embedding == name) {
+            tied.sums[0].update(bytes);
         }
         if body.is_whole() {
             body.sync()?;
@@ -328,7 +327,7 @@ impl HfWriter {
     /// The dtype and the number of elements in which a tensor is given.
     fn announced(&self, name: &str) -> Result<(Dtype, usize)> {
         if let Some(tied) = self.tied.as_ref().filter(|tied| tied.output.name == name) {
-            return Ok((tied.output.dtype, tied.output.shape.iter().product()));
+            return Ok((tied.output.dtype, elements(&tied.output)?));
         }
         let announced = self.tensors.get(name).ok_or_else(|| self.unknown(name))?;
         Ok((announced.given, announced.elements))
@@ -367,12 +366,13 @@ impl Tied {
     }
 
     fn take(&mut self, bytes: &[u8]) -> Result<()> {
-        self.given = self.given.saturating_add(bytes.len());
+        let given = self.given.saturating_add(bytes.len());
         let expected = self.output.bytes()?;
-        if self.given > expected {
-            let reason = format!("{} bytes given, {expected} expected", self.given);
+        if given > expected {
+            let reason = format!("{given} bytes given, {expected} expected");
             return Err(Error::Request { name: self.output.name.clone(), reason });
         }
+        self.given = given;
         self.sums[1].update(bytes);
         Ok(())
     }
@@ -390,6 +390,14 @@ impl Tied {
         }
         Ok(())
     }
+}
+
+/// The number of a tensor's elements, multiplied up in the order of its dims: where that overflows before it comes to a
+/// zero, readers of the format refuse the whole file.
+fn elements(spec: &TensorSpec) -> Result<usize> {
+    let reason = || format!("shape {:?} has too many elements", spec.shape);
+    let product = spec.shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
+    product.ok_or_else(|| Error::Request { name: spec.name.clone(), reason: reason() })
 }
 
 /// Which tensor is written where, and as what.
@@ -414,7 +422,7 @@ impl Layout {
             .collect();
         let mut tensors = HashMap::new();
         for ((spec, given), &shard) in written.iter().zip(given).zip(&shard_of) {
-            let announced = Announced { shard, given: given.dtype, elements: spec.shape.iter().product() };
+            let announced = Announced { shard, given: given.dtype, elements: elements(spec)? };
             if tensors.insert(spec.name.clone(), announced).is_some() {
                 return Err(Error::Request { name: spec.name.clone(), reason: "the name is taken".into() });
             }
