@@ -6,8 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crate::catalog::{Skipped, scan};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::reader::Checkpoints;
+use crate::reader::{Checkpoints, Listed};
 use crate::region::Region;
+use crate::search::Candidate;
 
 /// Where some elements of a tensor lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,13 +22,35 @@ pub struct SavedRegion<'a> {
     pub bytes: Range<u64>,
 }
 
-impl Checkpoints {
+/// What one look at a directory found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Survey {
+    /// The checkpoints, newest first, as [`Checkpoints::list`] gives them.
+    pub checkpoints: Vec<Listed>,
     /// Directories that hold parts of a checkpoint and are none, and why, by name.
+    pub refused: Vec<Skipped>,
+}
+
+impl Checkpoints {
+    /// The checkpoints, and what looks like one and is none, of the same look.
     ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io) when the directory cannot be listed.
-    pub fn refused(&self) -> Result<Vec<Skipped>> {
-        Ok(scan(self.fs.as_ref(), &self.dir)?.skipped)
+    pub fn survey(&self) -> Result<Survey> {
+        let scan = scan(self.fs.as_ref(), &self.dir)?;
+        let checkpoints = scan.found.into_iter().map(Listed::from).collect();
+        Ok(Survey { checkpoints, refused: scan.skipped })
+    }
+
+    /// Opens a checkpoint that was listed, without another look at the directory: reads its manifest and compares the
+    /// lengths of its files, and reads no data.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`](crate::Error::Damaged) and [`Error::Io`](crate::Error::Io): it may also have been removed,
+    /// or saved again, since it was listed.
+    pub fn open_listed(&self, listed: &Listed) -> Result<Checkpoint> {
+        self.open_one(&Candidate { dir: listed.dir.clone(), tag: listed.tag.clone() })
     }
 }
 

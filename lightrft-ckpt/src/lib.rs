@@ -103,7 +103,7 @@ pub use element::Element;
 pub use error::{Difference, Error, Mismatch, Result};
 pub use fs::{Entry, EntryKind, FileSystem, Lock, ReadFile, WriteFile};
 pub use hf::{ExportTensors, Floats, HfFolder, HfOptions, HfReport, HfWriter, export_hf, export_hf_on};
-pub use inspect::SavedRegion;
+pub use inspect::{SavedRegion, Survey};
 pub use os::OsFileSystem;
 pub use reader::{Checkpoints, Listed, LoadReport, Verify, Which};
 pub use region::Region;

@@ -1,7 +1,9 @@
 //! Ranks as threads of one process, with the deadline and the poisoning that a real group has.
 
 use std::error::Error as StdError;
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::agreement::Agreement;
@@ -92,25 +94,40 @@ impl Drop for RankThread {
 /// When a rank panics, with its message.
 #[cfg(feature = "testing")]
 pub fn run_ranks<T: Send>(world_size: usize, each: impl Fn(RankThread) -> T + Sync) -> Vec<T> {
-    run_ranks_within(Duration::from_secs(20), world_size, each)
+    match run_ranks_within(Duration::from_secs(20), world_size, each) {
+        Ok(returned) => returned,
+        Err(e) => std::panic::resume_unwind(Box::new(format!("no thread for a rank: {e}"))),
+    }
 }
 
 /// As [`run_ranks`], with another deadline of every exchange.
+///
+/// # Errors
+/// When a thread cannot be started; the ranks that were have ended then.
 pub(crate) fn run_ranks_within<T: Send>(
     deadline: Duration,
     world_size: usize,
     each: impl Fn(RankThread) -> T + Sync,
-) -> Vec<T> {
+) -> io::Result<Vec<T>> {
     let round = Round { said: vec![None; world_size], ..Round::default() };
     let shared = Arc::new(Shared { round: Mutex::new(round), changed: Condvar::new(), world_size, deadline });
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..world_size)
-            .map(|rank| {
-                let member = RankThread { rank, shared: shared.clone() };
-                scope.spawn(|| each(member))
-            })
-            .collect();
+        let each = &each;
+        let mut threads = Vec::new();
+        let mut failed = None;
+        for rank in 0..world_size {
+            // A member that is dropped, as when its thread cannot be started, lets the others fail.
+            let member = RankThread { rank, shared: shared.clone() };
+            match thread::Builder::new().spawn_scoped(scope, move || each(member)) {
+                Ok(thread) => threads.push(thread),
+                Err(e) => {
+                    failed = Some(e);
+                    break;
+                }
+            }
+        }
         let joined = threads.into_iter().map(|thread| thread.join());
-        joined.map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        let returned = joined.map(|r| r.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect();
+        failed.map_or(Ok(returned), Err)
     })
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::agreement::{Agreement, Alone};
-use crate::catalog::{Found, Skipped, read_latest, read_whole, scan};
+use crate::catalog::{Found, Skipped, read_latest, read_whole};
 use crate::checkpoint::Checkpoint;
 #[cfg(doc)]
 use crate::error::Error;
@@ -77,6 +77,21 @@ pub struct Listed {
     pub bytes: u64,
     /// When it was committed.
     pub saved: SystemTime,
+    /// The directory's name; differs from the tag while the tag is being saved again.
+    pub(crate) dir: String,
+}
+
+impl From<Found> for Listed {
+    fn from(found: Found) -> Listed {
+        Listed {
+            tag: found.tag,
+            step: found.summary.step,
+            world_size: found.summary.world_size,
+            bytes: found.bytes,
+            saved: saved_at(found.summary.saved_unix_ms),
+            dir: found.dir,
+        }
+    }
 }
 
 impl Checkpoints {
@@ -102,14 +117,7 @@ impl Checkpoints {
     /// # Errors
     /// [`Error::Io`] when the directory cannot be listed.
     pub fn list(&self) -> Result<Vec<Listed>> {
-        let listed = |f: Found| Listed {
-            tag: f.tag,
-            step: f.summary.step,
-            world_size: f.summary.world_size,
-            bytes: f.bytes,
-            saved: saved_at(f.summary.saved_unix_ms),
-        };
-        Ok(scan(self.fs.as_ref(), &self.dir)?.found.into_iter().map(listed).collect())
+        Ok(self.survey()?.checkpoints)
     }
 
     /// The tag that the file `latest` names.

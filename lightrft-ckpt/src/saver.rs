@@ -38,6 +38,7 @@ pub struct Saver {
     _lock: HeldLock,
     left: Vec<Skipped>,
     writing: Writing,
+    moves_latest: bool,
 }
 
 /// What a save did, the same on every rank.
@@ -101,7 +102,12 @@ impl Saver {
             left
         });
         let left = agree(group, "opening", opened)?.into_iter().next().unwrap_or_default();
-        Ok(Saver { fs, dir, _lock: lock, left, writing: Writing::default() })
+        Ok(Saver { fs, dir, _lock: lock, left, writing: Writing::default(), moves_latest: true })
+    }
+
+    /// Leaves `latest` where it is.
+    pub(crate) fn leaving_latest(self) -> Saver {
+        Saver { moves_latest: false, ..self }
     }
 
     /// Lets so many threads of this rank write its file, one at least; 2 by custom. Of several, one fills and sums a
@@ -308,8 +314,10 @@ impl Saver {
         // A cleaner of old files, or a directory that the ranks do not share after all, is noticed before it counts.
         check_files(fs, &begun.staging, &manifest)?;
         let replaced = publish(fs, &self.dir, &begun.staging, &begun.tag)?;
-        point_latest(fs, &self.dir, &begun.tag)
-            .map_err(|e| Error::Latest { tag: begun.tag.clone(), source: Box::new(e) })?;
+        if self.moves_latest {
+            point_latest(fs, &self.dir, &begun.tag)
+                .map_err(|e| Error::Latest { tag: begun.tag.clone(), source: Box::new(e) })?;
+        }
         let committed_after = begun.since.elapsed();
         // The checkpoint is safe. That room could not be made is worth telling, and no reason to call it unsaved.
         let rotated = sweep::rotate(fs, &self.dir, Some(&begun.tag), replaced.as_deref(), &begun.limits);

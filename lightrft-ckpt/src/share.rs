@@ -13,6 +13,7 @@ use crate::element::{element_bytes, element_count};
 use crate::error::{Error, Result};
 use crate::hf::HfFolder;
 use crate::ranks::run_ranks_within;
+use crate::reader::{Checkpoints, Listed};
 use crate::region::Region;
 use crate::rotation::Rotation;
 use crate::saver::{SaveReport, Saver};
@@ -85,10 +86,11 @@ fn part(
 const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// Saves into `dir` as `world_size` ranks, each a thread of this process with the snapshot that `share` gives for it:
-/// what [`Checkpoint::share`] and [`HfFolder::share`] are for. All shares are in memory at once. Nothing rotates.
+/// what [`Checkpoint::share`] and [`HfFolder::share`] are for. All shares are in memory at once. Nothing rotates, and
+/// `latest` stays where it names another checkpoint of a later step: a run would go on from there.
 ///
 /// # Errors
-/// The first error of `share`; those of [`Saver::open`] and [`Saver::save`].
+/// [`Error::Request`] when so many threads cannot be started; the first error of `share`; those of [`Saver::open`] and [`Saver::save`].
 pub fn save_as_ranks(
     dir: &Path,
     world_size: usize,
@@ -96,8 +98,14 @@ pub fn save_as_ranks(
 ) -> Result<SaveReport> {
     let results = run_ranks_within(PATIENCE, world_size, |group| {
         let snapshot = share(group.rank())?;
-        Saver::open(dir, &group)?.save(&group, &snapshot, &Rotation::KEEP_ALL)
+        let saver = Saver::open(dir, &group)?;
+        let saver = if latest_is_later(dir, &snapshot)? { saver.leaving_latest() } else { saver };
+        saver.save(&group, &snapshot, &Rotation::KEEP_ALL)
     });
+    let results = results.map_err(|e| Error::Request {
+        name: dir.display().to_string(),
+        reason: format!("{world_size} ranks cannot be had as threads: {e}"),
+    })?;
     // A rank that failed by itself says more than those that heard of it.
     let told = |e: &Error| matches!(e, Error::Rank { .. } | Error::Agreement { .. });
     let (own, others): (Vec<_>, Vec<_>) =
@@ -105,4 +113,16 @@ pub fn save_as_ranks(
     let nobody = || Error::Request { name: dir.display().to_string(), reason: "a world of no ranks".into() };
     let (failed, saved): (Vec<_>, Vec<_>) = others.into_iter().partition(Result::is_err);
     own.into_iter().chain(failed).chain(saved).next().unwrap_or_else(|| Err(nobody()))
+}
+
+/// Whether `latest` names another checkpoint, of a later step.
+fn latest_is_later(dir: &Path, snapshot: &Snapshot<'_>) -> Result<bool> {
+    let checkpoints = Checkpoints::open(dir);
+    let latest = match checkpoints.latest() {
+        // What names nothing is better replaced.
+        Err(Error::Damaged { .. }) | Ok(None) => return Ok(false),
+        latest => latest?,
+    };
+    let is_it = |listed: &Listed| Some(&listed.tag) == latest.as_ref() && listed.tag != snapshot.tag;
+    Ok(checkpoints.list()?.iter().any(|listed| is_it(listed) && listed.step > snapshot.step))
 }

@@ -66,8 +66,17 @@ fn list_tells_whole_damaged_and_latest_apart() {
     );
     assert_eq!(json["checkpoints"][1]["problem"], Value::Null);
 
+    assert_eq!(json["checkpoints"][1]["saved"].as_str().unwrap().len(), "2026-01-02T03:04:05.678Z".len());
+    assert!(json["checkpoints"][1]["saved"].as_str().unwrap().ends_with('Z'));
+    fs::write(dir.path().join("latest"), "copied").unwrap();
+    let (code, out, _) = run(&[&"list", &dir.path()]);
+    assert!(code == 1 && out.contains("`latest` names `copied`, which is no complete checkpoint"), "{out}");
+
     let empty = tempfile::tempdir().unwrap();
     assert_eq!(run(&[&"list", &empty.path()]).0, 0);
+    fs::write(empty.path().join("latest"), "global_step3").unwrap();
+    let (code, out, _) = run(&[&"list", &empty.path()]);
+    assert!(code == 1 && out.contains("`global_step3`, which is not there"), "{out}");
     let (code, _, err) = run(&[&"list", &empty.path().join("gone")]);
     assert!(code == 1 && err.contains("gone"), "{err}");
 }
@@ -119,7 +128,30 @@ fn verify_names_what_is_damaged() {
         assert!(code == 1 && line.contains("DAMAGED") && line.contains("rank-00000.safetensors"), "{out}");
     }
     assert_eq!(run(&[&"verify", &dir.path(), &"nothing"]).0, 1);
+    // One flipped bit in the first line of the newest's manifest: nobody knows any more that it is the newest.
+    let manifest = dir.path().join("global_step100/manifest.json");
+    let mut bytes = fs::read(&manifest).unwrap();
+    bytes[20] ^= 4;
+    fs::write(&manifest, bytes).unwrap();
+    let (code, _, err) = run(&[&"verify", &dir.path()]);
+    assert!(code == 1 && err.contains("global_step100"), "{err}");
+    let (code, out, _) = run(&[&"verify", &dir.path(), &"global_step100"]);
+    assert!(code == 1 && out.starts_with("global_step100: DAMAGED"), "{out}");
     assert_eq!(run(&[&"verify", &dir.path(), &"global_step20", &"--all"]).0, 2);
+}
+
+#[test]
+fn a_reader_who_has_read_enough_does_not_change_the_exit_code() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path());
+    damage(&dir.path().join("global_step20/rank-00000.safetensors"));
+    for (args, expected) in [(&["verify", "--all"][..], 1), (&["list"], 0)] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lightrft-ckpt"));
+        let done = command.args(args).arg(dir.path()).stdout(writer).status().unwrap();
+        assert_eq!(done.code(), Some(expected), "{args:?}");
+    }
 }
 
 #[test]
@@ -184,7 +216,13 @@ fn convert_imports_a_folder_and_writes_a_checkpoint_anew() {
     assert!(code == 1 && err.contains("another process"), "{err}");
     drop(busy);
     assert_eq!(run(&[&"convert", &from, &d, &"--world", &"0"]).0, 2);
-    assert_eq!(run(&[&"convert", &from, &d, &"--step", &"3"]).0, 1);
+    assert_eq!(run(&[&"convert", &from, &d, &"--step", &"3"]).0, 2);
+    assert_eq!(run(&[&"convert", &from, &d, &"--world", &"1000000"]).0, 2);
+    // What a run would go on from stays so when an older one is written anew in place.
+    let latest = || fs::read_to_string(from.join("latest")).unwrap();
+    assert_eq!(latest(), "global_step100");
+    assert_eq!(run(&[&"convert", &from, &"global_step20", &from, &"--world", &"2"]).0, 0);
+    assert_eq!(latest(), "global_step100");
 }
 
 #[test]

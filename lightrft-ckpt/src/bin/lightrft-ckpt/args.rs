@@ -45,7 +45,9 @@ const VERIFY: &str = "\
 lightrft-ckpt verify DIR [TAG | --all]
 
 Reads every byte of a checkpoint and compares the checksums; with --all of every one in DIR. Names the
-first file and the range of bytes that is damaged, of each. Exit code 1 when any is.";
+first file and the range of bytes that is damaged, of each. Exit code 1 when any is, and without TAG also
+when something was passed over that looks like a checkpoint and is none: it might have been the newest.
+One that a running job removes meanwhile is none that is damaged.";
 
 const EXPORT: &str = "\
 lightrft-ckpt export DIR [TAG] TO [options]
@@ -68,10 +70,14 @@ lightrft-ckpt convert FROM [TAG] TO [--world N] [options]
 FROM a Hugging Face folder: its tensors, as they are stored, as a checkpoint in the directory TO.
 FROM a directory of checkpoints: one of them, written anew into TO as N ranks would have saved it, with
 its tag, its step and its states. The states of ranks beyond N are left out, which is said; new ranks'
-are null. FROM and TO may be the same directory. All tensors are in memory meanwhile.
+are null. FROM and TO may be the same directory. All tensors are in memory meanwhile. The file `latest`
+in TO names the new checkpoint then, unless it names one of a later step: that stays.
 
-  --world N    ranks, and files; otherwise 1
+  --world N    ranks, and files, 4096 at most; otherwise 1
   --step N     the step, for a Hugging Face folder; otherwise 0";
+
+/// Every rank is a thread while it is written.
+const MAX_WORLD: usize = 4096;
 
 #[derive(Debug, PartialEq)]
 pub(crate) enum Command {
@@ -235,6 +241,9 @@ fn command(name: &str, mut given: Given) -> Result<Command, lexopt::Error> {
             let world_size = given.number("world")?.unwrap_or(1);
             if world_size == 0 {
                 return Err("--world 0: at least one rank is needed".into());
+            }
+            if world_size > MAX_WORLD {
+                return Err(format!("--world {world_size}: at most {MAX_WORLD} ranks are written").into());
             }
             let step = given.number("step")?;
             Command::Convert(Convert { from, tag, to, world_size, step })

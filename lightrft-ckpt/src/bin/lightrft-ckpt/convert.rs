@@ -5,11 +5,11 @@ use std::io::Write;
 
 use lightrft_ckpt::{HfFolder, save_as_ranks};
 
-use crate::Outcome;
 use crate::args::Convert;
 use crate::inspect::open;
 use crate::list::exists;
 use crate::show::{counted, size};
+use crate::{Outcome, Usage};
 
 pub(crate) fn run(convert: &Convert, out: &mut dyn Write) -> Result<Outcome, Box<dyn Error>> {
     exists(&convert.from)?;
@@ -17,16 +17,15 @@ pub(crate) fn run(convert: &Convert, out: &mut dyn Write) -> Result<Outcome, Box
         ["model.safetensors", "model.safetensors.index.json"].iter().any(|f| convert.from.join(f).exists());
     let report = if is_model {
         if let Some(tag) = &convert.tag {
-            return Err(
-                format!("`{}` is a model folder, which has no tag `{tag}`", convert.from.display()).into()
-            );
+            let text = format!("`{}` is a model folder, which has no tag `{tag}`", convert.from.display());
+            return Err(Usage(text).into());
         }
         let folder = HfFolder::open(&convert.from)?;
         let step = convert.step.unwrap_or(0);
         save_as_ranks(&convert.to, convert.world_size, |rank| folder.share(step, rank, convert.world_size))?
     } else {
         if convert.step.is_some() {
-            return Err("--step is for model folders; a checkpoint keeps its own".into());
+            return Err(Usage("--step is for model folders; a checkpoint keeps its own".into()).into());
         }
         let checkpoint = open(&convert.from, convert.tag.as_deref())?;
         let (before, after) = (checkpoint.world_size(), convert.world_size);

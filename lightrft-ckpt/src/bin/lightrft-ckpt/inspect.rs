@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::Outcome;
 use crate::args::{Form, Inspect};
 use crate::list::exists;
-use crate::show::{Align, counted, size, table, time};
+use crate::show::{Align, counted, rfc3339, size, table, time};
 
 /// States longer than this are cut off in the text.
 const STATE_CHARS: usize = 400;
@@ -61,7 +61,7 @@ fn as_json(checkpoint: &Checkpoint) -> Result<Value, Box<dyn Error>> {
         checkpoint.files().map(|(name, bytes)| json!({"name": name, "bytes": bytes})).collect();
     Ok(json!({
         "tag": checkpoint.tag(), "step": checkpoint.step(), "ranks": checkpoint.world_size(),
-        "saved": time(checkpoint.saved()), "path": checkpoint.path().display().to_string(),
+        "saved": rfc3339(checkpoint.saved()), "path": checkpoint.path().display().to_string(),
         "files": files, "tensors": tensors, "shared": checkpoint.shared(), "rank_states": checkpoint.rank_states(),
     }))
 }
@@ -82,12 +82,13 @@ fn as_text(checkpoint: &Checkpoint, with_regions: bool, out: &mut dyn Write) -> 
     writeln!(out)?;
 
     let mut rows = Vec::new();
-    let (mut bytes, mut elements) = (0u64, 0usize);
+    let (mut bytes, mut elements) = (0u64, 0u128);
     for (name, dtype, shape) in checkpoint.tensors() {
         let regions = checkpoint.regions(name)?;
         let of_tensor = tensor_bytes(checkpoint, name)?;
         bytes += of_tensor;
-        elements += shape.iter().product::<usize>();
+        // The bytes are all there, so only a zero lets the product of the others overflow.
+        elements += if shape.contains(&0) { 0 } else { shape.iter().map(|&dim| dim as u128).product() };
         rows.push(vec![
             name.to_owned(),
             dtype.to_string(),

@@ -4,19 +4,26 @@ use std::error::Error;
 use std::io::Write;
 use std::path::Path;
 
-use lightrft_ckpt::{Checkpoints, Listed, Verify, Which};
+use lightrft_ckpt::{Checkpoints, Listed, Survey};
 use serde_json::json;
 
 use crate::Outcome;
 use crate::args::{Form, List};
-use crate::show::{Align, size, table, time};
+use crate::show::{Align, rfc3339, size, table, time};
 
 pub(crate) fn run(list: &List, out: &mut dyn Write) -> Result<Outcome, Box<dyn Error>> {
     exists(&list.dir)?;
     let checkpoints = Checkpoints::open(&list.dir);
-    let found: Vec<(Listed, Option<String>)> =
-        checkpoints.list()?.into_iter().map(|listed| with_problem(&checkpoints, listed)).collect();
-    let refused = checkpoints.refused()?;
+    let Survey { checkpoints: listed, refused, .. } = checkpoints.survey()?;
+    let mut found: Vec<(Listed, Option<String>)> = Vec::new();
+    for listed in listed {
+        // Opening finds out whether the manifest is whole and the files are there, and reads none of them.
+        match look(&checkpoints, listed, |listed| checkpoints.open_listed(listed))? {
+            Look::Whole(listed, _) => found.push((listed, None)),
+            Look::Failed(listed, e) => found.push((listed, Some(e.to_string()))),
+            Look::Removed => {}
+        }
+    }
     // What `latest` names may be gone, or no name at all.
     let (latest, mut wrong_latest) = match checkpoints.latest() {
         Ok(latest) => (latest, None),
@@ -25,13 +32,15 @@ pub(crate) fn run(list: &List, out: &mut dyn Write) -> Result<Outcome, Box<dyn E
     if let Some(tag) = &latest
         && !found.iter().any(|(listed, _)| listed.tag == *tag)
     {
-        wrong_latest = Some(format!("`latest` names `{tag}`, which is not there"));
+        let refused = refused.iter().any(|s| s.name == *tag);
+        let what = if refused { "is no complete checkpoint" } else { "is not there" };
+        wrong_latest = Some(format!("`latest` names `{tag}`, which {what}"));
     }
     match list.form {
         Form::Json => {
             let one = |(l, problem): &(Listed, Option<String>)| {
                 json!({
-                    "tag": l.tag, "step": l.step, "ranks": l.world_size, "bytes": l.bytes, "saved": time(l.saved),
+                    "tag": l.tag, "step": l.step, "ranks": l.world_size, "bytes": l.bytes, "saved": rfc3339(l.saved),
                     "latest": latest.as_ref() == Some(&l.tag), "problem": problem,
                 })
             };
@@ -45,6 +54,9 @@ pub(crate) fn run(list: &List, out: &mut dyn Write) -> Result<Outcome, Box<dyn E
         }
         Form::Text if found.is_empty() && refused.is_empty() => {
             writeln!(out, "no checkpoint in `{}`", list.dir.display())?;
+            if let Some(wrong) = &wrong_latest {
+                writeln!(out, "{wrong}")?;
+            }
         }
         Form::Text => {
             let mut rows: Vec<Vec<String>> = Vec::new();
@@ -79,11 +91,38 @@ pub(crate) fn run(list: &List, out: &mut dyn Write) -> Result<Outcome, Box<dyn E
     Ok(if whole && wrong_latest.is_none() { Outcome::Fine } else { Outcome::Damaged })
 }
 
-/// Opening finds out whether the manifest is whole and the files are there, and reads none of them.
-fn with_problem(checkpoints: &Checkpoints, listed: Listed) -> (Listed, Option<String>) {
-    let opened = checkpoints.load(Which::Tag(&listed.tag), Verify::WhileReading);
-    let problem = opened.err().map(|e| e.to_string());
-    (listed, problem)
+/// What came of looking at a checkpoint.
+pub(crate) enum Look<T> {
+    Whole(Listed, T),
+    Failed(Listed, lightrft_ckpt::Error),
+    /// A running job has let it go.
+    Removed,
+}
+
+/// How often a checkpoint is looked at that is saved again meanwhile.
+const LOOKS: usize = 3;
+
+/// Looks at a checkpoint. When that fails, a running job may have removed it, or saved it again, since it was listed:
+/// then it is not the checkpoint that is at fault.
+pub(crate) fn look<T>(
+    checkpoints: &Checkpoints,
+    mut listed: Listed,
+    with: impl Fn(&Listed) -> lightrft_ckpt::Result<T>,
+) -> lightrft_ckpt::Result<Look<T>> {
+    let mut looks = 1;
+    loop {
+        let error = match with(&listed) {
+            Ok(found) => return Ok(Look::Whole(listed, found)),
+            Err(e) => e,
+        };
+        let Survey { checkpoints: again, refused, .. } = checkpoints.survey()?;
+        match again.into_iter().find(|now| now.tag == listed.tag) {
+            Some(now) if now != listed && looks < LOOKS => listed = now,
+            None if !refused.iter().any(|s| s.name == listed.tag) => return Ok(Look::Removed),
+            _ => return Ok(Look::Failed(listed, error)),
+        }
+        looks += 1;
+    }
 }
 
 /// A directory that is not there holds no checkpoints, but is more likely a slip of the pen.
@@ -92,5 +131,41 @@ pub(crate) fn exists(dir: &Path) -> Result<(), Box<dyn Error>> {
         Ok(about) if about.is_dir() => Ok(()),
         Ok(_) => Err(format!("`{}` is no directory", dir.display()).into()),
         Err(e) => Err(format!("`{}`: {e}", dir.display()).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lightrft_ckpt::{Alone, Rotation, Saver, Snapshot};
+
+    use super::*;
+
+    #[test]
+    fn what_a_running_job_removes_or_saves_again_is_not_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let saver = Saver::open(dir.path(), &Alone).unwrap();
+        let save = |step| saver.save(&Alone, &Snapshot::of_step(step), &Rotation::KEEP_ALL).unwrap();
+        save(1);
+        let checkpoints = Checkpoints::open(dir.path());
+        let listed = checkpoints.list().unwrap().remove(0);
+        let manifest = dir.path().join("global_step1/manifest.json");
+        // Saved again under the eyes of the first look.
+        let again = look(&checkpoints, listed.clone(), |l| {
+            if *l == listed {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+                save(1);
+                std::fs::rename(&manifest, dir.path().join("global_step1/gone")).unwrap();
+                let opened = checkpoints.open_listed(l);
+                std::fs::rename(dir.path().join("global_step1/gone"), &manifest).unwrap();
+                return opened;
+            }
+            checkpoints.open_listed(l)
+        });
+        assert!(matches!(again.unwrap(), Look::Whole(now, _) if now != listed));
+        let removed = look(&checkpoints, listed, |l| {
+            let _once = std::fs::remove_dir_all(dir.path().join("global_step1"));
+            checkpoints.open_listed(l)
+        });
+        assert!(matches!(removed.unwrap(), Look::Removed));
     }
 }

@@ -9,7 +9,8 @@ mod show;
 mod verify;
 
 use std::error::Error;
-use std::io::Write as _;
+use std::fmt;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use args::Command;
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let mut out = std::io::stdout().lock();
+    let mut out = Output { to: std::io::stdout().lock(), read: true };
     let done: Result<Outcome, Box<dyn Error>> = match &command {
         Command::Help(text) => writeln!(out, "{text}").map(|()| Outcome::Fine).map_err(Into::into),
         Command::List(list) => list::run(list, &mut out),
@@ -42,15 +43,51 @@ fn main() -> ExitCode {
     match done.and_then(|outcome| Ok(out.flush().map(|()| outcome)?)) {
         Ok(Outcome::Fine) => ExitCode::SUCCESS,
         Ok(Outcome::Damaged) => ExitCode::FAILURE,
-        // Whoever reads the output has read enough.
-        Err(e) if is_broken_pipe(e.as_ref()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("lightrft-ckpt: {e}");
-            ExitCode::FAILURE
+            if e.is::<Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
 
-fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
-    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+/// A mistake in the command line that shows only when what it names was looked at.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Error for Usage {}
+
+/// Standard output. When whoever reads it has read enough, the work is done all the same: its exit code counts.
+struct Output<W> {
+    to: W,
+    read: bool,
+}
+
+impl<W: Write> Output<W> {
+    fn unless_closed<T>(&mut self, done: io::Result<T>, instead: T) -> io::Result<T> {
+        match done {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                self.read = false;
+                Ok(instead)
+            }
+            done => done,
+        }
+    }
+}
+
+impl<W: Write> Write for Output<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let done = if self.read { self.to.write(bytes) } else { Ok(bytes.len()) };
+        self.unless_closed(done, bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let done = if self.read { self.to.flush() } else { Ok(()) };
+        self.unless_closed(done, ())
+    }
 }

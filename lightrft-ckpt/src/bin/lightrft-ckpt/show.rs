@@ -29,6 +29,12 @@ pub(crate) fn time(at: SystemTime) -> String {
     format!("{year}-{month:02}-{day:02} {:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60)
 }
 
+/// The same as RFC 3339 has it, to the millisecond.
+pub(crate) fn rfc3339(at: SystemTime) -> String {
+    let millis = at.duration_since(UNIX_EPOCH).unwrap_or_default().subsec_millis();
+    format!("{}.{millis:03}Z", time(at).replace(' ', "T"))
+}
+
 /// The Gregorian date so many days after 1970-01-01, by eras of 400 years that begin in March: Howard Hinnant's
 /// `civil_from_days`.
 fn date(days: u64) -> (u64, u64, u64) {
@@ -92,6 +98,8 @@ mod tests {
             (4_107_542_400, "2100-03-01 00:00:00"),
         ] {
             assert_eq!(time(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+            let at = UNIX_EPOCH + Duration::from_millis(seconds * 1000 + 7);
+            assert_eq!(rfc3339(at), format!("{}.007Z", text.replace(' ', "T")));
         }
     }
 }
