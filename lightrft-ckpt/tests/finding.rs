@@ -136,7 +136,7 @@ fn what_cannot_be_read_is_refused_only_if_it_is_ours() {
         let closed = closed || operation.path == Path::new("/c/unlisted/manifest.json");
         if closed { Err(Errno::ACCESS.into()) } else { Ok(()) }
     });
-    let refused = || at.refused().unwrap().into_iter().map(|s| s.name).collect::<Vec<_>>();
+    let refused = || at.survey().unwrap().refused.into_iter().map(|s| s.name).collect::<Vec<_>>();
     // The shards of `global_step1` are seen, though none of its files can be read.
     assert_eq!(refused(), ["global_step1", "ours-rotten", "ours-torn"]);
     // Nobody else's directory is what `latest` names.
