@@ -8,7 +8,7 @@ use lightrft_collectives::Communicator;
 use lightrft_engine::embedded::{DecoderConfig, Weights};
 use lightrft_sharding::ShardedModel;
 use safetensors::Dtype;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::agree::agree;
 use crate::error::{Error, Result};
@@ -71,15 +71,46 @@ pub fn write_model(folder: &Path, config: &DecoderConfig, weights: &Weights) -> 
     Ok(())
 }
 
-/// A writer that expects the parameters in the order of their groups, which is also that of the sharding plan. The
-/// model's own configuration is written unless the options give one.
+/// A writer that expects the parameters in the order of their groups, which is also that of the sharding plan.
 fn open(folder: &Path, config: &DecoderConfig, options: &HfOptions) -> Result<HfWriter> {
     let mut options = options.clone();
     if options.config.is_none() {
-        let own: Value = serde_json::from_str(&config.to_json()).unwrap_or_default();
-        options.config = own.as_object().cloned();
+        options.config = configuration(config, options.source.as_deref())?;
     }
     let parameters = config.parameter_groups().into_iter().flat_map(|g| g.parameters);
     let specs = parameters.map(|p| TensorSpec::new(p.name, Dtype::F32, p.shape));
     Ok(HfWriter::create(folder, specs, &options)?)
+}
+
+/// The source's configuration, which says more than the decoder knows (ids of special tokens, say), with the decoder's
+/// own values where they differ; the decoder's alone when there is none.
+fn configuration(config: &DecoderConfig, source: Option<&Path>) -> Result<Option<Map<String, Value>>> {
+    let own: Value = serde_json::from_str(&config.to_json()).unwrap_or_default();
+    let own = own.as_object().cloned();
+    let Some(path) = source.map(|source| source.join("config.json")).filter(|path| path.exists()) else {
+        return Ok(own);
+    };
+    let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+    let theirs = DecoderConfig::from_json(&text)?;
+    let mut written: Map<String, Value> = serde_json::from_str(&text)
+        .map_err(|e| Error::ConfigFile { path: path.clone(), what: e.to_string() })?;
+    if theirs == *config {
+        return Ok(Some(written));
+    }
+    let shape = |c: &DecoderConfig| {
+        let sizes =
+            [c.vocab_size, c.hidden_size, c.intermediate_size, c.layers, c.heads, c.kv_heads, c.head_dim];
+        (c.family, sizes, [c.tie_word_embeddings, c.qkv_bias, c.output_bias, c.mlp_bias])
+    };
+    if shape(&theirs) != shape(config) {
+        let what = format!("it is of a model of another shape than the one exported: {theirs:?}, {config:?}");
+        return Err(Error::ConfigFile { path, what });
+    }
+    // Either holds the rotary frequencies, by the release that wrote it.
+    written.remove("rope_parameters");
+    written.remove("rope_scaling");
+    let defined =
+        own.into_iter().flatten().filter(|(field, _)| !["architectures", "torch_dtype"].contains(&&**field));
+    written.extend(defined);
+    Ok(Some(written))
 }

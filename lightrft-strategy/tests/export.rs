@@ -3,11 +3,14 @@
 
 mod common;
 
+use std::path::Path;
+
 use candle_core::{DType, Device};
 use common::{all_parameters, config, on_ranks, settings, write_folder};
 use half::bf16;
 use lightrft_engine::embedded::{DecoderConfig, EmbeddedEngine, Settings, Weights};
 use lightrft_strategy::{Floats, HfOptions, Strategy, StrategyConfig};
+use serde_json::Value;
 
 fn two_ranks(zero_stage: u8) -> StrategyConfig {
     StrategyConfig { zero_stage, ..settings(4, 2) }
@@ -64,4 +67,48 @@ fn an_export_that_would_lose_something_fails_on_every_rank() {
         Ok(())
     });
     assert!(folder.join("tokenizer.json").exists());
+}
+
+#[test]
+fn what_only_the_source_says_of_the_model_is_exported_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("model");
+    let decoder = config(serde_json::json!({}));
+    write_folder(&folder, &decoder, 3);
+    let of = |folder: &Path| -> Value {
+        serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+    };
+    let mut said = of(&folder);
+    said["bos_token_id"] = 1.into();
+    said["sliding_window"] = 4096.into();
+    // Another value for something that the decoder computes with, and no other shape.
+    let mut other = said.clone();
+    other["rope_theta"] = 77.0.into();
+    let mut wider = said.clone();
+    wider["vocab_size"] = (decoder.vocab_size + 1).into();
+    std::fs::write(folder.join("config.json"), said.to_string()).unwrap();
+    let source = |said: &Value, name: &str| {
+        let source = dir.path().join(name);
+        std::fs::create_dir(&source).unwrap();
+        std::fs::write(source.join("config.json"), said.to_string()).unwrap();
+        HfOptions { source: Some(source), ..HfOptions::default() }
+    };
+    let options = [source(&said, "same"), source(&other, "other"), source(&wider, "wider")];
+    on_ranks(2, |world| {
+        let strategy = Strategy::with_world(two_ranks(3), world)?;
+        let mut actor = strategy.prepare_actor(&folder)?;
+        for (options, name) in options.iter().zip(["a", "b"]) {
+            strategy.save_model(&mut actor, &dir.path().join(name), options)?;
+        }
+        let told =
+            strategy.save_model(&mut actor, &dir.path().join("c"), &options[2]).unwrap_err().to_string();
+        assert!(told.contains("shape"), "rank {}: {told}", strategy.rank());
+        Ok(())
+    });
+    for name in ["a", "b"] {
+        let out = dir.path().join(name);
+        assert_eq!((&of(&out)["bos_token_id"], &of(&out)["sliding_window"]), (&1.into(), &4096.into()));
+        assert_eq!(DecoderConfig::from_folder(&out).unwrap(), decoder, "{name}");
+    }
+    assert!(!dir.path().join("c").exists());
 }
