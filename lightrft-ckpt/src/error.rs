@@ -76,16 +76,6 @@ pub enum Error {
         message: String,
     },
 
-    /// The checkpoint is complete and durable, but what follows its publication was not done: `latest` still names
-    /// an older one, and nothing was rotated. Loading the newest finds it.
-    #[error("checkpoint `{tag}` is published and durable, but `latest` does not name it yet: {source}")]
-    Latest {
-        /// The published checkpoint.
-        tag: String,
-        /// Why `latest` could not be moved.
-        source: Box<Error>,
-    },
-
     /// A second saver wants the same directory.
     #[error("`{}` is being saved to by another process (its lock is held)", dir.display())]
     Busy {

@@ -85,15 +85,16 @@ pub(crate) fn foreign_entry(fs: &dyn FileSystem, path: &Path) -> Result<Option<S
     Ok(entries.into_iter().find(|e| e.kind != EntryKind::File || !is_part_name(&e.name)).map(|e| e.name))
 }
 
-/// Gives a sealed checkpoint its tag, durably. The name of what it replaced is returned: a whole checkpoint still,
-/// to be deleted.
+/// Gives a sealed checkpoint its tag, durably, and tells whether another one had it. That one is a whole checkpoint
+/// still, aside, which rotation removes.
 ///
 /// A directory that is not empty cannot be renamed over, so the old one steps aside first. Between the two renames
 /// the tag is free and the old checkpoint is found under its other name; whoever opens the directory to save next
 /// gives it its tag back.
-pub(crate) fn publish(fs: &dyn FileSystem, dir: &Path, staging: &Path, tag: &str) -> Result<Option<String>> {
+pub(crate) fn publish(fs: &dyn FileSystem, dir: &Path, staging: &Path, tag: &str) -> Result<Slot> {
     let path = dir.join(tag);
-    let replaced = match slot(fs, &path)? {
+    let slot = slot(fs, &path)?;
+    let replaced = match slot {
         Slot::Free => None,
         Slot::Taken => {
             let aside = format!("{tag}{REPLACED_INFIX}{}", unique());
@@ -109,7 +110,7 @@ pub(crate) fn publish(fs: &dyn FileSystem, dir: &Path, staging: &Path, tag: &str
         return Err(Error::Io { op: "rename", path: staging.into(), source });
     }
     fs.sync_dir(dir).map_err(Error::io("sync", dir))?;
-    Ok(replaced)
+    Ok(slot)
 }
 
 /// Points `latest` at a published checkpoint, durably.

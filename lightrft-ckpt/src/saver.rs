@@ -20,7 +20,7 @@ use crate::manifest::{
 };
 use crate::os::OsFileSystem;
 use crate::plan::{Declared, Plan};
-use crate::publish::{point_latest, publish, seal, slot, unique};
+use crate::publish::{Slot, point_latest, publish, seal, slot, unique};
 use crate::reader::Checkpoints;
 use crate::rotation::{Rotated, Rotation};
 use crate::snapshot::Snapshot;
@@ -53,6 +53,9 @@ pub struct SaveReport {
     pub bytes: u64,
     /// Whether a checkpoint of the same tag was there before.
     pub replaced: bool,
+    /// Why `latest` does not name the checkpoint, or not durably, when it could not be moved. The checkpoint itself is
+    /// published and durable, and loading the newest finds it; the next save moves `latest` again.
+    pub latest_not_moved: Option<String>,
     /// Checkpoints that rotation removed, oldest first.
     pub removed: Vec<String>,
     /// What rotation should have removed and could not, and why. The save itself succeeded.
@@ -138,13 +141,14 @@ impl Saver {
 
     /// Saves one checkpoint: every rank of the group calls this with its own parts, and all return the same.
     ///
-    /// When it returns, the checkpoint is durable and `latest` names it. When it fails, on whichever rank, it fails on
+    /// When it returns, the checkpoint is durable and `latest` names it, unless
+    /// [`latest_not_moved`](SaveReport::latest_not_moved) says otherwise. When it fails, on whichever rank, it fails on
     /// all, and the checkpoints that were there are still there. A checkpoint of the same tag is replaced, atomically.
     ///
     /// # Errors
-    /// [`Error::Snapshot`] and [`Error::Rotation`] before anything is written; [`Error::Foreign`] when the tag's
-    /// directory holds other files; [`Error::Rank`] with another rank's failure; [`Error::Agreement`];
-    /// [`Error::Io`]; [`Error::Latest`] when the checkpoint is durable but `latest` could not be moved.
+    /// [`Error::Snapshot`] and [`Error::Rotation`], which leave nothing behind; [`Error::Foreign`] when the tag's
+    /// directory holds what is not a checkpoint's; [`Error::Rank`] with another rank's failure; [`Error::Agreement`];
+    /// [`Error::Io`]; [`Error::Panicked`].
     pub fn save(
         &self,
         group: &dyn Agreement,
@@ -169,7 +173,7 @@ impl Saver {
     /// error, but in the report.
     pub fn rotate(&self, group: &dyn Agreement, limits: &Rotation) -> Result<Rotated> {
         let rotated = limits.check().and_then(|()| match group.rank() {
-            0 => sweep::rotate(self.fs.as_ref(), &self.dir, None, None, limits),
+            0 => sweep::rotate(self.fs.as_ref(), &self.dir, None, limits),
             _ => Ok(Rotated::default()),
         });
         Ok(agree(group, "rotating", rotated)?.into_iter().next().unwrap_or_default())
@@ -314,13 +318,15 @@ impl Saver {
         // A cleaner of old files, or a directory that the ranks do not share after all, is noticed before it counts.
         check_files(fs, &begun.staging, &manifest)?;
         let replaced = publish(fs, &self.dir, &begun.staging, &begun.tag)?;
-        if self.moves_latest {
-            point_latest(fs, &self.dir, &begun.tag)
-                .map_err(|e| Error::Latest { tag: begun.tag.clone(), source: Box::new(e) })?;
-        }
+        // The checkpoint is safe. That `latest` could not be moved or room could not be made is worth telling, and no
+        // reason to call it unsaved. On a full disk the one may even need the other.
+        let moved = if self.moves_latest { point_latest(fs, &self.dir, &begun.tag) } else { Ok(()) };
+        let latest_not_moved = moved.err().map(|e| {
+            tracing::warn!(tag = begun.tag, error = %e, "saved, but `latest` could not be moved");
+            e.to_string()
+        });
         let committed_after = begun.since.elapsed();
-        // The checkpoint is safe. That room could not be made is worth telling, and no reason to call it unsaved.
-        let rotated = sweep::rotate(fs, &self.dir, Some(&begun.tag), replaced.as_deref(), &begun.limits);
+        let rotated = sweep::rotate(fs, &self.dir, Some(&begun.tag), &begun.limits);
         let rotated = rotated.unwrap_or_else(|e| Rotated::nothing(&self.dir, &e));
         let bytes = manifest.summary.data_bytes;
         tracing::info!(tag = begun.tag, bytes, ?committed_after, "checkpoint saved");
@@ -328,7 +334,8 @@ impl Saver {
             tag: begun.tag.clone(),
             step: begun.step,
             bytes: bytes + manifest_bytes,
-            replaced: replaced.is_some(),
+            replaced: replaced == Slot::Taken,
+            latest_not_moved,
             removed: rotated.removed,
             not_removed: rotated.not_removed,
             committed_after,

@@ -1,11 +1,13 @@
 //! Deletes what rotation chose and what an earlier crash left, file by file, and nothing that is not ours.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 
 use crate::catalog::{Found, Name, Skipped, read_latest, read_whole, scan};
 use crate::error::{Error, Result};
-use crate::fs::{EntryKind, FileSystem};
-use crate::manifest::MANIFEST;
+use crate::fs::{Entry, EntryKind, FileSystem};
+use crate::manifest::{MANIFEST, Manifest};
 use crate::publish::{foreign_entry, restore, retire};
 use crate::rotation::{Candidate, Rotated, Rotation, choose};
 
@@ -29,12 +31,7 @@ pub(crate) fn delete(fs: &dyn FileSystem, path: &Path) -> Result<()> {
 /// nobody's work in progress. What could not be removed is named and left.
 pub(crate) fn sweep(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<Skipped>> {
     let mut left = Vec::new();
-    let mut trash = Vec::new();
-    let mut entries = fs.list(dir).map_err(Error::io("list", dir))?;
-    // Of several that stepped aside for one tag, the one that readers count has it back, and the others follow.
-    let counting = scan(fs, dir)?.found;
-    entries.sort_by_key(|e| !counting.iter().any(|f| f.dir == e.name));
-    let mut back = Vec::new();
+    let entries = fs.list(dir).map_err(Error::io("list", dir))?;
     for entry in &entries {
         let path = dir.join(&entry.name);
         let done = match (Name::of(&entry.name), entry.kind) {
@@ -42,18 +39,29 @@ pub(crate) fn sweep(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<Skipped>> {
             (Name::StagedLatest, EntryKind::File) => {
                 fs.remove_file(&path).map_err(Error::io("remove", &path))
             }
-            (Name::Aside { tag }, EntryKind::Dir) => {
-                if back.contains(&tag) || entries.iter().any(|e| e.name == tag) {
-                    retire_superseded(fs, dir, &entry.name, tag).map(|name| trash.push(name))
-                } else {
-                    restore(fs, dir, &entry.name, tag).map(|()| back.push(tag))
-                }
-            }
             _ => continue,
         };
         match done {
             Ok(()) => tracing::info!(name = entry.name, "swept what an earlier crash left"),
             Err(e) => left.push(Skipped { name: entry.name.clone(), reason: e.to_string() }),
+        }
+    }
+    let mut trash = Vec::new();
+    for (tag, mut asides) in asides_of(&entries) {
+        // They go only after a look that a whole one has the tag.
+        let there = match entries.iter().any(|e| e.name == tag) {
+            true => read_whole(fs, &dir.join(tag)).map(drop),
+            false => give_back(fs, dir, tag, &mut asides),
+        };
+        for aside in asides {
+            let retired = match &there {
+                Ok(()) => retire(fs, dir, aside).map_err(|e| e.to_string()),
+                Err(e) => Err(e.to_string()),
+            };
+            match retired {
+                Ok(name) => trash.push(name),
+                Err(reason) => left.push(Skipped { name: aside.to_owned(), reason }),
+            }
         }
     }
     left.extend(delete_retired(fs, dir, &trash)?);
@@ -63,10 +71,38 @@ pub(crate) fn sweep(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<Skipped>> {
     Ok(left)
 }
 
-/// Retires the old checkpoint of a tag that was saved again, after looking that the new one is there.
-fn retire_superseded(fs: &dyn FileSystem, dir: &Path, aside: &str, tag: &str) -> Result<String> {
-    read_whole(fs, &dir.join(tag))?;
-    retire(fs, dir, aside)
+/// The directories that stepped aside, by the tag that they had.
+fn asides_of(entries: &[Entry]) -> BTreeMap<&str, Vec<&str>> {
+    let mut asides: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for entry in entries.iter().filter(|e| e.kind == EntryKind::Dir) {
+        if let Name::Aside { tag } = Name::of(&entry.name) {
+            asides.entry(tag).or_default().push(&entry.name);
+        }
+    }
+    asides
+}
+
+/// Gives a tag that nothing has back to the newest whole one of those that stepped aside from it, which is taken out of
+/// the list. Failures in a row can leave several.
+fn give_back(fs: &dyn FileSystem, dir: &Path, tag: &str, asides: &mut Vec<&str>) -> Result<()> {
+    let (mut newest, mut refused) = (None, Ok(()));
+    for (i, aside) in asides.iter().enumerate() {
+        match read_whole(fs, &dir.join(aside)) {
+            Ok(Manifest { summary, .. }) => {
+                newest = newest.max(Some((summary.step, summary.saved_unix_ms, *aside, i)));
+            }
+            // What cannot be read just now may be the newest.
+            Err(Error::Io { op, path, source }) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::Io { op, path, source });
+            }
+            Err(damaged) => refused = Err(damaged),
+        }
+    }
+    let Some((.., aside, i)) = newest else { return refused };
+    restore(fs, dir, aside, tag)?;
+    tracing::info!(name = aside, tag, "gave a checkpoint its tag back");
+    asides.remove(i);
+    Ok(())
 }
 
 /// Makes the new names of retired directories durable, then deletes them. What cannot be deleted is named.
@@ -85,20 +121,21 @@ pub(crate) fn delete_retired(fs: &dyn FileSystem, dir: &Path, retired: &[String]
     Ok(left)
 }
 
-/// Lets go what the limits say. `saved` was just published; `replaced` is the directory that it took the tag of.
-/// Damaged checkpoints neither count nor go: whoever looks into them shall find them.
+/// Lets go what the limits say, and what was replaced by a checkpoint that is whole. `saved` was just published. Damaged
+/// checkpoints neither count nor go: whoever looks into them shall find them.
 pub(crate) fn rotate(
     fs: &dyn FileSystem,
     dir: &Path,
     saved: Option<&str>,
-    replaced: Option<&str>,
     limits: &Rotation,
 ) -> Result<Rotated> {
-    let latest = match (read_latest(fs, dir), saved) {
-        (Ok(latest), _) => latest,
-        // It may name one that is to stay. Just after a save that is the one saved.
-        (Err(e @ Error::Io { .. }), None) => return Err(e),
-        (Err(_), _) => None,
+    let latest = match read_latest(fs, dir) {
+        Ok(latest) => latest,
+        // It may name one that is to stay.
+        Err(Error::Io { op, path, source }) if !is_no_file(&source) => {
+            return Err(Error::Io { op, path, source });
+        }
+        Err(_) => None,
     };
     let found = scan(fs, dir)?.found;
     if let (Some(newer), Some(saved)) = (found.first(), saved)
@@ -116,15 +153,24 @@ pub(crate) fn rotate(
         .map(|f| candidate(fs, dir, f, saved, latest.as_deref()))
         .collect();
 
+    // What an earlier save replaced and could not remove goes too.
+    let entries = fs.list(dir).map_err(Error::io("list", dir))?;
+    let mut replaced = asides_of(&entries);
+    replaced.retain(|tag, _| candidates.iter().any(|c| c.name == *tag));
+
     let mut rotated = Rotated::default();
     let mut trash = Vec::new();
-    for name in replaced.into_iter().map(str::to_owned).chain(choose(&candidates, limits)) {
+    for name in replaced.into_values().flatten() {
+        match retire(fs, dir, name) {
+            Ok(retired) => trash.push(retired),
+            Err(e) => rotated.not_removed.push(Skipped { name: name.to_owned(), reason: e.to_string() }),
+        }
+    }
+    for name in choose(&candidates, limits) {
         match retire(fs, dir, &name) {
             Ok(retired) => {
                 trash.push(retired);
-                if Some(name.as_str()) != replaced {
-                    rotated.removed.push(name);
-                }
+                rotated.removed.push(name);
             }
             Err(e) => rotated.not_removed.push(Skipped { name, reason: e.to_string() }),
         }
@@ -134,6 +180,11 @@ pub(crate) fn rotate(
         tracing::warn!(name = left.name, reason = left.reason, "rotation could not remove");
     }
     Ok(rotated)
+}
+
+/// Whether what was to be opened is a directory, a socket or the like.
+fn is_no_file(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::IsADirectory | io::ErrorKind::InvalidInput)
 }
 
 fn candidate(

@@ -111,11 +111,7 @@ fn loaded(disk: &SimulatedDisk) -> (u64, u64) {
 
 /// The error says what was tried, on what, and what the system said.
 fn tells(error: &Error, errno: Errno) {
-    let told = match error {
-        Error::Latest { source, .. } => source.as_ref(),
-        other => other,
-    };
-    let Error::Io { op, path, source } = told else { panic!("{error}") };
+    let Error::Io { op, path, source } = error else { panic!("{error}") };
     assert!(!op.is_empty() && path.starts_with("/run"), "{error}");
     assert_eq!(source.raw_os_error(), Some(errno.raw_os_error()), "{error}");
     let text = error.to_string();
@@ -150,7 +146,14 @@ fn every_fault_in_a_save_of(step: u64) {
         let case = format!("{errno} {lasting:?} at operation {n} of {operations}, told {told:?}");
         let found = loaded(&disk);
         match &told {
-            Ok(_) => assert_eq!(found, (step, 1), "{case}"),
+            Ok(report) => {
+                assert_eq!(found, (step, 1), "{case}");
+                let latest = saver.checkpoints().latest().unwrap();
+                let moved = latest == Some(report.tag.clone());
+                assert!(moved || report.latest_not_moved.is_some(), "{case}: latest is {latest:?}");
+                let why = report.latest_not_moved.iter().chain(report.not_removed.iter().map(|s| &s.reason));
+                why.for_each(|why| assert!(why.contains(&io::Error::from(errno).to_string()), "{case}"));
+            }
             Err(e) => {
                 tells(e, errno);
                 assert!([(2, 0), (step, 1)].contains(&found), "{case}: found {found:?}");

@@ -275,3 +275,90 @@ fn a_lost_rank_is_an_error_for_the_others_not_a_wait() {
     });
     assert!(matches!(told[0], Some(Err(Error::Agreement { during: "planning", .. }))), "{told:?}");
 }
+
+#[test]
+fn of_several_that_stepped_aside_the_newest_whole_one_gets_the_tag_back() {
+    let (low, high) = ("best.replaced-0000000000000000", "best.replaced-ffffffffffffffff");
+    // In whichever order they are listed, and when the newest of them is damaged.
+    for (of_step_1, of_step_2, damaged, expected) in
+        [(low, high, None, 2.0), (high, low, None, 2.0), (low, high, Some(high), 1.0)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path();
+        for (step, aside) in [(1, of_step_1), (2, of_step_2)] {
+            save_tagged(&Saver::open(at, &Alone).unwrap(), &Alone, "best", step).unwrap();
+            std::fs::rename(at.join("best"), at.join("aside")).unwrap();
+            std::fs::create_dir_all(at.join("kept")).unwrap();
+            std::fs::rename(at.join("aside"), at.join("kept").join(aside)).unwrap();
+        }
+        for aside in [low, high] {
+            std::fs::rename(at.join("kept").join(aside), at.join(aside)).unwrap();
+        }
+        std::fs::remove_dir(at.join("kept")).unwrap();
+        if let Some(damaged) = damaged {
+            std::fs::remove_file(at.join(damaged).join("rank-00000.safetensors")).unwrap();
+        }
+        let saver = Saver::open(at, &Alone).unwrap();
+        let (best, _) = saver.checkpoints().load(Which::Tag("best"), Verify::Everything).unwrap();
+        assert_eq!(best.read_vec::<f32>("w", &Region::Whole).unwrap(), [expected; 3]);
+        assert_eq!((names(at), saver.left_by_sweep()), (vec!["best".into(), "latest".into()], &[][..]));
+    }
+}
+
+#[test]
+fn what_stepped_aside_and_is_all_there_is_stays_while_it_cannot_be_read() {
+    let disk = SimulatedDisk::new();
+    let saver = Saver::open_on(Arc::new(disk.clone()), "/c", &Alone).unwrap();
+    save_tagged(&saver, &Alone, "best", 1).unwrap();
+    drop(saver);
+    let aside = "best.replaced-0123456789abcdef";
+    disk.rename("/c/best".as_ref(), format!("/c/{aside}").as_ref()).unwrap();
+    let faulty = Observed::new(disk.clone(), |operation| {
+        let hit = operation.kind == "open" && operation.path.ends_with("manifest.json");
+        if hit { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    });
+    let saver = Saver::open_on(Arc::new(faulty), "/c", &Alone).unwrap();
+    assert_eq!(saver.left_by_sweep()[0].name, aside);
+    drop(saver);
+    let saver = Saver::open_on(Arc::new(disk), "/c", &Alone).unwrap();
+    assert_eq!((saver.left_by_sweep(), tags(&saver.checkpoints())), (&[][..], vec!["best".to_owned()]));
+}
+
+#[test]
+fn what_an_earlier_save_replaced_and_left_goes_with_the_next_rotation() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let saver = Saver::open(at, &Alone).unwrap();
+    save_tagged(&saver, &Alone, "best", 1).unwrap();
+    std::fs::rename(at.join("best"), at.join("best.replaced-0123456789abcdef")).unwrap();
+    // Nothing else has its tag: it stays.
+    assert_eq!(save(&saver, &Alone, 2).unwrap().removed, [""; 0]);
+    assert_eq!(names(at), ["best.replaced-0123456789abcdef", "global_step2", "latest"]);
+    save_tagged(&saver, &Alone, "best", 3).unwrap();
+    assert_eq!(names(at), ["best", "global_step2", "latest"]);
+}
+
+#[test]
+fn a_latest_that_cannot_be_moved_is_told_on_every_rank_and_rotation_goes_on() {
+    let disk = SimulatedDisk::new();
+    let told = run_ranks(2, |group| {
+        let faulty = Observed::new(disk.clone(), |operation| {
+            let hit = operation.kind == "create" && operation.path.to_string_lossy().contains("latest.tmp-");
+            if hit { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        });
+        let open = |fs| Saver::open_on(fs, "/c", &group).unwrap();
+        save(&open(Arc::new(disk.clone())), &group, 1).unwrap();
+        let saver = open(Arc::new(faulty));
+        (2..=4).map(|step| save(&saver, &group, step).unwrap()).collect::<Vec<_>>()
+    });
+    assert_eq!(told[0], told[1]);
+    for report in &told[0] {
+        let reason = report.latest_not_moved.as_deref().unwrap();
+        assert!(reason.contains("latest.tmp-"), "{reason}");
+    }
+    // What the old `latest` names stays.
+    let removed: Vec<String> = told[0].iter().flat_map(|report| report.removed.clone()).collect();
+    assert_eq!(removed, ["global_step2", "global_step3"]);
+    let left: Vec<String> = disk.list("/c".as_ref()).unwrap().into_iter().map(|e| e.name).collect();
+    assert_eq!(left, ["global_step1", "global_step4", "latest"]);
+}
