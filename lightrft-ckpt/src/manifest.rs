@@ -41,7 +41,7 @@ pub(crate) const SUM_BYTES: usize = 8;
 const MAX_HEAD_BYTES: usize = 4096;
 
 /// A manifest longer than this is taken for damage before it is read.
-const MAX_MANIFEST_BYTES: u64 = 1 << 30;
+pub(crate) const MAX_MANIFEST_BYTES: u64 = 1 << 30;
 
 /// The same for a shard's header: its length, and what the safetensors format allows.
 const MAX_SHARD_HEADER_BYTES: u64 = 8 + MAX_HEADER_BYTES;
@@ -144,13 +144,20 @@ impl From<&Span> for Place {
     }
 }
 
-impl RegionRecord {
+impl Place {
+    /// The elements that it names of a tensor of that shape; the error says which numbers do not fit.
     pub(crate) fn span(&self, shape: &[usize]) -> Result<Span, String> {
-        match &self.place {
+        match self {
             Place::Flat([start, end]) => Region::Flat(*start..*end),
             Place::Box { start, extent } => Region::Box { start: start.clone(), extent: extent.clone() },
         }
         .resolve(shape)
+    }
+}
+
+impl RegionRecord {
+    pub(crate) fn span(&self, shape: &[usize]) -> Result<Span, String> {
+        self.place.span(shape)
     }
 }
 
@@ -413,12 +420,13 @@ pub(crate) fn check_tag(tag: &str) -> Result<(), String> {
         || tag == LATEST
         || tag.contains(['/', '\\'])
         || tag.contains(char::is_control)
+        || tag != tag.trim()
         || tag.contains(TMP_INFIX)
         || tag.contains(REPLACED_INFIX);
     if wrong {
         return Err(format!(
-            "tag {tag:?} cannot name a directory here: 1 to 180 bytes, no slash or control character, not `{LATEST}`, \
-             not beginning with `.`, without `{TMP_INFIX}` and `{REPLACED_INFIX}`"
+            "tag {tag:?} cannot name a directory here: 1 to 180 bytes, no slash or control character, no white space at its \
+             ends, not `{LATEST}`, not beginning with `.`, without `{TMP_INFIX}` and `{REPLACED_INFIX}`"
         ));
     }
     Ok(())

@@ -1,14 +1,16 @@
 //! Which rank writes which region: pure, and the same on every rank because computed from the same declarations.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::element::element_bytes;
 use crate::manifest::Place;
-use crate::region::{Region, Span, Uneven, partition};
+use crate::region::{Span, Uneven, partition};
 use crate::snapshot::Part;
+use crate::writer::entry_of;
 
 /// What a rank says about one of its parts before anything is written.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -27,14 +29,6 @@ impl Declared {
             shape: part.shape.to_vec(),
             place: Place::from(span),
         }
-    }
-
-    fn span(&self) -> Result<Span, String> {
-        match &self.place {
-            Place::Flat([start, end]) => Region::Flat(*start..*end),
-            Place::Box { start, extent } => Region::Box { start: start.clone(), extent: extent.clone() },
-        }
-        .resolve(&self.shape)
     }
 }
 
@@ -68,9 +62,14 @@ impl Plan {
     /// Plans from every rank's declarations. Empty regions are written by nobody.
     pub(crate) fn new(declared: &[Vec<Declared>]) -> Result<Plan, String> {
         let mut tensors: BTreeMap<String, PlannedTensor> = BTreeMap::new();
+        // Where the region of a span is among its tensor's, by tensor.
+        let mut places: HashMap<&str, HashMap<Span, usize>> = HashMap::new();
         for (rank, parts) in declared.iter().enumerate() {
             for (index, part) in parts.iter().enumerate() {
-                let span = part.span().map_err(|e| format!("rank {rank}, tensor `{}`: {e}", part.name))?;
+                let span = part
+                    .place
+                    .span(&part.shape)
+                    .map_err(|e| format!("rank {rank}, tensor `{}`: {e}", part.name))?;
                 let tensor = tensors.entry(part.name.clone()).or_insert_with(|| PlannedTensor {
                     dtype: part.dtype,
                     shape: part.shape.clone(),
@@ -86,18 +85,21 @@ impl Plan {
                 if span.len() == 0 {
                     continue;
                 }
-                // Replicas are few per tensor or are all of it: the same region again is mostly the last one seen.
-                match tensor.regions.iter_mut().rev().find(|r| r.span == span) {
-                    Some(known) if known.holders.iter().any(|&(holder, _)| holder == rank) => {
-                        return Err(format!("rank {rank} declares a region of tensor `{}` twice", part.name));
+                match places.entry(&part.name).or_default().entry(span) {
+                    Entry::Occupied(known) => {
+                        let holders = &mut tensor.regions[*known.get()].holders;
+                        if holders.last().is_some_and(|&(holder, _)| holder == rank) {
+                            let name = &part.name;
+                            return Err(format!("rank {rank} declares a region of tensor `{name}` twice"));
+                        }
+                        holders.push((rank, index));
                     }
-                    Some(known) => known.holders.push((rank, index)),
-                    None => tensor.regions.push(PlannedRegion {
-                        span,
-                        holders: vec![(rank, index)],
-                        writer: rank,
-                        part: index,
-                    }),
+                    Entry::Vacant(new) => {
+                        let span = new.key().clone();
+                        new.insert(tensor.regions.len());
+                        let holders = vec![(rank, index)];
+                        tensor.regions.push(PlannedRegion { span, holders, writer: rank, part: index });
+                    }
                 }
             }
         }
@@ -105,6 +107,7 @@ impl Plan {
             let spans: Vec<&Span> = tensor.regions.iter().map(|r| &r.span).collect();
             partition(&tensor.shape, &spans).map_err(|uneven| explain(name, tensor, &uneven))?;
         }
+        check_names(&tensors)?;
         let mut plan = Plan { tensors };
         plan.share_replicas(declared.len());
         Ok(plan)
@@ -140,6 +143,24 @@ impl Plan {
         mine.sort_by_key(|(_, t, _)| std::cmp::Reverse(t.dtype));
         mine
     }
+}
+
+/// Refuses a tensor that is called what a region of another one is called in its file.
+fn check_names(tensors: &BTreeMap<String, PlannedTensor>) -> Result<(), String> {
+    if !tensors.keys().any(|name| name.contains('@')) {
+        return Ok(());
+    }
+    for (name, tensor) in tensors {
+        for region in &tensor.regions {
+            let (entry, _) = entry_of(name, &tensor.shape, &region.span);
+            if entry != *name && tensors.contains_key(&entry) {
+                return Err(format!(
+                    "tensor `{entry}` is called what a region of tensor `{name}` is called in a file"
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn explain(name: &str, tensor: &PlannedTensor, uneven: &Uneven) -> String {
@@ -184,6 +205,24 @@ mod tests {
         for part in ["`w`", "[10]", "[12]", "rank 0", "rank 1"] {
             assert!(text.contains(part), "{text}");
         }
+    }
+
+    #[test]
+    fn a_tensor_called_like_a_region_of_another_is_refused() {
+        let piece = |start, end| Declared { place: Place::Flat([start, end]), ..whole("w", 8) };
+        let text = Plan::new(&[vec![piece(0, 5), whole("w@0..5", 3)], vec![piece(5, 8)]]).unwrap_err();
+        assert!(text.contains("`w@0..5`") && text.contains("`w`"), "{text}");
+        // The name alone is nothing bad.
+        Plan::new(&[vec![whole("w", 8), whole("w@0..5", 3)]]).unwrap();
+    }
+
+    #[test]
+    fn a_region_declared_twice_by_a_rank_is_refused_wherever_it_lies() {
+        let piece = |start, end| Declared { place: Place::Flat([start, end]), ..whole("w", 8) };
+        let both = vec![piece(0, 5), piece(5, 8)];
+        Plan::new(&[both.clone(), both.clone()]).unwrap();
+        let text = Plan::new(&[both.clone(), [both, vec![piece(0, 5)]].concat()]).unwrap_err();
+        assert!(text.contains("rank 1") && text.contains("`w`"), "{text}");
     }
 
     #[test]

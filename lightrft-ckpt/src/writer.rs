@@ -130,7 +130,7 @@ impl RankFile {
         writer
             .write(file.as_ref(), whole as u64, Source::Pieces(&end), end_bytes, written)
             .map_err(failed)?;
-        file.sync_data().map_err(failed)?;
+        file.sync_data().map_err(Error::io("sync", &path))?;
         // Every rank makes its own name durable: on a network file system another machine's sync may not.
         fs.sync_dir(dir).map_err(Error::io("sync", dir))?;
         Ok(FileRecord {
@@ -146,7 +146,7 @@ impl RankFile {
 
 /// What a region is called in its rank's file, and its shape there. The name tells any safetensors reader what it
 /// looks at; our own reader goes by the manifest.
-fn entry_of(name: &str, shape: &[usize], span: &Span) -> (String, Vec<usize>) {
+pub(crate) fn entry_of(name: &str, shape: &[usize], span: &Span) -> (String, Vec<usize>) {
     match span {
         Span::Flat(r) if r.len() == shape.iter().product::<usize>() => (name.to_owned(), shape.to_vec()),
         Span::Flat(r) => (format!("{name}@{}..{}", r.start, r.end), vec![r.len()]),
