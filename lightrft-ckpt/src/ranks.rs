@@ -53,6 +53,10 @@ impl Agreement for RankThread {
     fn exchange(&self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, Box<dyn StdError + Send + Sync>> {
         let until = Instant::now() + self.shared.deadline;
         let mut round = self.shared.round();
+        // What a rank said that has given up waiting must not complete a later round.
+        if let Some(lost) = &round.lost {
+            return Err(lost.clone().into());
+        }
         let this = round.rounds;
         round.said[self.rank] = Some(mine);
         if round.said.iter().all(Option::is_some) {
@@ -130,4 +134,27 @@ pub(crate) fn run_ranks_within<T: Send>(
         let returned = joined.map(|r| r.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect();
         failed.map_or(Ok(returned), Err)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    #[test]
+    fn after_a_rank_waited_in_vain_nobody_hears_anything() {
+        let given_up = Barrier::new(2);
+        let told = run_ranks_within(Duration::from_millis(10), 2, |group| {
+            let early = (group.rank() == 0).then(|| group.exchange(vec![0]).is_err());
+            given_up.wait();
+            let late = group.exchange(vec![1]).map_err(|e| e.to_string());
+            given_up.wait();
+            (early, late)
+        });
+        assert_eq!(told[0].0, Some(true));
+        for (_, late) in told {
+            assert!(late.as_ref().is_err_and(|lost| lost.contains("rank 0 waited")), "{late:?}");
+        }
+    }
 }
