@@ -15,7 +15,8 @@ use std::path::Path;
 ///
 /// Paths are used as given; relative ones are relative to the process.
 pub trait FileSystem: fmt::Debug + Send + Sync {
-    /// Creates a directory and those above it that are missing; no error when it is there. Durable on return.
+    /// Creates a directory and those above it that are missing; no error when it is there. Their names are durable on
+    /// return, and so is its own when it was there: somebody may have created it just now.
     ///
     /// # Errors
     /// When the file system refuses.

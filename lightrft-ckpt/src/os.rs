@@ -41,6 +41,16 @@ impl OsFileSystem {
         OsFileSystem { writes: Writes::Buffered }
     }
 
+    /// Makes the name of a directory durable that somebody else created, perhaps just now.
+    fn sync_name_in(&self, parent: &Path) -> io::Result<()> {
+        match self.sync_dir(parent) {
+            // Of a directory that we may not even open, or of a kind that cannot be synced (a mount point may lie in
+            // one), no more can be asked: whoever made the directory answers for its name.
+            Err(e) if no_such_sync(e.kind()) => Ok(()),
+            synced => synced,
+        }
+    }
+
     fn create_file(&self, path: &Path, bytes: u64) -> io::Result<DirectFile<File>> {
         let file = OpenOptions::new().write(true).create_new(true).open(path)?;
         if let Err(e) = direct::set_aside(&file, bytes) {
@@ -58,13 +68,16 @@ impl OsFileSystem {
 
 impl FileSystem for OsFileSystem {
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
-        if path.as_os_str().is_empty() || path.is_dir() {
+        if path.as_os_str().is_empty() {
             return Ok(());
         }
         let parent = parent_of(path);
+        if path.is_dir() {
+            return self.sync_name_in(parent);
+        }
         self.create_dir_all(parent)?;
         match fs::create_dir(path) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => self.sync_name_in(parent),
             Err(e) => Err(e),
             Ok(()) => self.sync_dir(parent),
         }
@@ -140,17 +153,35 @@ impl FileSystem for OsFileSystem {
 
     fn try_lock(&self, path: &Path) -> io::Result<Option<Box<dyn Lock>>> {
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        match file.try_lock() {
-            Ok(()) => {
-                // For whoever wonders who holds it; nothing reads it back.
-                file.set_len(0)?;
-                writeln!(file, "{}", std::process::id())?;
-                Ok(Some(Box::new(OsLock { _file: file })))
+        loop {
+            match file.try_lock() {
+                Ok(()) => {
+                    // For whoever wonders who holds it; nothing reads it back. On a full disk it must not keep us from
+                    // the sweep that makes room.
+                    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+                    return Ok(Some(Box::new(OsLock { _file: file })));
+                }
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(TryLockError::Error(e)) => return Err(why_not_locked(e)),
             }
-            Err(TryLockError::WouldBlock) => Ok(None),
-            // A free lock that cannot be had: network file systems without a lock service say so in several ways.
-            Err(TryLockError::Error(e)) => Err(io::Error::new(io::ErrorKind::Unsupported, e)),
         }
+    }
+}
+
+fn no_such_sync(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem, Unsupported};
+    matches!(kind, InvalidInput | PermissionDenied | ReadOnlyFilesystem | Unsupported)
+}
+
+/// Tells a file system that has no locks from one that fails. A network file system whose lock service does not run
+/// says that there are no locks left.
+fn why_not_locked(error: io::Error) -> io::Error {
+    use rustix::io::Errno;
+    let none = [Errno::NOSYS, Errno::OPNOTSUPP, Errno::NOLCK].map(Errno::raw_os_error);
+    match error.raw_os_error() {
+        Some(code) if none.contains(&code) => io::Error::new(io::ErrorKind::Unsupported, error),
+        _ => error,
     }
 }
 
@@ -225,6 +256,18 @@ mod tests {
             }
             file.sync_data().unwrap();
             assert_eq!(fs::read(&path).unwrap(), content.bytes());
+        }
+    }
+
+    #[test]
+    fn only_a_file_system_without_locks_is_used_without_one() {
+        use rustix::io::Errno;
+        let kind = |errno: Errno| why_not_locked(io::Error::from_raw_os_error(errno.raw_os_error())).kind();
+        for none in [Errno::NOSYS, Errno::OPNOTSUPP, Errno::NOLCK] {
+            assert_eq!(kind(none), io::ErrorKind::Unsupported, "{none}");
+        }
+        for broken in [Errno::IO, Errno::STALE, Errno::NOMEM, Errno::TIMEDOUT] {
+            assert_ne!(kind(broken), io::ErrorKind::Unsupported, "{broken}");
         }
     }
 

@@ -7,8 +7,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
-use crate::fs::{EntryKind, FileSystem, parent_of};
-use crate::manifest::{LATEST, MANIFEST, Manifest, REPLACED_INFIX, TMP_INFIX, TRASH_PREFIX, is_part_name};
+use crate::fs::{Entry, EntryKind, FileSystem, parent_of};
+use crate::manifest::{
+    LATEST, MANIFEST, MAX_MANIFEST_BYTES, Manifest, REPLACED_INFIX, TMP_INFIX, TRASH_PREFIX, is_part_name,
+};
 
 /// 16 hexadecimal digits that no other process and no earlier call uses.
 pub(crate) fn unique() -> String {
@@ -35,7 +37,8 @@ pub(crate) fn name_file(fs: &dyn FileSystem, staged: &Path, path: &Path) -> Resu
 
 pub(crate) fn write_durably(fs: &dyn FileSystem, path: &Path, bytes: &[u8]) -> Result<()> {
     let file = fs.create(path, bytes.len() as u64).map_err(Error::io("create", path))?;
-    file.write_all_at(0, bytes).and_then(|()| file.sync_data()).map_err(Error::io("write", path))
+    file.write_all_at(0, bytes).map_err(Error::io("write", path))?;
+    file.sync_data().map_err(Error::io("sync", path))
 }
 
 /// Puts the manifest into a staged checkpoint all of whose files are durable. The directory is complete after this,
@@ -45,7 +48,11 @@ pub(crate) fn seal(fs: &dyn FileSystem, staging: &Path, manifest: &Manifest) -> 
     let refuse = |reason| Error::Snapshot { tag: manifest.summary.tag.clone(), reason };
     let bytes =
         manifest.to_bytes().map_err(|e| refuse(format!("its state cannot be written as JSON: {e}")))?;
-    // A manifest that could not be read back, say for state nested too deep, must not become a checkpoint.
+    // A manifest that could not be read back must not become a checkpoint.
+    if bytes.len() as u64 > MAX_MANIFEST_BYTES {
+        let bytes = bytes.len();
+        return Err(refuse(format!("a manifest of {bytes} bytes; at most {MAX_MANIFEST_BYTES} are read")));
+    }
     Manifest::from_bytes(&bytes, &path)
         .map_err(|e| refuse(format!("its manifest could not be read back: {e}")))?;
     write_durably(fs, &path, &bytes)?;
@@ -56,12 +63,14 @@ pub(crate) fn seal(fs: &dyn FileSystem, staging: &Path, manifest: &Manifest) -> 
 /// Whether a tag's name was free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Slot {
+    /// Nothing is there, or an empty directory, which a rename replaces.
     Free,
-    /// A checkpoint of ours is there.
+    /// A checkpoint of ours is there, whole or damaged.
     Taken,
 }
 
-/// Looks at the place where `tag` will be. What is not ours there is never replaced.
+/// Looks at the place where `tag` will be. What is not ours there is never replaced, and without a manifest it is not,
+/// whatever its files are called: shards that somebody is still copying, for example.
 pub(crate) fn slot(fs: &dyn FileSystem, path: &Path) -> Result<Slot> {
     let parent = parent_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -71,18 +80,32 @@ pub(crate) fn slot(fs: &dyn FileSystem, path: &Path) -> Result<Slot> {
         Some(entry) if entry.kind != EntryKind::Dir => {
             Err(Error::Foreign { path: path.into(), found: entry.name.clone() })
         }
-        Some(_) => match foreign_entry(fs, path)? {
-            Some(found) => Err(Error::Foreign { path: path.into(), found }),
-            None => Ok(Slot::Taken),
-        },
+        Some(_) => {
+            let entries = entries_of(fs, path)?;
+            let sealed = entries.iter().any(|e| e.name == MANIFEST);
+            let in_the_way = if sealed { entries.iter().find(|e| is_foreign(e)) } else { entries.first() };
+            match in_the_way {
+                Some(entry) => Err(Error::Foreign { path: path.into(), found: entry.name.clone() }),
+                None if sealed => Ok(Slot::Taken),
+                None => Ok(Slot::Free),
+            }
+        }
     }
 }
 
 /// The first entry of a directory that is not part of a checkpoint.
 pub(crate) fn foreign_entry(fs: &dyn FileSystem, path: &Path) -> Result<Option<String>> {
+    Ok(entries_of(fs, path)?.into_iter().find(is_foreign).map(|e| e.name))
+}
+
+fn entries_of(fs: &dyn FileSystem, path: &Path) -> Result<Vec<Entry>> {
     let mut entries = fs.list(path).map_err(Error::io("list", path))?;
     entries.sort();
-    Ok(entries.into_iter().find(|e| e.kind != EntryKind::File || !is_part_name(&e.name)).map(|e| e.name))
+    Ok(entries)
+}
+
+fn is_foreign(entry: &Entry) -> bool {
+    entry.kind != EntryKind::File || !is_part_name(&entry.name)
 }
 
 /// Gives a sealed checkpoint its tag, durably, and tells whether another one had it. That one is a whole checkpoint

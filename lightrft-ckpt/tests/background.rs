@@ -218,7 +218,7 @@ fn a_failure_is_told_once_by_the_next_call_which_begins_nothing() {
         saver.save(&snapshot(1, &Alone, &content(1)), &KEEP).unwrap();
         let told = if ask == "save" { saver.save(&step_2, &KEEP) } else { saver.finish() };
         assert!(
-            matches!(&told, Err(Error::Io { op: "write", source, .. }) if source.kind() == io::ErrorKind::StorageFull),
+            matches!(&told, Err(Error::Io { op: "sync", source, .. }) if source.kind() == io::ErrorKind::StorageFull),
             "{told:?}"
         );
         assert_eq!(saver.finish().unwrap(), None);

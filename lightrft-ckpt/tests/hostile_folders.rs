@@ -56,29 +56,42 @@ fn quick() -> tempfile::TempDir {
 /// Runs `act` just before operation `n` of the save of step 3 after steps 1 and 2, for every n, and `check` after it.
 fn before_every_operation(
     act: impl Fn(&Path) + Send + Sync + 'static,
-    mut check: impl FnMut(&Path, Result<SaveReport>),
+    mut check: impl FnMut(&Path, Result<SaveReport>, Moment),
 ) {
     let act = Arc::new(act);
     let operations =
-        disturbed(&act, u64::MAX, &mut |dir, told| assert_eq!((told.unwrap().step, newest(dir)), (3, 3)));
+        disturbed(&act, u64::MAX, &mut |dir, told, _| assert_eq!((told.unwrap().step, newest(dir)), (3, 3)));
     assert!(operations > 10, "{operations} operations");
     for n in 0..operations {
         disturbed(&act, n, &mut check);
     }
 }
 
+/// When the folder was disturbed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Moment {
+    BeforeTheCommit,
+    AfterIt,
+}
+
 /// One of these; returns the operations of the save.
 fn disturbed(
     act: &Arc<impl Fn(&Path) + Send + Sync + 'static>,
     n: u64,
-    check: &mut impl FnMut(&Path, Result<SaveReport>),
+    check: &mut impl FnMut(&Path, Result<SaveReport>, Moment),
 ) -> u64 {
     let scratch = quick();
     let dir = scratch.path().join("actor");
     let (done, at) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));
     let (counter, chosen, acts, there) = (done.clone(), at.clone(), act.clone(), dir.clone());
-    let watched = Observed::new(OsFileSystem::new(), move |_| {
-        if counter.fetch_add(1, Ordering::SeqCst) == chosen.load(Ordering::SeqCst) {
+    let renamed = Arc::new(AtomicU64::new(u64::MAX));
+    let rename = renamed.clone();
+    let watched = Observed::new(OsFileSystem::new(), move |operation| {
+        let this = counter.fetch_add(1, Ordering::SeqCst);
+        if operation.kind == "rename" && operation.path.to_string_lossy().contains("global_step3.tmp-") {
+            rename.store(this, Ordering::SeqCst);
+        }
+        if this == chosen.load(Ordering::SeqCst) {
             acts(&there);
         }
         Ok(())
@@ -97,7 +110,9 @@ fn disturbed(
         assert!(e.to_string().contains(&scratch.path().display().to_string()), "operation {n}: {e}");
     }
     drop(saver);
-    check(&dir, told);
+    // One that never came to the rename to its tag was disturbed before it.
+    let before = begin.saturating_add(n) <= renamed.load(Ordering::SeqCst);
+    check(&dir, told, if before { Moment::BeforeTheCommit } else { Moment::AfterIt });
     assert_eq!(newest(&other), 7, "operation {n}");
     // Whoever starts again goes on.
     save(&Saver::open(&dir, &Alone).unwrap(), 9).unwrap();
@@ -109,9 +124,10 @@ fn disturbed(
 fn a_folder_deleted_in_mid_save_is_an_error_and_the_next_start_makes_it_anew() {
     before_every_operation(
         |dir| fs::remove_dir_all(dir).unwrap(),
-        |dir, told| {
+        |dir, told, moment| {
             // When all was published before, the report stands, and the deletion came after.
-            assert!(told.is_err() || newest(dir) == 0);
+            assert!(told.is_err() || moment == Moment::AfterIt, "{told:?}");
+            assert_eq!(newest(dir), 0);
         },
     );
 }
@@ -121,7 +137,7 @@ fn a_folder_renamed_away_in_mid_save_keeps_what_it_held() {
     let away = |dir: &Path| dir.with_file_name("elsewhere");
     before_every_operation(
         move |dir| fs::rename(dir, dir.with_file_name("elsewhere")).unwrap(),
-        move |dir, told| {
+        move |dir, told, _| {
             let found = newest(&away(dir));
             assert!(found == 3 || (found == 2 && told.is_err()), "{found}, told {told:?}");
         },
@@ -137,7 +153,7 @@ fn a_staging_folder_cleaned_away_in_mid_save_is_an_error_and_the_old_ones_stay()
             }
         }
     };
-    before_every_operation(clean, |dir, told| {
+    before_every_operation(clean, |dir, told, _| {
         let found = newest(dir);
         assert!(found == 3 || (found == 2 && told.is_err()), "{found}, told {told:?}");
     });
@@ -155,14 +171,14 @@ fn shards_cleaned_away_in_mid_save_are_noticed_before_the_old_ones_are_let_go() 
         }
     };
     let mut unseen = 0;
-    before_every_operation(clean, |dir, told| {
+    before_every_operation(clean, |dir, told, _| {
         let (checkpoint, report) = Checkpoints::open(dir).load(Which::Newest, Verify::Everything).unwrap();
         let found = checkpoint.step();
         assert!([2, 3].contains(&found));
         unseen += u64::from(found == 2 && told.is_ok() && report.skipped.is_empty());
     });
-    // After the last look at the files come two operations: the look at the tag's place, and the rename.
-    assert!(unseen <= 2, "{unseen} times the save of an empty folder was called a success");
+    // After the last file was opened come three operations: its length, the look at the tag's place, and the rename.
+    assert!(unseen <= 3, "{unseen} times the save of an empty folder was called a success");
 }
 
 #[test]
@@ -322,6 +338,26 @@ fn a_full_disk_is_told_and_room_made_is_room_used() {
     assert_eq!(saver.rotate(&Alone, &limits).unwrap().removed, ["global_step1"]);
     save_elements(&saver, 3, elements, &limits).unwrap();
     assert_eq!(newest(&dir), 3);
+}
+
+#[test]
+fn a_disk_full_of_what_a_crash_left_is_swept_at_the_next_start() {
+    let Some(dir) = mounted() else {
+        return on_a_file_system_of_its_own("a_disk_full_of_what_a_crash_left_is_swept_at_the_next_start");
+    };
+    let staging = dir.join("global_step1.tmp-0123456789abcdef");
+    fs::create_dir(&staging).unwrap();
+    let mut filler = fs::File::create(staging.join("rank-00000.safetensors")).unwrap();
+    let full = loop {
+        if let Err(e) = filler.write_all(&[1; 4096]) {
+            break e;
+        }
+    };
+    assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+    drop(filler);
+    let saver = Saver::open(&dir, &Alone).unwrap();
+    assert!(!staging.exists());
+    save(&saver, 1).unwrap();
 }
 
 #[test]

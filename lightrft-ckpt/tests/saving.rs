@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
-use lightrft_ckpt::testing::{Observed, SimulatedDisk, run_ranks};
+use lightrft_ckpt::testing::{Crash, Observed, SimulatedDisk, run_ranks};
 use lightrft_ckpt::{
     Agreement, Alone, Checkpoints, Dtype, Error, FileSystem as _, Part, Region, Result, Rotation, SaveReport,
     Saver, Snapshot, Verify, Which,
@@ -209,6 +209,8 @@ fn tags_that_could_escape_or_collide_are_refused() {
         "latest",
         ".hidden",
         "a\0b",
+        "step 1 ",
+        " step 1",
         "x.tmp-0123456789abcdef",
         &"t".repeat(300),
     ] {
@@ -361,4 +363,40 @@ fn a_latest_that_cannot_be_moved_is_told_on_every_rank_and_rotation_goes_on() {
     assert_eq!(removed, ["global_step2", "global_step3"]);
     let left: Vec<String> = disk.list("/c".as_ref()).unwrap().into_iter().map(|e| e.name).collect();
     assert_eq!(left, ["global_step1", "global_step4", "latest"]);
+}
+
+#[test]
+fn shards_without_a_manifest_are_somebodys_and_an_empty_folder_is_nobodys() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let saver = Saver::open(at, &Alone).unwrap();
+    let copied = at.join("global_step1");
+    std::fs::create_dir(&copied).unwrap();
+    std::fs::write(copied.join("rank-00000.safetensors"), "being copied").unwrap();
+    let refused = save(&saver, &Alone, 1);
+    assert!(
+        matches!(&refused, Err(Error::Foreign { found, .. }) if found == "rank-00000.safetensors"),
+        "{refused:?}"
+    );
+    assert_eq!(std::fs::read(copied.join("rank-00000.safetensors")).unwrap(), b"being copied");
+    assert_eq!(names(at), ["global_step1"]);
+
+    std::fs::remove_file(copied.join("rank-00000.safetensors")).unwrap();
+    assert!(!save(&saver, &Alone, 1).unwrap().replaced);
+    assert_eq!(names(at), ["global_step1", "latest"]);
+    // A damaged one of ours is replaced as ever.
+    std::fs::write(copied.join("manifest.json"), "rotten").unwrap();
+    assert!(save(&saver, &Alone, 1).unwrap().replaced);
+    assert_eq!(tags(&saver.checkpoints()), ["global_step1"]);
+}
+
+#[test]
+fn a_directory_that_somebody_else_just_made_is_durable_after_the_first_save() {
+    let disk = SimulatedDisk::new();
+    disk.create_dir_all("/run".as_ref()).unwrap();
+    disk.create_dir("/run/c".as_ref()).unwrap();
+    let saver = Saver::open_on(Arc::new(disk.clone()), "/run/c", &Alone).unwrap();
+    save(&saver, &Alone, 1).unwrap();
+    let left = Checkpoints::open_on(Arc::new(disk.after(Crash::LoseAll)), "/run/c");
+    assert_eq!(tags(&left), ["global_step1"]);
 }

@@ -16,7 +16,7 @@ pub enum Crash {
     LoseAll,
     /// All of it was written after all.
     KeepAll,
-    /// Every write, truncation to its sectors, and every change of a name is kept or lost by itself: one of the many
+    /// Every write, truncation to its sectors, the length that a file was created with, and every change of a name is kept or lost by itself: one of the many
     /// ways, told by the seed.
     Tear(u64),
 }
@@ -48,8 +48,16 @@ struct State {
 
 #[derive(Clone)]
 enum Node {
-    File { durable: Vec<u8>, writes: Vec<(usize, Vec<u8>)> },
-    Dir { durable: BTreeMap<String, usize>, changes: Vec<Change> },
+    File {
+        durable: Vec<u8>,
+        writes: Vec<(usize, Vec<u8>)>,
+        /// Room set aside at its creation: a crash may leave it so long, with zeros.
+        set_aside: usize,
+    },
+    Dir {
+        durable: BTreeMap<String, usize>,
+        changes: Vec<Change>,
+    },
 }
 
 /// A change of a directory that may be lost by itself.
@@ -95,7 +103,7 @@ impl Node {
     }
 
     fn content(&self) -> io::Result<Cow<'_, [u8]>> {
-        let Node::File { durable, writes } = self else { return Err(io::ErrorKind::IsADirectory.into()) };
+        let Node::File { durable, writes, .. } = self else { return Err(io::ErrorKind::IsADirectory.into()) };
         if writes.is_empty() {
             return Ok(Cow::Borrowed(durable));
         }
@@ -117,7 +125,11 @@ impl Node {
     /// What a crash leaves of it.
     fn survive(&mut self, keep: &mut dyn FnMut() -> bool) {
         match self {
-            Node::File { durable, writes } => {
+            Node::File { durable, writes, set_aside } => {
+                if durable.len() < *set_aside && keep() {
+                    durable.resize(*set_aside, 0);
+                }
+                *set_aside = 0;
                 for (offset, bytes) in writes.drain(..) {
                     let mut at = offset;
                     for sector in bytes.chunks(SECTOR) {
@@ -285,7 +297,7 @@ impl SimulatedDisk {
             Ok(node) => node,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let (dir, name) = state.locate(path)?;
-                state.nodes.push(Node::File { durable: Vec::new(), writes: Vec::new() });
+                state.nodes.push(Node::File { durable: Vec::new(), writes: Vec::new(), set_aside: 0 });
                 let node = state.nodes.len() - 1;
                 if let Node::Dir { durable, .. } = &mut state.nodes[dir] {
                     durable.insert(name.to_owned(), node);
@@ -295,7 +307,8 @@ impl SimulatedDisk {
             Err(e) => return Err(e),
         };
         match &mut state.nodes[node] {
-            Node::File { durable, writes } => {
+            Node::File { durable, writes, set_aside } => {
+                *set_aside = 0;
                 writes.clear();
                 *durable = content;
                 Ok(())
@@ -314,6 +327,8 @@ impl FileSystem for SimulatedDisk {
             let missing = self.state().lookup(&so_far).is_err();
             if missing {
                 self.create_dir(&so_far)?;
+            }
+            if missing || so_far == path {
                 self.sync_dir(&parent)?;
             }
         }
@@ -324,8 +339,8 @@ impl FileSystem for SimulatedDisk {
         self.state().add(path, Node::dir()).map(drop)
     }
 
-    fn create(&self, path: &Path, _bytes: u64) -> io::Result<Box<dyn WriteFile>> {
-        let file = Node::File { durable: Vec::new(), writes: Vec::new() };
+    fn create(&self, path: &Path, bytes: u64) -> io::Result<Box<dyn WriteFile>> {
+        let file = Node::File { durable: Vec::new(), writes: Vec::new(), set_aside: bytes as usize };
         let node = self.state().add(path, file)?;
         Ok(Box::new(OpenFile { disk: self.clone(), node }))
     }
@@ -444,7 +459,7 @@ impl WriteFile for OpenFile {
         let mut state = self.disk.state();
         state.operate()?;
         let content = state.nodes[self.node].content()?.into_owned();
-        state.nodes[self.node] = Node::File { durable: content, writes: Vec::new() };
+        state.nodes[self.node] = Node::File { durable: content, writes: Vec::new(), set_aside: 0 };
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use crate::fs::{Entry, FileSystem, Lock, ReadFile, WriteFile};
 /// One operation on a file system, just before it is done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Operation {
-    /// `create`, `write`, `sync`, `rename`, `read`, ...
+    /// `create`, `write`, `sync`, `rename`, `read`, `measure`, ...
     pub kind: &'static str,
     /// On what.
     pub path: PathBuf,
@@ -135,6 +135,7 @@ impl WriteFile for ObservedFile<dyn WriteFile> {
 
 impl ReadFile for ObservedFile<dyn ReadFile> {
     fn bytes(&self) -> io::Result<u64> {
+        self.tell("measure", 0)?;
         self.file.bytes()
     }
 
