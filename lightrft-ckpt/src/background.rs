@@ -1,17 +1,15 @@
 //! A save that goes on while training does: the call copies, a thread writes and commits.
 
-use std::any::Any;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use crate::agreement::Agreement;
+use crate::agreement::{Agreement, agree};
 use crate::aligned::AlignedBuf;
 use crate::block_writer::Source;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, caught};
 use crate::reader::Checkpoints;
 use crate::rotation::{Rotated, Rotation};
 use crate::saver::{Begun, SaveReport, Saver};
@@ -122,17 +120,18 @@ struct Outcome {
 
 impl BackgroundSaver {
     /// Takes a saver, and a group of the same ranks as it was opened with. The thread in the background speaks on this
-    /// group, so nothing else may: give it a group of its own.
+    /// group, so nothing else may: give it a group of its own. Every rank of the group calls this.
     ///
     /// # Errors
-    /// [`Error::Io`] when no thread can be started.
+    /// [`Error::Io`] when no thread can be started; [`Error::Rank`] when none can on another rank; [`Error::Agreement`].
     pub fn new(saver: Saver, group: Arc<dyn Agreement + Send + Sync>) -> Result<Self> {
         let saver = Arc::new(saver);
         let progress = Arc::new(Cell::default());
         let (tasks, given) = channel::<Task>();
         let (done, outcomes) = channel();
         let thread = Worker { saver: saver.clone(), group: group.clone(), progress: progress.clone() };
-        let worker = thread::Builder::new()
+        let mut worker = None;
+        let started = thread::Builder::new()
             .name("ckpt-background".into())
             .spawn(move || {
                 // Ends when the saver is dropped, which first waits for what is in flight.
@@ -142,7 +141,14 @@ impl BackgroundSaver {
                     }
                 }
             })
-            .map_err(Error::io("start a thread to save to", saver.dir()))?;
+            .map(|thread| worker = Some(thread))
+            .map_err(Error::io("start a thread to save to", saver.dir()));
+        // A rank that went on alone would wait for the others in its first save.
+        if let Err(e) = agree(group.as_ref(), "starting a thread", started) {
+            drop(tasks);
+            let _ = worker.map(JoinHandle::join);
+            return Err(e);
+        }
         Ok(BackgroundSaver {
             saver,
             group,
@@ -152,7 +158,7 @@ impl BackgroundSaver {
             outcomes,
             pending: false,
             unreported: None,
-            worker: Some(worker),
+            worker,
         })
     }
 
@@ -273,27 +279,15 @@ struct Worker {
 
 impl Worker {
     fn run(&self, Task { begun, file, image }: Task) -> Outcome {
-        // A panic while writing is told to the other ranks like any failure: they wait for what this one says.
         let staged = file.and_then(|file| {
             let pieces = file.of_image(&image);
             let source = Source::Image(&pieces, &image);
-            caught("writing", || self.saver.stage(&begun, &file, source, &self.progress.written))
+            self.saver.stage(&begun, &file, source, &self.progress.written)
         });
         self.progress.enter(Phase::Publishing);
+        // The thread lives on.
         let saved = caught("publishing", || self.saver.conclude(self.group.as_ref(), begun, staged));
         self.progress.enter(Phase::Over);
         Outcome { saved, image }
     }
-}
-
-/// Makes an error of a panic, so that the thread lives on.
-fn caught<T>(during: &'static str, run: impl FnOnce() -> Result<T>) -> Result<T> {
-    // Nothing that `run` may have left half-done is looked at afterwards but files, which no one counts on yet.
-    catch_unwind(AssertUnwindSafe(run))
-        .unwrap_or_else(|panic| Err(Error::Panicked { during, message: message_of(panic.as_ref()) }))
-}
-
-fn message_of(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }

@@ -1,8 +1,10 @@
 //! What can go wrong, by what the caller can do about it.
 
+use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use rustix::io::Errno;
@@ -26,7 +28,8 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// The snapshot contradicts itself or another rank's. Nothing was written.
+    /// The snapshot contradicts itself or another rank's, or what it says is more than a manifest holds. No checkpoint
+    /// was written, and nothing of it is left.
     #[error("snapshot `{tag}` cannot be saved: {reason}")]
     Snapshot {
         /// The snapshot's tag.
@@ -51,7 +54,7 @@ pub enum Error {
     Rank {
         /// The first rank that failed.
         rank: usize,
-        /// The phase: `planning`, `writing`, `publishing`, `opening`.
+        /// The phase: `opening`, `planning`, `writing`, `publishing`, `rotating` and others.
         during: &'static str,
         /// That rank's error, as text.
         reason: String,
@@ -66,9 +69,9 @@ pub enum Error {
         source: Box<dyn StdError + Send + Sync>,
     },
 
-    /// A save in the background panicked: a defect of the file system's or the group's implementation, or of this
-    /// crate. The checkpoints that were there are still there.
-    #[error("the save in the background panicked while {during}: {message}")]
+    /// A save panicked: a defect of the file system's or the group's implementation, or of this crate. The other ranks
+    /// are told like of any failure. The checkpoints that were there are still there.
+    #[error("the save panicked while {during}: {message}")]
     Panicked {
         /// The phase.
         during: &'static str,
@@ -196,6 +199,18 @@ impl Error {
     pub(crate) fn damaged(path: impl Into<PathBuf>, reason: impl Into<String>) -> Error {
         Error::Damaged { path: path.into(), reason: reason.into() }
     }
+}
+
+/// Makes an error of a panic, so that the other ranks are told of it, who wait for what this one says.
+pub(crate) fn caught<T>(during: &'static str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    // Nothing that `run` may have left half-done is looked at afterwards but files, which no one counts on yet.
+    catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|panic| Err(Error::Panicked { during, message: message_of(panic.as_ref()) }))
+}
+
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }
 
 /// How a checkpoint's tensors differ from those a model expects.

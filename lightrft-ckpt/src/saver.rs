@@ -13,7 +13,7 @@ use crate::agreement::{Agreement, agree};
 use crate::aligned::AlignedBuf;
 use crate::block_writer::{Source, Writing};
 use crate::catalog::{Skipped, check_files};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, caught};
 use crate::fs::{FileSystem, Lock};
 use crate::manifest::{
     BLOCK_BYTES, FileRecord, LOCK, Manifest, Place, RegionRecord, Summary, TMP_INFIX, TensorRecord, check_tag,
@@ -79,7 +79,8 @@ struct Opening {
 #[derive(Serialize, Deserialize)]
 struct Written {
     file: FileRecord,
-    rank_state: Value,
+    /// As JSON text, which only rank 0 parses.
+    rank_state: String,
 }
 
 impl Saver {
@@ -201,7 +202,7 @@ impl Saver {
                 tag: snapshot.tag.clone(),
                 step: snapshot.step,
                 shared: snapshot.shared.clone(),
-                rank_state: snapshot.rank_state.clone(),
+                rank_state: snapshot.rank_state.to_string(),
                 plan,
                 staging,
                 limits: *limits,
@@ -222,7 +223,8 @@ impl Saver {
         source: Source<'_>,
         written: &AtomicU64,
     ) -> Result<FileRecord> {
-        file.stage(self.fs.as_ref(), &begun.staging, source, self.writing, written)
+        let fs = self.fs.as_ref();
+        caught("writing", || file.stage(fs, &begun.staging, source, self.writing, written))
     }
 
     /// Lays a rank's file out in memory, so that its tensors may change before it is written.
@@ -261,7 +263,7 @@ impl Saver {
         let written = staged.map(|file| Written { file, rank_state: begun.rank_state.clone() });
         let written = agree(group, "writing", written)?;
         let committed = match group.rank() {
-            0 => self.commit(begun, written).map(Some),
+            0 => caught("publishing", || self.commit(begun, written)).map(Some),
             _ => Ok(None),
         };
         let reports = agree(group, "publishing", committed)?;
@@ -292,6 +294,7 @@ impl Saver {
         let refuse = |reason| Error::Snapshot { tag: snapshot.tag.clone(), reason };
         check_tag(&snapshot.tag).map_err(refuse)?;
         limits.check()?;
+        snapshot.check_state().map_err(refuse)?;
         let mut parts = Vec::with_capacity(snapshot.parts.len());
         for part in &snapshot.parts {
             parts.push(Declared::of(part, &part.span().map_err(refuse)?));
@@ -313,7 +316,8 @@ impl Saver {
     /// Rank 0's part: from files that are durable to a checkpoint that is.
     fn commit(&self, begun: &Begun, written: Vec<Written>) -> Result<SaveReport> {
         let fs = self.fs.as_ref();
-        let manifest = manifest_of(begun, written)?;
+        let refuse = |reason| Error::Snapshot { tag: begun.tag.clone(), reason };
+        let manifest = manifest_of(begun, written).map_err(refuse)?;
         let manifest_bytes = seal(fs, &begun.staging, &manifest)?;
         // A cleaner of old files, or a directory that the ranks do not share after all, is noticed before it counts.
         check_files(fs, &begun.staging, &manifest)?;
@@ -349,7 +353,8 @@ pub(crate) struct Begun {
     pub(crate) tag: String,
     step: u64,
     shared: Value,
-    rank_state: Value,
+    /// As JSON text.
+    rank_state: String,
     plan: Plan,
     staging: PathBuf,
     limits: Rotation,
@@ -401,7 +406,7 @@ fn same_everywhere(openings: &[Opening]) -> Result<(), String> {
 }
 
 /// Lays the ranks' reports side by side with the plan that they all followed.
-fn manifest_of(begun: &Begun, written: Vec<Written>) -> Result<Manifest> {
+fn manifest_of(begun: &Begun, written: Vec<Written>) -> Result<Manifest, String> {
     let mut tensors: Vec<TensorRecord> = (begun.plan.tensors.iter())
         .map(|(name, t)| TensorRecord {
             name: name.clone(),
@@ -423,7 +428,13 @@ fn manifest_of(begun: &Begun, written: Vec<Written>) -> Result<Manifest> {
         }
     }
     let saved = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (files, ranks): (Vec<_>, Vec<_>) = written.into_iter().map(|w| (w.file, w.rank_state)).unzip();
+    let (mut files, mut ranks) = (Vec::with_capacity(written.len()), Vec::with_capacity(written.len()));
+    for (rank, Written { file, rank_state }) in written.into_iter().enumerate() {
+        files.push(file);
+        let state: Value =
+            serde_json::from_str(&rank_state).map_err(|e| format!("the state of rank {rank}: {e}"))?;
+        ranks.push(state);
+    }
     Ok(Manifest {
         summary: Summary {
             tag: begun.tag.clone(),

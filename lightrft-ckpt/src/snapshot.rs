@@ -22,7 +22,7 @@ pub struct Snapshot<'a> {
     /// This rank's parts, in any order; a rank may have none.
     pub parts: Vec<Part<'a>>,
     /// State that all ranks share, LightRFT's `client_state`. Must be equal on all ranks. Integers and finite
-    /// floats come back exactly; JSON has no NaN.
+    /// floats come back exactly; JSON has no NaN. Arrays and objects may be nested 100 deep.
     pub shared: Value,
     /// This rank's own state: random number generators, the sampler's position.
     pub rank_state: Value,
@@ -39,6 +39,39 @@ impl<'a> Snapshot<'a> {
             rank_state: Value::Null,
         }
     }
+
+    /// Whether the states can be read back; the error says which cannot.
+    pub(crate) fn check_state(&self) -> Result<(), String> {
+        for (which, state) in [("shared", &self.shared), ("rank_state", &self.rank_state)] {
+            if nests_deeper(state, MAX_NESTING) {
+                return Err(format!("`{which}` is nested more than {MAX_NESTING} deep"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The parser refuses what is nested 128 deep, and the states lie within a manifest.
+const MAX_NESTING: usize = 100;
+
+/// Whether a value lies within more than so many arrays and objects.
+fn nests_deeper(value: &Value, most: usize) -> bool {
+    let mut level = vec![value];
+    for _ in 0..=most {
+        let mut below = Vec::new();
+        for value in level {
+            match value {
+                Value::Array(values) => below.extend(values),
+                Value::Object(values) => below.extend(values.values()),
+                _ => {}
+            }
+        }
+        if below.is_empty() {
+            return false;
+        }
+        level = below;
+    }
+    true
 }
 
 /// Elements of one tensor that this rank holds.

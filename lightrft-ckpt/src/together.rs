@@ -49,7 +49,7 @@ use crate::snapshot::Snapshot;
 /// ```
 ///
 /// # Errors
-/// [`Error::Snapshot`] when the snapshots are not of one tag and step, and [`Error::Rotation`], before anything is
+/// [`Error::Snapshot`] when the snapshots are not of one tag and step, or not as many on every rank, and [`Error::Rotation`], before anything is
 /// written; those of [`Saver::save`], of the first model that could not be saved: those before it have the step, and
 /// nothing was let go.
 pub fn save_together(
@@ -58,7 +58,13 @@ pub fn save_together(
     limits: &Rotation,
 ) -> Result<Vec<SaveReport>> {
     // A rank that refused by itself would leave the others waiting for it.
-    agree(group, "planning", limits.check().and_then(|()| of_one_step(models)))?;
+    let mine = limits.check().and_then(|()| of_one_step(models)).map(|()| models.len());
+    let counts = agree(group, "planning", mine)?;
+    if let Some((rank, count)) = counts.iter().enumerate().find(|(_, count)| **count != counts[0]) {
+        let tag = models.first().map(|(_, snapshot)| snapshot.tag.clone()).unwrap_or_default();
+        let reason = format!("rank 0 saves {} models together, rank {rank} saves {count}", counts[0]);
+        return Err(Error::Snapshot { tag, reason });
+    }
     let mut reports = Vec::with_capacity(models.len());
     for (saver, snapshot) in models {
         reports.push(saver.save(group, snapshot, &Rotation::KEEP_ALL)?);

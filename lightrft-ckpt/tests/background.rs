@@ -292,3 +292,59 @@ fn a_failure_on_one_rank_is_told_on_all_and_so_is_a_panic() {
         );
     }
 }
+
+#[test]
+fn a_panic_while_rank_0_publishes_is_told_on_all_and_saving_goes_on() {
+    let disk = SimulatedDisk::new();
+    let told = run_ranks(2, |group| {
+        let group = Arc::new(group);
+        let faulty = Observed::new(disk.clone(), |operation| {
+            let hit = operation.kind == "rename" && operation.path.to_string_lossy().contains("step1.tmp-");
+            if hit { panic!("a defect") } else { Ok(()) }
+        });
+        let saver = Saver::open_on(Arc::new(faulty), "/c", &*group).unwrap();
+        let blocking = saver.save(&*group, &snapshot(1, &*group, &content(1)), &KEEP).unwrap_err();
+        let mut saver = BackgroundSaver::new(saver, group.clone()).unwrap();
+        saver.save(&snapshot(1, &*group, &content(1)), &KEEP).unwrap();
+        let background = saver.finish().unwrap_err();
+        saver.save(&snapshot(2, &*group, &content(2)), &KEEP).unwrap();
+        saver.finish().unwrap();
+        [blocking, background]
+    });
+    for told in &told[0] {
+        assert!(matches!(told, Error::Panicked { during: "publishing", .. }), "{told}");
+    }
+    for told in &told[1] {
+        let Error::Rank { rank: 0, during: "publishing", reason } = told else { panic!("{told}") };
+        assert!(reason.contains("a defect"), "{reason}");
+    }
+    let names: Vec<String> = disk.list("/c".as_ref()).unwrap().into_iter().map(|e| e.name).collect();
+    assert_eq!(names, ["global_step2", "latest"]);
+}
+
+/// A group of two whose other rank could not do what it was to do.
+struct WithUnlucky;
+
+impl Agreement for WithUnlucky {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world_size(&self) -> usize {
+        2
+    }
+
+    fn exchange(&self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(vec![mine, br#"{"Err":"no more threads"}"#.to_vec()])
+    }
+}
+
+#[test]
+fn a_thread_that_another_rank_cannot_start_is_told_before_the_first_save() {
+    let disk = Arc::new(SimulatedDisk::new());
+    let saver = Saver::open_on(disk.clone(), "/c", &Alone).unwrap();
+    let told = BackgroundSaver::new(saver, Arc::new(WithUnlucky)).unwrap_err();
+    assert!(matches!(&told, Error::Rank { rank: 1, reason, .. } if reason == "no more threads"), "{told}");
+    // The directory is free again.
+    Saver::open_on(disk, "/c", &Alone).unwrap();
+}

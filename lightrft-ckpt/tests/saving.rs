@@ -192,6 +192,16 @@ fn ranks_that_disagree_are_told_before_anything_is_written() {
         }
     });
     assert!(text.contains("F32") && text.contains("I32"), "{text}");
+    let nested = |depth| (0..depth).fold(1.into(), |inner, _| serde_json::json!([inner]));
+    let text = refused(&|rank, s| s.rank_state = nested(if rank == 1 { 130 } else { 1 }));
+    assert!(text.contains("rank 1 failed while planning") && text.contains("`rank_state`"), "{text}");
+    let text = refused(&|_, s| s.shared = nested(101));
+    assert!(text.contains("`shared`") && text.contains("100"), "{text}");
+    let text = refused(&|rank, s| {
+        let clash = Part::new("w@0..4", &[1][..], Region::Whole, &[1u8]);
+        s.parts.extend((rank == 0).then_some(clash));
+    });
+    assert!(text.contains("`w@0..4`"), "{text}");
     let text = refused(&|_, s| s.parts[0].region = Region::Flat(0..9));
     assert!(text.contains("0..9") && text.contains("[8]"), "{text}");
 }
@@ -399,4 +409,16 @@ fn a_directory_that_somebody_else_just_made_is_durable_after_the_first_save() {
     save(&saver, &Alone, 1).unwrap();
     let left = Checkpoints::open_on(Arc::new(disk.after(Crash::LoseAll)), "/run/c");
     assert_eq!(tags(&left), ["global_step1"]);
+}
+
+#[test]
+fn states_nested_as_deep_as_allowed_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let saver = Saver::open(dir.path(), &Alone).unwrap();
+    let deep = (0..100).fold(serde_json::json!(0.1), |inner, _| serde_json::json!({ "in": inner }));
+    let mut snapshot = Snapshot::of_step(1);
+    (snapshot.shared, snapshot.rank_state) = (deep.clone(), deep.clone());
+    saver.save(&Alone, &snapshot, &KEEP).unwrap();
+    let (checkpoint, _) = saver.checkpoints().load(Which::Newest, Verify::Everything).unwrap();
+    assert_eq!((checkpoint.shared(), checkpoint.rank_states()), (&deep, &[deep.clone()][..]));
 }

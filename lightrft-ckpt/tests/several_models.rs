@@ -301,3 +301,18 @@ fn models_saved_in_the_background_rotate_when_both_are_there() {
         assert_eq!(common(&disk), (step, [0, 0]));
     }
 }
+
+#[test]
+fn ranks_that_do_not_save_as_many_models_are_told_before_anything_is_written() {
+    let disk = SimulatedDisk::new();
+    let told = run_ranks(2, |group| {
+        let weights = [content(0, 1, 0), content(1, 1, 0)];
+        let [actor, critic] = open(Arc::new(disk.clone()), &group).unwrap();
+        let [a, c] = snapshots(&weights, &group, 1, 0);
+        let models = [(&actor, &a), (&critic, &c)];
+        save_together(&group, &models[..2 - group.rank()], &ONE).unwrap_err().to_string()
+    });
+    assert!(told[0].contains("rank 0 saves 2 models") && told[0].contains("rank 1 saves 1"), "{told:?}");
+    assert_eq!(told[0], told[1]);
+    assert_eq!(common(&disk).0, 0);
+}
