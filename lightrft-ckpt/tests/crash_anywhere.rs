@@ -325,3 +325,16 @@ fn an_error_of_any_operation_in_the_background_is_told_by_the_next_call_and_savi
     }
     assert!(told_late > 10, "{told_late} of the operations mattered");
 }
+
+#[test]
+fn a_crash_may_leave_a_file_with_the_length_that_was_set_aside_for_it() {
+    let disk = SimulatedDisk::new();
+    let file = disk.create("/file".as_ref(), 1000).unwrap();
+    disk.sync_dir("/".as_ref()).unwrap();
+    let after = |crash| disk.after(crash).content("/file").unwrap();
+    assert_eq!((after(Crash::LoseAll), after(Crash::KeepAll)), (vec![], vec![0; 1000]));
+    file.write_all_at(600, &[7; 400]).unwrap();
+    assert_eq!(after(Crash::KeepAll), [vec![0; 600], vec![7; 400]].concat());
+    let torn: Vec<usize> = (0..20).map(|seed| after(Crash::Tear(seed)).len()).collect();
+    assert!(torn.contains(&0) && torn.contains(&1000), "{torn:?}");
+}
