@@ -151,7 +151,8 @@ mod tests {
             let late = group.exchange(vec![1]).map_err(|e| e.to_string());
             given_up.wait();
             (early, late)
-        });
+        })
+        .unwrap();
         assert_eq!(told[0].0, Some(true));
         for (_, late) in told {
             assert!(late.as_ref().is_err_and(|lost| lost.contains("rank 0 waited")), "{late:?}");
