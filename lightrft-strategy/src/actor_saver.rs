@@ -7,7 +7,7 @@ use lightrft_ckpt::{BackgroundSaver, Progress, Rotation, SaveReport, Saver};
 use lightrft_collectives::{Communicator, GroupOptions};
 
 use crate::agree::agree;
-use crate::checkpoint::{Group, RunState, limits, snapshot};
+use crate::checkpoint::{Group, RunState, agreed_snapshot, limits};
 use crate::config::StrategyConfig;
 use crate::error::{Error, Result};
 use crate::prepare::Actor;
@@ -50,7 +50,7 @@ impl ActorSaver {
     /// [`Error::Checkpoint`], on every rank alike: what is wrong with this save, or the failure of the one before, after
     /// which this one has not begun.
     pub fn save(&mut self, actor: &Actor, state: &RunState) -> Result<Option<SaveReport>> {
-        let snapshot = agree(&*self.world, "gathering what to save", snapshot(actor, state))?;
+        let snapshot = agreed_snapshot(&*self.world, actor, state)?;
         Ok(self.saver.save(&snapshot, &self.limits)?)
     }
 

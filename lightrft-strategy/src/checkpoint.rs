@@ -135,8 +135,17 @@ pub(crate) fn limits(config: &StrategyConfig) -> Rotation {
     Rotation { max_num: config.max_ckpt_num, max_mem_gib: config.max_ckpt_mem, ..Rotation::default() }
 }
 
-/// What this rank saves: its shards, and the state that all share.
-pub(crate) fn snapshot<'a>(actor: &'a Actor, state: &RunState) -> Result<Snapshot<'a>> {
+/// What this rank saves. A snapshot that one rank cannot make is an error on all. *Collective.*
+pub(crate) fn agreed_snapshot<'a>(
+    world: &dyn Communicator,
+    actor: &'a Actor,
+    state: &RunState,
+) -> Result<Snapshot<'a>> {
+    agree(world, "gathering what to save", snapshot(actor, state))
+}
+
+/// This rank's shards, and the state that all share.
+fn snapshot<'a>(actor: &'a Actor, state: &RunState) -> Result<Snapshot<'a>> {
     let counters = actor.optimizer.counters();
     let shared = Shared {
         run: state.clone(),
@@ -163,8 +172,7 @@ pub(crate) fn save(
     state: &RunState,
 ) -> Result<SaveReport> {
     let group = Group(&**world);
-    // A snapshot that one rank cannot make ends the save on all.
-    let snapshot = agree(&**world, "gathering what to save", snapshot(actor, state))?;
+    let snapshot = agreed_snapshot(&**world, actor, state)?;
     let saver = Saver::open(dir, &group)?;
     Ok(saver.save(&group, &snapshot, &limits(config))?)
 }
@@ -200,10 +208,10 @@ pub(crate) fn load(
         checkpoint.read_into(&name, &Region::Flat(range), into)
     };
     let moments = options.loads(StateKind::ExpAvg);
-    let average = ema.as_mut().filter(|_| options.loads(StateKind::Ema));
-    let read_all = || -> Result<()> {
+    let mut average = ema.as_mut().filter(|_| options.loads(StateKind::Ema));
+    let mut read_all = || -> Result<()> {
         load_state(model.units_mut(), moments.then_some(&mut *optimizer), read)?;
-        match (average, &shared.ema) {
+        match (average.as_deref_mut(), &shared.ema) {
             (Some(ema), Some(_)) => {
                 ema.load_state(|param, range, into| read(StateKind::Ema, param, range, into))?;
             }
@@ -222,7 +230,7 @@ pub(crate) fn load(
     if options.load_module_only || !options.load_lr_scheduler_states {
         run.updates = 0;
     }
-    if let Some(ema) = ema.as_mut().filter(|_| options.loads(StateKind::Ema)) {
+    if let Some(ema) = average {
         ema.set_counters(shared.ema.unwrap_or_default());
     }
     // What a step that failed had accumulated belongs to other parameters.

@@ -90,7 +90,7 @@ fn configuration(config: &DecoderConfig, source: Option<&Path>) -> Result<Option
     let Some(path) = source.map(|source| source.join("config.json")).filter(|path| path.exists()) else {
         return Ok(own);
     };
-    let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
     let theirs = DecoderConfig::from_json(&text)?;
     let mut written: Map<String, Value> = serde_json::from_str(&text)
         .map_err(|e| Error::ConfigFile { path: path.clone(), what: e.to_string() })?;
