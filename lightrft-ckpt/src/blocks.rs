@@ -1,6 +1,7 @@
 //! Reading a shard by its checksummed blocks: no byte is handed out that was not verified.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -13,7 +14,7 @@ use crate::manifest::{FileRecord, RegionRecord, SUM_BYTES, hex_sum};
 const DIRECT_BYTES: u64 = 128 << 10;
 
 /// No read is longer. What was read is verified at once, while it is in the cache.
-const READ_BYTES: u64 = 4 << 20;
+const READ_BYTES: u64 = 1 << 20;
 
 /// Bytes of a buffer for small pieces that lie side by side.
 const GATHER_BYTES: u64 = 1 << 20;
@@ -112,6 +113,7 @@ struct Blocks {
 /// A rank's file, open, with the checksums of its blocks.
 #[derive(Debug)]
 pub(crate) struct Shard {
+    fs: Arc<dyn FileSystem>,
     file: Box<dyn ReadFile>,
     path: PathBuf,
     record: FileRecord,
@@ -122,7 +124,7 @@ pub(crate) struct Shard {
 impl Shard {
     /// Opens the file and reads and verifies its table of checksums.
     pub(crate) fn open(
-        fs: &dyn FileSystem,
+        fs: Arc<dyn FileSystem>,
         dir: &Path,
         record: &FileRecord,
         block_bytes: usize,
@@ -139,14 +141,45 @@ impl Shard {
         same_sum(&path, "its table of checksums", &record.sums_xxh3, &table)?;
         let digits = table.chunks_exact(SUM_BYTES).map(|sum| sum.try_into().unwrap_or_default());
         let sums = digits.map(u64::from_le_bytes).collect();
-        Ok(Shard { file, path, record: record.clone(), sums, block_bytes: block_bytes as u64 })
+        Ok(Shard { fs, file, path, record: record.clone(), sums, block_bytes: block_bytes as u64 })
     }
 
     /// Reads the header and compares its checksum.
     pub(crate) fn verify_header(&self) -> Result<()> {
         let mut header = vec![0; self.record.header_bytes as usize];
-        self.read(0, &mut header)?;
+        self.file.read_exact_at(0, &mut header).map_err(Error::io("read", &self.path))?;
         same_sum(&self.path, "its header", &self.record.header_xxh3, &header)
+    }
+
+    fn check(&self, blocks: Blocks, content: &[u8]) -> Result<()> {
+        let mut at = blocks.offset;
+        for (i, block) in content.chunks(self.block_bytes as usize).enumerate() {
+            let (actual, recorded) = (xxh3_64(block), self.sums.get(blocks.first_sum + i).copied());
+            let end = at + block.len() as u64;
+            if recorded != Some(actual) {
+                let recorded = recorded.unwrap_or_default();
+                let reason =
+                    format!("bytes {at}..{end} have checksum {actual:016x}, saved was {recorded:016x}");
+                return Err(Error::damaged(&self.path, reason));
+            }
+            at = end;
+        }
+        Ok(())
+    }
+}
+
+/// One reader's own descriptor of a shard: the kernel reads ahead of each descriptor by where it was read last.
+#[derive(Debug)]
+pub(crate) struct Descriptor {
+    shard: Arc<Shard>,
+    /// `None` where the file cannot be opened again: it may have lost its name meanwhile, and the shard holds it.
+    own: Option<Box<dyn ReadFile>>,
+}
+
+impl Descriptor {
+    pub(crate) fn of(shard: Arc<Shard>) -> Self {
+        let own = shard.fs.open(&shard.path).ok();
+        Descriptor { shard, own }
     }
 
     /// Reads pieces of this file, given in the order of their bytes, verifies every block that they lie in, and puts
@@ -154,11 +187,11 @@ impl Shard {
     pub(crate) fn fetch(&self, pieces: &mut [Piece<'_, '_>], buffer: &mut Vec<u8>) -> Result<()> {
         let mut rest = pieces;
         while let Some(first) = rest.first_mut() {
-            let blocks = first.blocks(self.block_bytes);
+            let blocks = first.blocks(self.shard.block_bytes);
             let direct = blocks.bytes == first.bytes && first.bytes >= DIRECT_BYTES;
             if direct && let Some(into) = first.into.as_deref_mut() {
                 self.read(blocks.offset, into)?;
-                self.check(blocks, into)?;
+                self.shard.check(blocks, into)?;
                 rest = &mut rest[1..];
             } else {
                 let (count, end) = self.neighbours(rest);
@@ -172,7 +205,7 @@ impl Shard {
 
     /// How many of the first pieces lie side by side and fit the buffer, and where the last of them ends.
     fn neighbours(&self, pieces: &[Piece<'_, '_>]) -> (usize, u64) {
-        let mut all = pieces.iter().map(|p| (p.blocks(self.block_bytes), p));
+        let mut all = pieces.iter().map(|p| (p.blocks(self.shard.block_bytes), p));
         let Some((first, _)) = all.next() else { return (0, 0) };
         let (mut count, mut end) = (1, first.offset + first.bytes);
         for (blocks, piece) in all {
@@ -192,10 +225,10 @@ impl Shard {
         self.read(begin, buffer)?;
         let mut verified = 0;
         for piece in pieces {
-            let mut blocks = piece.blocks(self.block_bytes);
+            let mut blocks = piece.blocks(self.shard.block_bytes);
             // Pieces may share a block with the piece before.
             while blocks.first_sum < verified && blocks.bytes > 0 {
-                let known = self.block_bytes.min(blocks.bytes);
+                let known = self.shard.block_bytes.min(blocks.bytes);
                 blocks = Blocks {
                     offset: blocks.offset + known,
                     bytes: blocks.bytes - known,
@@ -203,8 +236,9 @@ impl Shard {
                 };
             }
             let at = (blocks.offset - begin) as usize;
-            self.check(blocks, &buffer[at..at + blocks.bytes as usize])?;
-            verified = verified.max(blocks.first_sum + blocks.bytes.div_ceil(self.block_bytes) as usize);
+            self.shard.check(blocks, &buffer[at..at + blocks.bytes as usize])?;
+            verified =
+                verified.max(blocks.first_sum + blocks.bytes.div_ceil(self.shard.block_bytes) as usize);
             if let Some(into) = piece.into.as_deref_mut() {
                 let at = (piece.region.offset + piece.at - begin) as usize;
                 into.copy_from_slice(&buffer[at..at + into.len()]);
@@ -214,23 +248,8 @@ impl Shard {
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        self.file.read_exact_at(offset, into).map_err(Error::io("read", &self.path))
-    }
-
-    fn check(&self, blocks: Blocks, content: &[u8]) -> Result<()> {
-        let mut at = blocks.offset;
-        for (i, block) in content.chunks(self.block_bytes as usize).enumerate() {
-            let (actual, recorded) = (xxh3_64(block), self.sums.get(blocks.first_sum + i).copied());
-            let end = at + block.len() as u64;
-            if recorded != Some(actual) {
-                let recorded = recorded.unwrap_or_default();
-                let reason =
-                    format!("bytes {at}..{end} have checksum {actual:016x}, saved was {recorded:016x}");
-                return Err(Error::damaged(&self.path, reason));
-            }
-            at = end;
-        }
-        Ok(())
+        let file = self.own.as_ref().unwrap_or(&self.shard.file);
+        file.read_exact_at(offset, into).map_err(Error::io("read", &self.shard.path))
     }
 }
 

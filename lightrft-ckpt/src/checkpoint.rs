@@ -222,7 +222,7 @@ impl Checkpoint {
                 return Ok(open.clone());
             }
             let record = &self.manifest.files[index];
-            let open = Shard::open(self.fs.as_ref(), &self.path, record, self.manifest.block_bytes)?;
+            let open = Shard::open(self.fs.clone(), &self.path, record, self.manifest.block_bytes)?;
             slot.insert(Arc::new(open)).clone()
         };
         // One lock at a time. Whoever still reads from the shard that goes keeps it open until it is done.

@@ -1,15 +1,15 @@
 //! Reading much at once: what is wanted becomes jobs in the order of the files' bytes, and a few threads do them.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::blocks::{Piece, Shard};
+use crate::blocks::{Descriptor, Piece, Shard};
 use crate::error::{Error, Result};
 use crate::manifest::{Manifest, TensorRecord};
 use crate::region::{Shared, Span};
 
-/// A thread takes about so many bytes at a time: enough that a disk sees long reads, little enough that all threads
-/// end at about the same time.
+/// A thread takes about so many bytes at a time: little enough that all threads end at about the same time.
 const JOB_BYTES: u64 = 8 << 20;
 
 /// Boxes that are not contiguous are read by so many bytes of the destination at a time. A block that two jobs have
@@ -115,6 +115,30 @@ impl<'m, 'd> Jobs<'m, 'd> {
 /// How a job comes to its file.
 pub(crate) type OpenShard<'s> = &'s (dyn Fn(usize) -> Result<Arc<Shard>> + Sync);
 
+/// Jobs that are left, for each reader those of its own part.
+///
+/// A part is a run of neighbouring bytes, and a reader goes through it on a descriptor of its own, from front to back:
+/// the kernel reads ahead of each descriptor. Whoever has done its part takes the back half of the longest.
+struct Parts<T>(Vec<VecDeque<T>>);
+
+impl<T> Parts<T> {
+    /// Parts of about equally many jobs.
+    fn new(jobs: Vec<T>, readers: usize) -> Self {
+        let (total, mut jobs) = (jobs.len(), jobs.into_iter());
+        let part = |i| jobs.by_ref().take((i + 1) * total / readers - i * total / readers).collect();
+        Parts((0..readers).map(part).collect())
+    }
+
+    /// What a reader does next; `None` when nothing is left for anybody.
+    fn next(&mut self, reader: usize) -> Option<T> {
+        if self.0[reader].is_empty() {
+            let longest = self.0.iter_mut().max_by_key(|part| part.len())?;
+            self.0[reader] = longest.split_off(longest.len() / 2);
+        }
+        self.0[reader].pop_front()
+    }
+}
+
 /// Does the jobs on up to `readers` threads, this one included. After the first error no job is begun.
 pub(crate) fn run(
     jobs: Vec<Job<'_, '_>>,
@@ -122,36 +146,59 @@ pub(crate) fn run(
     block_bytes: usize,
     shard: OpenShard<'_>,
 ) -> Result<()> {
+    if jobs.is_empty() {
+        return Ok(());
+    }
     let readers = readers.min(jobs.len());
-    let queue = Mutex::new(jobs.into_iter());
+    let parts = Mutex::new(Parts::new(jobs, readers));
     let (failed, first_error) = (AtomicBool::new(false), Mutex::new(None));
-    let work = || {
-        let mut buffer = Vec::new();
+    let work = |reader| {
+        let mut hands = Hands { shard, open: None, buffer: Vec::new() };
         while !failed.load(Ordering::Relaxed) {
-            let Some(job) = queue.lock().unwrap_or_else(PoisonError::into_inner).next() else { break };
-            if let Err(e) = job.run(block_bytes, shard, &mut buffer) {
+            let Some(job) = parts.lock().unwrap_or_else(PoisonError::into_inner).next(reader) else { break };
+            if let Err(e) = job.run(block_bytes, &mut hands) {
                 failed.store(true, Ordering::Relaxed);
                 first_error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
             }
         }
     };
     std::thread::scope(|scope| {
+        let work = &work;
         for reader in 1..readers {
             let named = std::thread::Builder::new().name(format!("ckpt-read-{reader}"));
             // Where no more threads can be had, those that are there do it.
-            if named.spawn_scoped(scope, work).is_err() {
+            if named.spawn_scoped(scope, move || work(reader)).is_err() {
                 break;
             }
         }
-        work();
+        work(0);
     });
     first_error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
+/// What one reader keeps from job to job.
+struct Hands<'s> {
+    shard: OpenShard<'s>,
+    /// The file it read last.
+    open: Option<(usize, Descriptor)>,
+    /// Saves an allocation.
+    buffer: Vec<u8>,
+}
+
+impl Hands<'_> {
+    fn fetch(&mut self, file: usize, pieces: &mut [Piece<'_, '_>]) -> Result<()> {
+        let open = match self.open.take() {
+            Some(open) if open.0 == file => open,
+            _ => (file, Descriptor::of((self.shard)(file)?)),
+        };
+        self.open.insert(open).1.fetch(pieces, &mut self.buffer)
+    }
+}
+
 impl Job<'_, '_> {
-    fn run(self, block_bytes: usize, shard: OpenShard<'_>, buffer: &mut Vec<u8>) -> Result<()> {
+    fn run(self, block_bytes: usize, hands: &mut Hands<'_>) -> Result<()> {
         match self {
-            Job::Pieces(file, mut pieces) => shard(file)?.fetch(&mut pieces, buffer),
+            Job::Pieces(file, mut pieces) => hands.fetch(file, &mut pieces),
             Job::Scattered { tensor, wanted, first, size, into } => {
                 let wrong = |reason| Error::Request { name: tensor.name.clone(), reason };
                 let part = first..first + into.len() / size;
@@ -167,17 +214,49 @@ impl Job<'_, '_> {
                         let at = (run.in_second * size) as u64;
                         Piece::cut(region, block_bytes as u64, at, now, &mut |p| pieces.push(p));
                         if pieces.len() >= MAX_PIECES {
-                            shard(region.file)?.fetch(&mut pieces, buffer)?;
+                            hands.fetch(region.file, &mut pieces)?;
                             pieces.clear();
                         }
                         Ok::<(), Error>(())
                     })?;
                     if !pieces.is_empty() {
-                        shard(region.file)?.fetch(&mut pieces, buffer)?;
+                        hands.fetch(region.file, &mut pieces)?;
                     }
                 }
                 Ok(())
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::Parts;
+
+    proptest! {
+        #[test]
+        fn every_job_is_done_once_whichever_readers_come(
+            jobs in 1usize..200,
+            readers in 1usize..9,
+            turns in prop::collection::vec(0usize..9, 0..400),
+        ) {
+            let mut parts = Parts::new((0..jobs).collect(), readers);
+            let mut done: Vec<usize> = turns.iter().filter_map(|turn| parts.next(turn % readers)).collect();
+            // Somebody is there to the end; one that failed or never started leaves its part to the others.
+            done.extend(std::iter::from_fn(|| parts.next(0)));
+            done.sort_unstable();
+            prop_assert_eq!(done, (0..jobs).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_reader_goes_through_its_part_from_front_to_back_and_then_takes_the_back_half_of_the_longest() {
+        let mut parts = Parts::new((0..8).collect::<Vec<_>>(), 2);
+        let first: Vec<_> = (0..4).filter_map(|_| parts.next(0)).collect();
+        assert_eq!(first, [0, 1, 2, 3]);
+        assert_eq!((parts.next(0), parts.next(1), parts.next(0)), (Some(6), Some(4), Some(7)));
+        assert_eq!((parts.next(0), parts.next(0), parts.next(1)), (Some(5), None, None));
     }
 }

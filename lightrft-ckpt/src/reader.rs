@@ -16,8 +16,8 @@ use crate::inspect::saved_at;
 use crate::os::OsFileSystem;
 use crate::search::{Candidate, Tried, same_everywhere, search, tell};
 
-/// Threads that read, unless told otherwise. Ranks on one machine share its disk: more were not faster.
-const READERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1);
+/// Threads that read, unless told otherwise. One waits for the disk while another verifies; more were not faster.
+const READERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(3);
 
 /// A directory of checkpoints, to read from. Opening and reading change nothing on disk.
 #[derive(Clone, Debug)]
@@ -105,7 +105,7 @@ impl Checkpoints {
         Checkpoints { fs, dir: dir.into(), readers: READERS }
     }
 
-    /// Reads with so many threads on every rank instead of 2.
+    /// Reads with so many threads on every rank instead of 4.
     #[must_use]
     pub fn with_readers(self, readers: NonZeroUsize) -> Self {
         Checkpoints { readers, ..self }

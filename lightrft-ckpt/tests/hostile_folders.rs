@@ -259,6 +259,18 @@ fn a_folder_called_latest_is_told_and_the_checkpoint_is_safe() {
     assert_eq!(saver.checkpoints().latest().unwrap().as_deref(), Some("global_step4"));
 }
 
+#[test]
+fn a_checkpoint_that_is_open_is_read_on_when_its_folder_is_deleted() {
+    let dir = quick();
+    save_elements(&Saver::open(dir.path(), &Alone).unwrap(), 1, 1 << 20, &KEEP_TWO).unwrap();
+    let (checkpoint, _) = Checkpoints::open(dir.path()).load(Which::Newest, Verify::WhileReading).unwrap();
+    let first: Vec<u64> = checkpoint.read_vec("w", &Region::Flat(0..1)).unwrap();
+    assert_eq!(first, content(1, 1));
+    fs::remove_dir_all(dir.path()).unwrap();
+    let all: Vec<u64> = checkpoint.read_vec("w", &Region::Whole).unwrap();
+    assert!(all == content(1, 1 << 20), "what was saved");
+}
+
 fn name_of(entry: &io::Result<fs::DirEntry>) -> String {
     entry.as_ref().unwrap().file_name().to_string_lossy().into_owned()
 }

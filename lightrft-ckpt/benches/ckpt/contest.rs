@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use lightrft_ckpt::{Alone, FileSystem, OsFileSystem, Saver};
 
+use crate::disk;
 use crate::ground::{Ground, drop_cache};
 use crate::peer::Peers;
 use crate::report::{Measured, Row, Target, best};
@@ -20,6 +21,8 @@ struct Contender {
 
 enum By {
     Ours(Arc<dyn FileSystem>),
+    /// Nobody: as many bytes that mean nothing, which bounds everybody.
+    Disk,
     Peer(&'static str),
 }
 
@@ -38,6 +41,8 @@ fn load(label: &'static str, kind: &'static str) -> Load {
 const OURS: &str = "ours";
 /// The same through the page cache.
 const BUFFERED: &str = "ours, buffered";
+/// Not in the contest.
+const DISK: &str = "the disk alone";
 /// DCP as it is without further ado: in its own format. With `HuggingFaceStorageWriter` it counts among the torch paths.
 const DCP: [&str; 2] = ["DCP", "DCP, 2 threads"];
 
@@ -46,6 +51,7 @@ fn contenders(peers: bool) -> Vec<Contender> {
     let mut all = vec![
         ours(OURS, OsFileSystem::new(), vec![load(OURS, "")]),
         ours(BUFFERED, OsFileSystem::buffered(), Vec::new()),
+        Contender { label: DISK, by: By::Disk, loads: vec![load(DISK, "")] },
     ];
     if peers {
         let torch = vec![load("torch.load", "torch"), load("torch.load mmap", "torch-mmap")];
@@ -96,6 +102,7 @@ pub(crate) fn measure(
                     state.save(&saver)?;
                     Some(begin.elapsed().as_secs_f64())
                 }
+                (By::Disk, _) => Some(disk::write(&dir, state.bytes())?),
                 (By::Peer(kind), Some(peers)) => peers.time("save", kind, &dir)?,
                 (By::Peer(_), None) => None,
             };
@@ -116,6 +123,7 @@ pub(crate) fn measure(
                             }
                             Some(seconds)
                         }
+                        (By::Disk, _) => Some(disk::read(&dir, state.bytes())?),
                         (By::Peer(_), Some(peers)) => {
                             let seconds = peers.time("load", load.kind, &dir)?;
                             if round == 0 && seconds.is_some() {
@@ -159,7 +167,8 @@ pub(crate) fn measure(
     if wanted.cold && disk {
         rows.extend(row(format!("cold load, {} MiB", bytes >> 20), bytes, cold));
         if let Some(row) = rows.last_mut() {
-            let faster = best(&row.others).map(|peer| (peer, peer.median() / row.ours.median()));
+            let peers: Vec<_> = row.others.iter().filter(|o| o.label != DISK).cloned().collect();
+            let faster = best(&peers).map(|peer| (peer, peer.median() / row.ours.median()));
             row.targets.extend(faster.map(|(peer, times)| Target {
                 text: format!("<= the best peer's ({}: {times:.2}x ours)", peer.label),
                 met: times >= 1.0,
@@ -179,8 +188,12 @@ fn row(what: String, bytes: u64, times: Vec<(&'static str, Vec<f64>)>) -> Option
 }
 
 fn save_targets(row: &Row) -> Vec<Target> {
-    let (dcp, torch): (Vec<_>, Vec<_>) =
-        row.others.iter().filter(|o| o.label != BUFFERED).cloned().partition(|o| DCP.contains(&o.label));
+    let (dcp, torch): (Vec<_>, Vec<_>) = row
+        .others
+        .iter()
+        .filter(|o| ![BUFFERED, DISK].contains(&o.label))
+        .cloned()
+        .partition(|o| DCP.contains(&o.label));
     let against = |others: &[Measured], least: f64, whom: &str| {
         let best = best(others)?;
         let times = best.median() / row.ours.median();

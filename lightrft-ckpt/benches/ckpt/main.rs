@@ -18,6 +18,8 @@
 //!   state to memory that is there, by as many threads as the call copies with (which it is judged by), and by one. *Ranks*:
 //!   four save an even range of every tensor each, three load, cold, and every byte read is counted. *List*: a thousand
 //!   small checkpoints, and a thousand of 870 tensors, while names and manifests are in the system's caches.
+//! - *The disk alone* is no contender: as many bytes written past the page cache by four threads, or read by four, with
+//!   nothing beside. It bounds everybody.
 //! - *DCP* has targets in its own format, with one thread and with two. "DCP safetensors", which writes the tensors with the
 //!   safetensors library, counts among the torch paths and not as DCP.
 //!
@@ -26,6 +28,7 @@
 //! of 1; targets against peers stand only where these were measured, those about a disk only on one.
 
 mod contest;
+mod disk;
 mod ground;
 mod ours;
 mod peer;
