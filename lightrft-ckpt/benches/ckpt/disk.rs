@@ -60,7 +60,7 @@ pub(crate) fn read(dir: &Path, bytes: u64) -> Result<f64, Box<dyn Error>> {
 
 /// Every thread does one part of the bytes, which begins where a block of a disk does.
 fn in_parts(bytes: u64, part: impl Fn(u64, u64) -> std::io::Result<()> + Sync) -> std::io::Result<()> {
-    let at = |i| (bytes * i / THREADS).next_multiple_of(ALIGN as u64).min(bytes);
+    let at = |i: u64| (bytes * i / THREADS).next_multiple_of(ALIGN as u64).min(bytes);
     thread::scope(|scope| {
         let part = &part;
         let parts: Vec<_> = (0..THREADS).map(|i| scope.spawn(move || part(at(i), at(i + 1)))).collect();
