@@ -154,6 +154,10 @@ pub enum Error {
     #[cfg(feature = "embedded")]
     #[error(transparent)]
     Model(#[from] crate::embedded::ModelError),
+    /// An inference server: its process, the connection to it, its replies.
+    #[cfg(feature = "vllm")]
+    #[error(transparent)]
+    Server(Box<crate::ServerError>),
     /// The engine itself failed.
     #[error("{engine}: {operation}: {source}")]
     Backend {
@@ -165,4 +169,11 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+#[cfg(feature = "vllm")]
+impl From<crate::ServerError> for Error {
+    fn from(error: crate::ServerError) -> Self {
+        Error::Server(Box::new(error))
+    }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, Version};
+use crate::{Error, Media, Result, Version};
 
 /// A prompt, and how many completions of it to draw.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -18,12 +18,16 @@ pub struct Request {
     /// engines, and must still draw the same tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<u64>,
+    /// Pictures and films of the prompt, those of a kind in the order of their pads: each stands in the prompt as ONE pad
+    /// token of the model (`image_token_id`, `video_token_id` of its configuration), which the engine expands.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub media: Vec<Media>,
 }
 
 impl Request {
     /// One completion of `prompt`, drawn by `sampling`.
     pub fn new(prompt: impl Into<Vec<u32>>, sampling: Sampling) -> Self {
-        Self { prompt: prompt.into(), samples: 1, sampling, id: None }
+        Self { prompt: prompt.into(), samples: 1, sampling, id: None, media: Vec::new() }
     }
 
     /// The same prompt with `samples` completions.
@@ -37,6 +41,13 @@ impl Request {
     #[must_use]
     pub fn with_id(mut self, id: u64) -> Self {
         self.id = Some(id);
+        self
+    }
+
+    /// The same request with the pictures and films of its prompt.
+    #[must_use]
+    pub fn with_media(mut self, media: impl IntoIterator<Item = Media>) -> Self {
+        self.media = media.into_iter().collect();
         self
     }
 }
@@ -112,6 +123,8 @@ pub enum FinishReason {
     Stop(u32),
     /// [`Sampling::max_new_tokens`] were drawn.
     Length,
+    /// Somebody aborted it; the tokens drawn so far are there, perhaps none.
+    Aborted,
 }
 
 /// One completion of one prompt.
@@ -141,12 +154,26 @@ pub struct Limits {
     pub context_tokens: usize,
 }
 
-/// Checks every request of a call before anything is generated. Engines call it first.
+/// Checks every request of a call before anything is generated. Engines of text call it first; it refuses media.
 ///
 /// # Errors
 /// [`Error::Request`] names the field and its value, [`Error::ContextExceeded`] both numbers,
 /// [`Error::OutsideVocabulary`] the token.
 pub fn check_requests(requests: &[Request], limits: Limits) -> Result<()> {
+    check_fields(requests, limits)?;
+    match requests.iter().position(|request| !request.media.is_empty()) {
+        None => Ok(()),
+        Some(index) => Err(Error::Request {
+            request: index,
+            field: "media",
+            value: format!("{:?}", requests[index].media),
+            expected: "this engine reads text alone",
+        }),
+    }
+}
+
+/// The same for engines that check the media themselves.
+pub(crate) fn check_fields(requests: &[Request], limits: Limits) -> Result<()> {
     requests.iter().enumerate().try_for_each(|(index, request)| check(index, request, limits))
 }
 

@@ -30,6 +30,7 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `embedded` | `embedded::EmbeddedEngine`: Llama and Qwen2 folders on candle, in this process |
+//! | `vllm` | a driver of vLLM servers |
 //! | `testing` | `testing::ScriptedEngine`, and `testing::conformance` for any engine |
 //!
 //! Not here: gathering prompts of many ranks, and gathering sharded parameters for an update (`lightrft-strategy`).
@@ -38,7 +39,10 @@ mod engine;
 mod error;
 mod generate;
 mod lifecycle;
+mod media;
 mod names;
+#[cfg(feature = "vllm")]
+mod server;
 mod update;
 
 #[cfg(feature = "embedded")]
@@ -50,8 +54,11 @@ pub use engine::{Engine, EngineExt, MemoryBytes, Progress, Watch};
 pub use error::{Error, Result};
 pub use generate::{Completion, FinishReason, Limits, LogProbs, Request, Sampling, check_requests};
 pub use lifecycle::{Cache, Event, Level, Parts, Refusal, State};
+pub use media::{Media, MediaKind};
 pub use names::{Identity, NameMap, Table, engine_names};
 pub use safetensors::Dtype;
+#[cfg(feature = "vllm")]
+pub use server::{ApiKey, Call, ServerError, StartProgress};
 pub use update::{NamedTensor, Update, Version};
 
 /// The README's example compiles and runs.

@@ -60,6 +60,8 @@ pub enum State {
         /// The cache, which may still sleep.
         cache: Cache,
     },
+    /// Its process or its server is gone. Nothing brings this engine back: make another.
+    Dead,
 }
 
 /// What may happen to an engine.
@@ -77,6 +79,8 @@ pub enum Event {
     Commit,
     /// The update was dropped before its commit, or its commit failed.
     Abandon,
+    /// Its process or its server was found to be gone.
+    Die,
 }
 
 /// A call that the engine's state does not allow.
@@ -111,6 +115,8 @@ impl State {
     /// | commit | refused | refused | refused | awake | refused |
     /// | abandon | refused | refused | refused | stale | refused |
     ///
+    /// Dying is possible everywhere; dead, everything else is refused.
+    ///
     /// Stale weights are worth nothing, so a stale engine drops them at either level. An update that was leaked
     /// (`std::mem::forget`) leaves the engine updating; beginning another is the way out.
     ///
@@ -118,10 +124,13 @@ impl State {
     /// [`Refusal`], with the state, the event and what to do instead.
     pub fn after(self, event: Event) -> Result<State, Refusal> {
         use Cache::{Asleep as NoCache, Ready};
-        use Event::{Abandon, BeginUpdate, Commit, Generate, Sleep, Wake};
-        use State::{Asleep, Awake, Stale, Updating};
+        use Event::{Abandon, BeginUpdate, Commit, Die, Generate, Sleep, Wake};
+        use State::{Asleep, Awake, Dead, Stale, Updating};
         let refused = |advice| Err(Refusal { state: self, event, advice });
         match (self, event) {
+            (_, Die) => Ok(Dead),
+            (Dead, _) => refused("its server is gone: start another, or attach to one"),
+
             (Awake { cache: Ready }, Generate) => Ok(self),
             (Awake { cache: NoCache }, Generate) => refused("wake the cache first"),
             (Asleep { level: Level::One }, Generate) => refused("wake it first"),
@@ -174,6 +183,7 @@ impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, cache) = match self {
             State::Asleep { level } => return write!(f, "asleep at {level}"),
+            State::Dead => return f.write_str("dead"),
             State::Awake { cache } => ("awake", cache),
             State::Updating { cache } => ("updating", cache),
             State::Stale { cache } => ("stale", cache),
@@ -206,6 +216,7 @@ impl fmt::Display for Event {
             Event::BeginUpdate => f.write_str("begin an update"),
             Event::Commit => f.write_str("commit an update"),
             Event::Abandon => f.write_str("abandon an update"),
+            Event::Die => f.write_str("die"),
         }
     }
 }

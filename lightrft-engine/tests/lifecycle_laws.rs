@@ -55,6 +55,7 @@ impl Memory {
             Event::Wake(_) => !self.update_open,
             Event::BeginUpdate => self.weights_awake,
             Event::Commit | Event::Abandon => self.update_open,
+            Event::Die => return false,
         };
         if !sensible {
             return false;
@@ -74,6 +75,7 @@ impl Memory {
             Event::BeginUpdate => (self.update_open, self.weights) = (true, Content::Broken),
             Event::Commit => (self.update_open, self.weights) = (false, Content::Whole),
             Event::Abandon => self.update_open = false,
+            Event::Die => {}
         }
         true
     }
@@ -135,6 +137,15 @@ proptest! {
             prop_assert_eq!(state, memory.state());
             prop_assert_eq!(state.has_weights(), memory.weights == Content::Whole);
         }
+    }
+
+    #[test]
+    fn an_engine_dies_anywhere_and_stays_dead(trace in trace(), event in event()) {
+        let dead = reached(&trace).after(Event::Die).unwrap();
+        prop_assert_eq!(dead, State::Dead);
+        prop_assert!(!dead.has_weights() && !dead.can_generate());
+        let refusal = dead.after(event).unwrap_err();
+        prop_assert!(refusal.to_string().contains("dead") && refusal.to_string().contains("another"));
     }
 
     #[test]

@@ -199,7 +199,7 @@ impl Engine for ScriptedEngine {
                 crate::Cache::Ready => self.limits.context_tokens as u64,
                 crate::Cache::Asleep => 0,
             },
-            State::Asleep { .. } => 0,
+            State::Asleep { .. } | State::Dead => 0,
         };
         Some(match self.state {
             State::Asleep { .. } => MemoryBytes { weights: 0, cache, parked: bytes },

@@ -1,0 +1,164 @@
+//! What can go wrong with an inference server: its process, the connection to it, its replies.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+/// The longest text of a server that an error repeats, in bytes.
+const LONGEST_MESSAGE: usize = 1200;
+
+/// One HTTP call.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Call {
+    /// Which engine was called.
+    pub engine: &'static str,
+    /// `GET` or `POST`.
+    pub method: &'static str,
+    /// The path, with its query. Neither the server's address nor the key stands in it.
+    pub path: String,
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.engine, self.method, self.path)
+    }
+}
+
+/// Why an inference server did not do what it was asked. No key and no request is repeated in any of them.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// The server's address is not one.
+    #[error("server address `{address}`: {reason}")]
+    Address {
+        /// As it was given.
+        address: String,
+        /// What was expected.
+        reason: &'static str,
+    },
+    /// The server answered that it cannot or will not.
+    #[error("{call}: status {status}: {message}")]
+    Status {
+        /// What was called.
+        call: Call,
+        /// HTTP's status code, of 300 or more.
+        status: u16,
+        /// The server's own words, cut where they are long.
+        message: String,
+    },
+    /// No whole reply came in time. The server may still be at work.
+    #[error("{call}: no reply within {within:?}")]
+    Timeout {
+        /// What was called.
+        call: Call,
+        /// How long was waited.
+        within: Duration,
+    },
+    /// The connection could not be made, or ended before the whole reply was there.
+    #[error("{call}: {source}")]
+    Connection {
+        /// What was called.
+        call: Call,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The call was given up because another of the same batch had failed, or somebody cancelled it.
+    #[error("{call}: given up")]
+    Interrupted {
+        /// What was called.
+        call: Call,
+    },
+    /// The reply is longer than anything expected of this call.
+    #[error("{call}: a reply of more than {limit} bytes")]
+    ReplyTooLong {
+        /// What was called.
+        call: Call,
+        /// The longest reply that is taken, in bytes.
+        limit: u64,
+    },
+    /// The reply is not what this call answers with.
+    #[error("{call}: {what}")]
+    Reply {
+        /// What was called.
+        call: Call,
+        /// What was wrong with it, and how it begins.
+        what: String,
+    },
+    /// The server's program could not be started.
+    #[error("cannot start {engine} with `{program}`: {source}")]
+    Start {
+        /// Which engine.
+        engine: &'static str,
+        /// The program.
+        program: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The server's process has ended.
+    #[error("{engine} has ended: {status}; its log {} ends:\n{last_lines}", log.display())]
+    Exited {
+        /// Which engine.
+        engine: &'static str,
+        /// How it ended.
+        status: ExitStatus,
+        /// Its whole output.
+        log: PathBuf,
+        /// The end of its output.
+        last_lines: String,
+    },
+    /// The server runs but did not become ready in time.
+    #[error("{engine} was not ready after {waited:?}; its log {} ends:\n{last_lines}", log.display())]
+    NotReady {
+        /// Which engine.
+        engine: &'static str,
+        /// How long was waited.
+        waited: Duration,
+        /// Its whole output.
+        log: PathBuf,
+        /// The end of its output.
+        last_lines: String,
+    },
+}
+
+impl ServerError {
+    /// Whether the server may be gone: a probe of its health tells.
+    pub(crate) fn may_be_the_end(&self) -> bool {
+        match self {
+            ServerError::Status { status, .. } => *status >= 500,
+            ServerError::Connection { .. } | ServerError::Exited { .. } | ServerError::Timeout { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// A server's text, fit to stand in an error: without control characters, and cut in its middle where it is long.
+pub(crate) fn shortened(text: &str) -> String {
+    let clean = |text: &str| -> String {
+        text.chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
+    };
+    let text = text.trim();
+    if text.len() <= LONGEST_MESSAGE {
+        return clean(text);
+    }
+    let half = LONGEST_MESSAGE / 2;
+    let head = text.floor_char_boundary(half);
+    let tail = text.ceil_char_boundary(text.len() - half);
+    format!("{} [... {} bytes ...] {}", clean(&text[..head]), tail - head, clean(&text[tail..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_message_keeps_its_beginning_and_its_end() {
+        let long = format!("begin{}end", "ü".repeat(5000));
+        let short = shortened(&long);
+        assert!(short.len() < LONGEST_MESSAGE + 64 && short.starts_with("begin") && short.ends_with("end"));
+        assert_eq!(shortened(" a\u{1b}[31mb\n"), "a [31mb");
+    }
+}

@@ -1,0 +1,433 @@
+//! Blocking HTTP calls to one server: JSON in and out, each with its deadline, none with its key in a message.
+
+use std::fmt;
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use ureq::Agent;
+use ureq::http::Uri;
+
+use super::error::{Call, ServerError, shortened};
+
+/// A server's key, sent as a bearer token. It does not show in `Debug` output, logs or errors.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ApiKey(String);
+
+impl ApiKey {
+    /// A key as the server was given it.
+    pub fn new(key: impl Into<String>) -> Self {
+        Self(key.into())
+    }
+
+    pub(crate) fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// `text` without the key, should a server have repeated it.
+    pub(crate) fn redact(&self, text: String) -> String {
+        if self.0.is_empty() { text } else { text.replace(&self.0, "***") }
+    }
+}
+
+impl fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ApiKey(***)")
+    }
+}
+
+/// The longest reply that is read, in bytes, unless a caller says otherwise: 64 samples of 32k tokens with
+/// log-probabilities are about 250 MB of JSON.
+const REPLY_LIMIT: u64 = 1 << 30;
+
+/// Servers close a connection that idled for 5 s; one that has idled this long is not used again.
+const IDLE: Duration = Duration::from_secs(2);
+
+/// A server that is called over HTTP.
+pub(crate) struct Http {
+    engine: &'static str,
+    /// Scheme, host and port, without a slash at its end.
+    base: String,
+    key: Option<ApiKey>,
+    reply_limit: u64,
+    connections: Mutex<Connections>,
+}
+
+/// Replaced as a whole when the calls that use them are interrupted.
+#[derive(Clone)]
+struct Connections {
+    agent: Agent,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Http {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Http({} at {})", self.engine, self.base)
+    }
+}
+
+/// A whole reply of status 200 to 299.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    call: Call,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Reply {
+    /// The reply as JSON of a known shape.
+    pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, ServerError> {
+        serde_json::from_slice(&self.bytes)
+            .map_err(|error| self.unexpected(&format!("not the expected JSON: {error}")))
+    }
+
+    /// The error that says what is wrong with this reply.
+    pub(crate) fn unexpected(&self, what: &str) -> ServerError {
+        let begin = &self.bytes[..self.bytes.len().min(200)];
+        let begin = shortened(&String::from_utf8_lossy(begin));
+        ServerError::Reply { call: self.call.clone(), what: format!("{what}; the reply begins `{begin}`") }
+    }
+}
+
+impl Http {
+    /// A client of the server at `base`, such as `http://10.0.0.7:8000`; a path in it is put before every call's.
+    pub(crate) fn new(engine: &'static str, base: &str, key: Option<ApiKey>) -> Result<Self, ServerError> {
+        // A user's name and password could stand in it, so it is not repeated as it was given.
+        let wrong = |reason| {
+            let address = base.rsplit('@').next().unwrap_or_default().to_owned();
+            Err(ServerError::Address { address, reason })
+        };
+        let base = base.trim_end_matches('/');
+        let Ok(uri) = base.parse::<Uri>() else { return wrong("expected something like http://host:8000") };
+        if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
+            return wrong("expected http:// or https:// and a host");
+        }
+        if uri.authority().is_some_and(|a| a.as_str().contains('@')) {
+            return wrong("a user's name does not belong there; give the key as an ApiKey");
+        }
+        if uri.query().is_some() {
+            return wrong("a query does not belong there");
+        }
+        if key.as_ref().is_some_and(|k| k.expose().chars().any(|c| !c.is_ascii_graphic())) {
+            return wrong("the key for it may consist of visible ASCII characters only");
+        }
+        let connections = Mutex::new(Connections::to(&uri));
+        Ok(Self { engine, base: base.to_owned(), key, reply_limit: REPLY_LIMIT, connections })
+    }
+
+    /// The same client, which takes no reply of more than `bytes`.
+    #[cfg(test)]
+    pub(crate) fn with_reply_limit(mut self, bytes: u64) -> Self {
+        self.reply_limit = bytes;
+        self
+    }
+
+    /// Scheme, host and port.
+    pub(crate) fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// `GET path`, whole within `within`.
+    pub(crate) fn get(&self, path: &str, within: Duration) -> Result<Reply, ServerError> {
+        self.call("GET", path, None, within)
+    }
+
+    /// `POST path` with `body` as JSON, whole within `within`.
+    pub(crate) fn post(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        within: Duration,
+    ) -> Result<Reply, ServerError> {
+        let body = serde_json::to_vec(body).map_err(|error| ServerError::Connection {
+            call: Call { engine: self.engine, method: "POST", path: path.to_owned() },
+            source: error.into(),
+        })?;
+        self.call("POST", path, Some(body), within)
+    }
+
+    /// Ends the calls that are under way, in whatever thread, with [`ServerError::Interrupted`]. Later calls are not
+    /// concerned. A server gives up what nobody waits for any more.
+    pub(crate) fn interrupt(&self) {
+        let mut connections = self.connections();
+        let fresh = Connections::to(&self.base.parse().unwrap_or_default());
+        let old = std::mem::replace(&mut *connections, fresh);
+        old.interrupted.store(true, Ordering::SeqCst);
+        old.agent.shutdown();
+    }
+
+    fn connections(&self) -> MutexGuard<'_, Connections> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn call(
+        &self,
+        method: &'static str,
+        path: &str,
+        body: Option<Vec<u8>>,
+        within: Duration,
+    ) -> Result<Reply, ServerError> {
+        let call = Call { engine: self.engine, method, path: path.to_owned() };
+        if within.is_zero() {
+            return Err(ServerError::Timeout { call, within });
+        }
+        let Connections { agent, interrupted } = self.connections().clone();
+        let url = format!("{}{path}", self.base);
+        let bearer = self.key.as_ref().map(|key| format!("Bearer {}", key.expose()));
+        let sent = match body {
+            None => {
+                let mut request = agent.get(&url).config().timeout_global(Some(within)).build();
+                if let Some(bearer) = &bearer {
+                    request = request.header("Authorization", bearer);
+                }
+                request.call()
+            }
+            Some(body) => {
+                let mut request = agent.post(&url).config().timeout_global(Some(within)).build();
+                if let Some(bearer) = &bearer {
+                    request = request.header("Authorization", bearer);
+                }
+                request.header("Content-Type", "application/json").send(&body[..])
+            }
+        };
+        let failed = |error: ureq::Error| match error {
+            ureq::Error::Timeout(_) => ServerError::Timeout { call: call.clone(), within },
+            _ if interrupted.load(Ordering::SeqCst) => ServerError::Interrupted { call: call.clone() },
+            error => ServerError::Connection { call: call.clone(), source: error.into_io() },
+        };
+        let mut response = sent.map_err(failed)?;
+        let status = response.status().as_u16();
+        let mut bytes = Vec::new();
+        let limit = self.reply_limit.saturating_add(1);
+        let announced = response.body().content_length().unwrap_or(0);
+        if announced > self.reply_limit {
+            return Err(ServerError::ReplyTooLong { call, limit: self.reply_limit });
+        }
+        // What was announced is set aside at once, as far as a liar could make us regret it.
+        bytes.reserve(announced.min(1 << 24) as usize);
+        let read = response.body_mut().as_reader().take(limit).read_to_end(&mut bytes);
+        read.map_err(|error| failed(error.into()))?;
+        if bytes.len() as u64 > self.reply_limit {
+            return Err(ServerError::ReplyTooLong { call, limit: self.reply_limit });
+        }
+        if (200..300).contains(&status) {
+            return Ok(Reply { call, bytes });
+        }
+        let message = self.redacted(message_in(&bytes));
+        Err(ServerError::Status { call, status, message })
+    }
+
+    fn redacted(&self, text: String) -> String {
+        match &self.key {
+            Some(key) => key.redact(text),
+            None => text,
+        }
+    }
+}
+
+impl Connections {
+    fn to(server: &Uri) -> Self {
+        Self { agent: agent(is_loopback(server)), interrupted: Arc::default() }
+    }
+}
+
+fn agent(loopback: bool) -> Agent {
+    let mut settings = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .max_idle_connections(1024)
+        .max_idle_connections_per_host(1024)
+        .max_idle_age(IDLE)
+        .input_buffer_size(64 << 10)
+        .user_agent(concat!("lightrft-engine/", env!("CARGO_PKG_VERSION")));
+    if loopback {
+        // Whatever proxy the environment names, it does not stand between us and this machine.
+        settings = settings.proxy(None);
+    }
+    settings.build().new_agent()
+}
+
+fn is_loopback(uri: &Uri) -> bool {
+    let host = uri.host().unwrap_or_default();
+    host == "localhost" || host == "[::1]" || host.starts_with("127.")
+}
+
+/// The server's words in the reply of an error, from the shapes that vLLM, SGLang and FastAPI give it.
+fn message_in(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes) else {
+        return if text.trim().is_empty() { "no message".to_owned() } else { shortened(&text) };
+    };
+    let words = ["/error/message", "/message", "/error", "/detail"];
+    let found = words.iter().find_map(|place| value.pointer(place)).unwrap_or(&value);
+    shortened(found.as_str().unwrap_or(&found.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Serves one connection after another: reads a request, then does what `answer` does with the stream. Gives the
+    /// server's address and the requests' bytes.
+    fn serve(answer: impl Fn(&mut TcpStream) + Send + 'static) -> (String, mpsc::Receiver<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let (requests, received) = mpsc::channel();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                let (mut head, mut length) = (String::new(), 0);
+                while reader.read_line(&mut head).is_ok_and(|n| n > 2) {
+                    let line = head.lines().last().unwrap_or_default().to_lowercase();
+                    length = line.strip_prefix("content-length: ").map_or(length, |n| n.parse().unwrap());
+                }
+                let mut body = vec![0; length];
+                reader.read_exact(&mut body).unwrap();
+                if requests.send(head + &String::from_utf8(body).unwrap()).is_err() {
+                    return;
+                }
+                answer(&mut stream);
+            }
+        });
+        (address, received)
+    }
+
+    fn replying(bytes: &'static str) -> Http {
+        let (address, received) = serve(move |stream| stream.write_all(bytes.as_bytes()).unwrap());
+        std::mem::forget(received);
+        Http::new("test", &address, Some(ApiKey::new("sesame"))).unwrap()
+    }
+
+    #[test]
+    fn a_request_carries_its_body_and_its_key_and_nothing_shows_the_key() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\n{\"a\": 1}";
+        let (address, received) = serve(move |stream| stream.write_all(ok.as_bytes()).unwrap());
+        let http = Http::new("test", &format!("{address}/base/"), Some(ApiKey::new("sesame"))).unwrap();
+        let reply = http.post("/x?level=1", &serde_json::json!({"b": [1, 2]}), LONG).unwrap();
+        assert_eq!(reply.json::<serde_json::Value>().unwrap(), serde_json::json!({"a": 1}));
+        let request = received.recv().unwrap();
+        assert!(request.starts_with("POST /base/x?level=1 HTTP/1.1\r\n"), "{request}");
+        assert!(request.to_lowercase().contains("authorization: bearer sesame\r\n"), "{request}");
+        assert!(request.ends_with("\r\n\r\n{\"b\":[1,2]}"), "{request}");
+        assert!(!format!("{http:?} {:?}", ApiKey::new("sesame")).contains("sesame"));
+        http.get("/y", LONG).unwrap();
+        assert!(received.recv().unwrap().starts_with("GET /base/y HTTP/1.1\r\n"));
+    }
+
+    #[test]
+    fn a_refusal_gives_the_servers_words_without_the_key() {
+        let body = |text: &str| {
+            format!("HTTP/1.1 401 No\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}", text.len())
+        };
+        for (text, words) in [
+            (r#"{"error":{"message":"no sesame, no entry","code":401}}"#, "no ***, no entry"),
+            (r#"{"object":"error","message":"malformed"}"#, "malformed"),
+            (r#"{"error":"unknown field"}"#, "unknown field"),
+            (r#"{"detail":"Not Found"}"#, "Not Found"),
+            (r#"{"detail":[{"msg":"x"}]}"#, r#"[{"msg":"x"}]"#),
+            ("<html>proxy</html>", "<html>proxy</html>"),
+            ("", "no message"),
+        ] {
+            let http = replying(Box::leak(body(text).into_boxed_str()));
+            let error = http.get("/x", LONG).unwrap_err();
+            assert_eq!(error.to_string(), format!("test GET /x: status 401: {words}"));
+        }
+    }
+
+    #[test]
+    fn what_is_no_whole_json_reply_is_an_error_that_names_the_call() {
+        let half = replying("HTTP/1.1 200 OK\r\nContent-Length: 20\r\nConnection: close\r\n\r\n{\"a\":");
+        let error = half.get("/x", LONG).unwrap_err();
+        assert!(matches!(&error, ServerError::Connection { .. }), "{error:?}");
+        assert!(error.to_string().starts_with("test GET /x: "), "{error}");
+        let chunk = replying("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"a\"");
+        assert!(matches!(chunk.get("/x", LONG), Err(ServerError::Connection { .. })));
+        assert!(matches!(replying("").get("/x", LONG), Err(ServerError::Connection { .. })));
+        assert!(matches!(replying("SSH-2.0\r\n\r\n").get("/x", LONG), Err(ServerError::Connection { .. })));
+        let text = replying("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+        let error = text.get("/x", LONG).unwrap().json::<Vec<u32>>().unwrap_err();
+        assert!(
+            matches!(&error, ServerError::Reply { .. }) && error.to_string().contains("`hello`"),
+            "{error}"
+        );
+        let moved = replying("HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n");
+        assert!(matches!(moved.get("/x", LONG), Err(ServerError::Status { status: 302, .. })));
+    }
+
+    #[test]
+    fn a_reply_longer_than_the_limit_is_not_read() {
+        let reply = "HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\n123456789";
+        assert_eq!(replying(reply).with_reply_limit(9).get("/x", LONG).unwrap().bytes, b"123456789");
+        let error = replying(reply).with_reply_limit(8).get("/x", LONG).unwrap_err();
+        assert!(matches!(error, ServerError::ReplyTooLong { limit: 8, .. }), "{error:?}");
+        let open = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n123456789";
+        let error = replying(open).with_reply_limit(8).get("/x", LONG).unwrap_err();
+        assert!(matches!(error, ServerError::ReplyTooLong { limit: 8, .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_silent_server_costs_the_deadline_and_no_more() {
+        let (hold, held) = mpsc::channel::<()>();
+        let held = Mutex::new(held);
+        let (address, _received) = serve(move |stream| {
+            // A drop every now and then is no reply either.
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n1");
+            let _ = held.lock().unwrap().recv();
+        });
+        let http = Http::new("test", &address, None).unwrap();
+        let within = Duration::from_millis(100);
+        let error = http.get("/x", within).unwrap_err();
+        assert!(matches!(error, ServerError::Timeout { within: w, .. } if w == within), "{error:?}");
+        assert!(matches!(http.get("/x", Duration::ZERO), Err(ServerError::Timeout { .. })));
+        drop(hold);
+    }
+
+    #[test]
+    fn an_interrupted_call_ends_at_once_and_the_next_goes_through() {
+        let (hold, held) = mpsc::channel::<()>();
+        let held = Mutex::new(held);
+        let (address, received) = serve(move |stream| {
+            if held.lock().unwrap().recv().is_err() {
+                let _ =
+                    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+            }
+        });
+        let http = Http::new("test", &address, None).unwrap();
+        thread::scope(|scope| {
+            let call = scope.spawn(|| http.get("/x", LONG));
+            received.recv().unwrap();
+            http.interrupt();
+            let error = call.join().unwrap().unwrap_err();
+            assert!(matches!(error, ServerError::Interrupted { .. }), "{error:?}");
+        });
+        drop(hold);
+        http.get("/x", LONG).unwrap();
+    }
+
+    #[test]
+    fn an_address_that_is_none_is_refused_and_no_password_repeated() {
+        for address in
+            ["", "10.0.0.1:8000", "ftp://a", "http://", "http://a b", "http://me:pw@host", "http://a/?b"]
+        {
+            let error = Http::new("test", address, None).unwrap_err();
+            assert!(matches!(error, ServerError::Address { .. }), "{address}: {error:?}");
+            assert!(!error.to_string().contains("pw"), "{error}");
+        }
+        assert!(Http::new("test", "http://a", Some(ApiKey::new("a\nb"))).is_err());
+        assert!(Http::new("test", "https://[::1]:80/v", None).is_ok());
+        let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let error = Http::new("test", &format!("http://{gone}"), None).unwrap().get("/x", LONG).unwrap_err();
+        assert!(matches!(error, ServerError::Connection { .. }), "{error:?}");
+    }
+}
