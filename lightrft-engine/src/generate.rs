@@ -54,7 +54,10 @@ impl Request {
 
 /// How the next token is drawn, and when a completion ends.
 ///
-/// The order of the filters is temperature, top-k, top-p, as in vLLM and `transformers`.
+/// What is done to the logits, in vLLM's order: stop tokens are banned before [`min_new_tokens`](Self::min_new_tokens);
+/// [`repetition_penalty`](Self::repetition_penalty); then, unless greedy, [`temperature`](Self::temperature),
+/// [`min_p`](Self::min_p), [`top_k`](Self::top_k), [`top_p`](Self::top_p), each over what the former left.
+/// (`transformers` takes `min_p` last, so that its `top_p` counts tokens that `min_p` then drops.)
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Sampling {
@@ -64,6 +67,11 @@ pub struct Sampling {
     pub top_k: usize,
     /// Keeps the fewest most likely tokens whose probabilities reach `p`, in (0, 1]; 1 keeps all.
     pub top_p: f32,
+    /// Keeps the tokens whose probability is at least this share of the most likely one's, in [0, 1]; 0 keeps all.
+    pub min_p: f32,
+    /// Makes tokens of the prompt and of the completion so far less likely: their positive logits are divided by it,
+    /// their negative ones multiplied (Keskar et al. 2019). Positive; 1 changes nothing, less than 1 favours repetition.
+    pub repetition_penalty: f32,
     /// Same seed, same weights, same request: same tokens.
     pub seed: u64,
     /// Ends a completion after this many tokens; at least 1.
@@ -72,6 +80,12 @@ pub struct Sampling {
     pub min_new_tokens: usize,
     /// Tokens that end a completion. The one drawn is the completion's last token.
     pub stop_tokens: Vec<u32>,
+    /// Texts that end a completion: at the first token whose text completes one of them, from
+    /// [`min_new_tokens`](Self::min_new_tokens) on. That token is the completion's last, with its log-probability, even
+    /// if its text goes on past the stop text. Only the completion's own text counts, never the prompt's. An engine
+    /// that knows no text refuses them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stop_strings: Vec<String>,
     /// Which log-probabilities come with a completion.
     pub log_probs: LogProbs,
 }
@@ -83,10 +97,13 @@ impl Default for Sampling {
             temperature: 1.0,
             top_k: 0,
             top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
             seed: 0,
             max_new_tokens: 16,
             min_new_tokens: 0,
             stop_tokens: Vec::new(),
+            stop_strings: Vec::new(),
             log_probs: LogProbs::Raw,
         }
     }
@@ -121,6 +138,9 @@ pub enum LogProbs {
 pub enum FinishReason {
     /// This stop token was drawn; it is the last of the completion's tokens.
     Stop(u32),
+    /// The completion's text holds this one of [`Sampling::stop_strings`] (its index there; the lowest if one token
+    /// completed several).
+    StopString(usize),
     /// [`Sampling::max_new_tokens`] were drawn.
     Length,
     /// Somebody aborted it; the tokens drawn so far are there, perhaps none.
@@ -177,6 +197,22 @@ pub(crate) fn check_fields(requests: &[Request], limits: Limits) -> Result<()> {
     requests.iter().enumerate().try_for_each(|(index, request)| check(index, request, limits))
 }
 
+/// Refuses texts that end a completion, for an engine that knows token ids alone.
+///
+/// # Errors
+/// [`Error::Request`] names the first request that has them.
+pub fn refuse_stop_strings(requests: &[Request]) -> Result<()> {
+    match requests.iter().enumerate().find(|(_, r)| !r.sampling.stop_strings.is_empty()) {
+        None => Ok(()),
+        Some((request, r)) => Err(Error::Request {
+            request,
+            field: "stop_strings",
+            value: format!("{:?}", r.sampling.stop_strings),
+            expected: "this engine knows no text: give stop_tokens, or an engine that has the tokenizer",
+        }),
+    }
+}
+
 fn check(index: usize, request: &Request, limits: Limits) -> Result<()> {
     let s = &request.sampling;
     let bad = |field, value: &dyn ToString, expected| {
@@ -196,6 +232,15 @@ fn check(index: usize, request: &Request, limits: Limits) -> Result<()> {
     }
     if !(s.top_p > 0.0 && s.top_p <= 1.0) {
         return bad("top_p", &s.top_p, "a number in (0, 1] was expected");
+    }
+    if !(0.0..=1.0).contains(&s.min_p) {
+        return bad("min_p", &s.min_p, "a number in [0, 1] was expected");
+    }
+    if !(s.repetition_penalty.is_finite() && s.repetition_penalty > 0.0) {
+        return bad("repetition_penalty", &s.repetition_penalty, "a finite number above 0 was expected");
+    }
+    if s.stop_strings.iter().any(String::is_empty) {
+        return bad("stop_strings", &"\"\"", "an empty text would end every completion at once");
     }
     if s.max_new_tokens == 0 {
         return bad("max_new_tokens", &s.max_new_tokens, "at least 1 was expected");

@@ -52,7 +52,7 @@ pub mod testing;
 
 pub use engine::{Engine, EngineExt, MemoryBytes, Progress, Watch};
 pub use error::{Error, Result};
-pub use generate::{Completion, FinishReason, Limits, LogProbs, Request, Sampling, check_requests};
+pub use generate::{Completion, FinishReason, Limits, LogProbs, Request, Sampling, check_requests, refuse_stop_strings};
 pub use lifecycle::{Cache, Event, Level, Parts, Refusal, State};
 pub use media::{Media, MediaKind};
 pub use names::{Identity, NameMap, Table, engine_names};

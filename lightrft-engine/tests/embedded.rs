@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use lightrft_engine::embedded::{
-    Decoder, DecoderConfig, DrawKey, EmbeddedEngine, ModelError, Settings, Weights, draw, uniform,
+    Decoder, DecoderConfig, DrawKey, EmbeddedEngine, ModelError, Past, Settings, Weights, draw, uniform,
 };
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
 use lightrft_engine::{
@@ -81,7 +81,8 @@ fn recomputed(
             sample: sample as u32,
             position: position as u32,
         };
-        let drawn = draw(logits.last().unwrap(), &request.sampling, position, uniform(key)).unwrap();
+        let past = Past { prompt: &request.prompt, completion: &tokens[request.prompt.len()..] };
+        let drawn = draw(logits.last().unwrap(), &request.sampling, past, uniform(key)).unwrap();
         tokens.push(drawn.token);
         log_probs.push(drawn.raw_log_prob);
         if request.sampling.stop_tokens.contains(&drawn.token) {

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use lightrft_engine::Sampling;
-use lightrft_engine::embedded::{DrawKey, Unusable, draw, uniform};
+use lightrft_engine::embedded::{DrawKey, Past, Unusable, draw, uniform};
 use proptest::prelude::*;
 
 fn numbers(seed: u64, count: u32) -> impl Iterator<Item = f64> {
@@ -44,7 +44,7 @@ fn kept(logits: &[f32], sampling: &Sampling) -> BTreeSet<u32> {
 fn chi_squared_z(logits: &[f32], sampling: &Sampling, draws: u32) -> f64 {
     let mut counts = vec![0_u32; logits.len()];
     for u in numbers(sampling.seed, draws) {
-        counts[draw(logits, sampling, 0, u).unwrap().token as usize] += 1;
+        counts[draw(logits, sampling, Past::default(), u).unwrap().token as usize] += 1;
     }
     let set = kept(logits, sampling);
     let probabilities = softmax(logits, sampling.temperature);
@@ -96,7 +96,7 @@ fn random_numbers_are_even_and_differ_with_every_part_of_the_key() {
 
 #[test]
 fn greedy_takes_the_lowest_id_among_equals() {
-    let drawn = draw(&[1.0, 3.0, 3.0, -2.0, 3.0], &Sampling::greedy(1), 0, 0.99).unwrap();
+    let drawn = draw(&[1.0, 3.0, 3.0, -2.0, 3.0], &Sampling::greedy(1), Past::default(), 0.99).unwrap();
     assert_eq!((drawn.token, drawn.processed_log_prob), (1, 0.0));
 }
 
@@ -104,16 +104,17 @@ fn greedy_takes_the_lowest_id_among_equals() {
 fn top_k_takes_the_lowest_ids_among_equals() {
     let sampling = Sampling { top_k: 2, ..Sampling::default() };
     let tokens: BTreeSet<u32> =
-        numbers(1, 200).map(|u| draw(&[0.0; 9], &sampling, 0, u).unwrap().token).collect();
+        numbers(1, 200).map(|u| draw(&[0.0; 9], &sampling, Past::default(), u).unwrap().token).collect();
     assert_eq!(tokens, BTreeSet::from([0, 1]));
 }
 
 #[test]
 fn stop_tokens_are_out_before_min_new_tokens_and_back_at_it() {
     let sampling = Sampling { min_new_tokens: 2, stop_tokens: vec![1], ..Sampling::greedy(4) };
-    let token = |position| draw(&[0.0, 5.0, 1.0], &sampling, position, 0.5).unwrap().token;
+    let after = |position: usize| Past { prompt: &[], completion: &[0, 0][..position] };
+    let token = |position| draw(&[0.0, 5.0, 1.0], &sampling, after(position), 0.5).unwrap().token;
     assert_eq!([token(0), token(1), token(2)], [2, 2, 1]);
-    let raw = draw(&[0.0, 5.0, 1.0], &sampling, 0, 0.5).unwrap().raw_log_prob;
+    let raw = draw(&[0.0, 5.0, 1.0], &sampling, Past::default(), 0.5).unwrap().raw_log_prob;
     assert!((f64::from(raw) - softmax(&[0.0, 5.0, 1.0], 1.0)[2].ln()).abs() < 1e-6, "raw knows no ban");
 }
 
@@ -121,12 +122,12 @@ fn stop_tokens_are_out_before_min_new_tokens_and_back_at_it() {
 fn rows_that_nothing_can_be_drawn_from_are_refused() {
     let infinite = f32::INFINITY;
     let sampling = Sampling::default();
-    assert_eq!(draw(&[0.0, f32::NAN], &sampling, 0, 0.5), Err(Unusable::NotFinite(1)));
-    assert_eq!(draw(&[infinite, 0.0], &sampling, 0, 0.5), Err(Unusable::NotFinite(0)));
-    assert_eq!(draw(&[-infinite; 3], &sampling, 0, 0.5), Err(Unusable::NothingLeft));
-    assert_eq!(draw(&[], &sampling, 0, 0.5), Err(Unusable::NothingLeft));
+    assert_eq!(draw(&[0.0, f32::NAN], &sampling, Past::default(), 0.5), Err(Unusable::NotFinite(1)));
+    assert_eq!(draw(&[infinite, 0.0], &sampling, Past::default(), 0.5), Err(Unusable::NotFinite(0)));
+    assert_eq!(draw(&[-infinite; 3], &sampling, Past::default(), 0.5), Err(Unusable::NothingLeft));
+    assert_eq!(draw(&[], &sampling, Past::default(), 0.5), Err(Unusable::NothingLeft));
     let banned = Sampling { min_new_tokens: 1, stop_tokens: vec![1], ..sampling };
-    assert_eq!(draw(&[-infinite, 0.0], &banned, 0, 0.5), Err(Unusable::NothingLeft));
+    assert_eq!(draw(&[-infinite, 0.0], &banned, Past::default(), 0.5), Err(Unusable::NothingLeft));
 }
 
 #[test]
@@ -137,10 +138,10 @@ fn a_large_vocabulary_and_a_wide_nucleus_are_cut_where_a_full_sort_cuts() {
         let sampling = Sampling { top_p, ..Sampling::default() };
         let set = kept(&logits, &sampling);
         let drawn: BTreeSet<u32> =
-            numbers(2, 300).map(|u| draw(&logits, &sampling, 0, u).unwrap().token).collect();
+            numbers(2, 300).map(|u| draw(&logits, &sampling, Past::default(), u).unwrap().token).collect();
         assert!(drawn.is_subset(&set), "top_p {top_p}");
         // The largest random number falls on the least likely token that is kept.
-        let last = draw(&logits, &sampling, 0, 1.0 - f64::EPSILON).unwrap().token;
+        let last = draw(&logits, &sampling, Past::default(), 1.0 - f64::EPSILON).unwrap().token;
         let by_rank =
             |a: &&u32, b: &&u32| logits[**b as usize].total_cmp(&logits[**a as usize]).then(a.cmp(b));
         assert_eq!(Some(&last), set.iter().max_by(by_rank), "top_p {top_p}");
@@ -161,7 +162,7 @@ proptest! {
         u in 0.0_f64..1.0,
     ) {
         let sampling = Sampling { temperature, top_k, top_p, ..Sampling::default() };
-        let drawn = draw(&logits, &sampling, 0, u).unwrap();
+        let drawn = draw(&logits, &sampling, Past::default(), u).unwrap();
         let set = kept(&logits, &sampling);
         prop_assert!(set.contains(&drawn.token));
         let token = drawn.token as usize;
@@ -178,7 +179,7 @@ proptest! {
         let shifted: Vec<f32> = logits.iter().map(|l| l + 64.0).collect();
         let exact: Vec<f32> = shifted.iter().map(|l| l - 64.0).collect();
         let sampling = Sampling { top_p: 0.9, ..Sampling::default() };
-        let (a, b) = (draw(&exact, &sampling, 0, u).unwrap(), draw(&shifted, &sampling, 0, u).unwrap());
+        let (a, b) = (draw(&exact, &sampling, Past::default(), u).unwrap(), draw(&shifted, &sampling, Past::default(), u).unwrap());
         prop_assert_eq!(a.token, b.token);
         prop_assert!((a.raw_log_prob - b.raw_log_prob).abs() < 1e-5);
     }
@@ -187,8 +188,8 @@ proptest! {
     fn a_temperature_near_zero_is_greedy(logits in row(), u in 0.0_f64..1.0) {
         let cold = Sampling { temperature: f32::MIN_POSITIVE, ..Sampling::default() };
         prop_assert_eq!(
-            draw(&logits, &cold, 0, u).unwrap().raw_log_prob,
-            draw(&logits, &Sampling::greedy(1), 0, u).unwrap().raw_log_prob
+            draw(&logits, &cold, Past::default(), u).unwrap().raw_log_prob,
+            draw(&logits, &Sampling::greedy(1), Past::default(), u).unwrap().raw_log_prob
         );
     }
 }

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use super::decoder::Decoder;
 use super::error::ModelError;
 use super::kv_cache::KvCache;
-use super::sampling::{DrawKey, draw, uniform};
+use super::sampling::{DrawKey, Past, draw, uniform};
 use super::weights::Weights;
 use crate::{Completion, Error, FinishReason, LogProbs, Progress, Request, Result, Version, Watch};
 
@@ -159,7 +159,7 @@ fn draw_next(row: &mut Row, requests: &[Request], logits: &[f32]) -> Result<Opti
         sample: row.sample as u32,
         position: position as u32,
     });
-    let drawn = draw(logits, sampling, position, u).map_err(|unusable| Error::Logits {
+    let drawn = draw(logits, sampling, Past { prompt: &request.prompt, completion: &row.tokens }, u).map_err(|unusable| Error::Logits {
         request: row.request,
         sample: row.sample,
         position,

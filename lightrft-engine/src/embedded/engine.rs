@@ -13,7 +13,7 @@ use super::error::{ModelError, ModelResult};
 use super::weights::Weights;
 use crate::{
     Completion, Engine, Error, Event, Level, Limits, MemoryBytes, NamedTensor, Parts, Progress, Request,
-    Result, State, Update, Version, Watch, check_requests,
+    Result, State, Update, Version, Watch, check_requests, refuse_stop_strings,
 };
 
 /// How an [`EmbeddedEngine`] computes.
@@ -114,6 +114,7 @@ impl Engine for EmbeddedEngine {
     fn generate(&mut self, requests: &[Request], watch: &mut Watch<'_>) -> Result<Vec<Completion>> {
         self.state.after(Event::Generate)?;
         check_requests(requests, self.limits())?;
+        refuse_stop_strings(requests)?;
         let model = Model { decoder: &self.decoder, weights: &self.weights, version: self.version };
         let total = requests.iter().fold(0_usize, |n, r| n.saturating_add(r.samples));
         let mut progress = Progress { total, ..Progress::default() };

@@ -25,6 +25,7 @@
 
 mod batch;
 mod config;
+mod cpu;
 mod decoder;
 mod engine;
 mod error;
@@ -38,5 +39,5 @@ pub use decoder::{Decoder, Frame};
 pub use engine::{EmbeddedEngine, Settings};
 pub use error::{ModelError, ModelResult};
 pub use kv_cache::{KvCache, LayerCache};
-pub use sampling::{Draw, DrawKey, Unusable, draw, uniform};
+pub use sampling::{Draw, DrawKey, Past, Unusable, draw, uniform};
 pub use weights::{Weights, weight_files};

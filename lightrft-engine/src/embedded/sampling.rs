@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 
+use super::cpu::{BLOCK, Vectors, greatest, sum_exp, weigh};
 use crate::Sampling;
 
 /// What a token was drawn with.
@@ -65,76 +66,185 @@ fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// Draws the token at `position` of a completion from its `logits`, with the random number `u` of [0, 1).
+/// The tokens before the one that is drawn.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Past<'a> {
+    /// Tokens of the prompt.
+    pub prompt: &'a [u32],
+    /// Tokens of the completion so far.
+    pub completion: &'a [u32],
+}
+
+/// Draws the token that follows `past` from its `logits`, with the random number `u` of [0, 1).
 ///
-/// Stop tokens are out before [`Sampling::min_new_tokens`]. Then: temperature; the `top_k` most likely, the lower id
-/// first among equals; of these the shortest run from the most likely whose probabilities reach `top_p`. Temperature 0
-/// takes the most likely token that is left, the lowest id among equals, and `u` does not matter.
+/// In this order: stop tokens are out before [`Sampling::min_new_tokens`]; the repetition penalty; temperature; `min_p`;
+/// the `top_k` most likely, the lower id first among equals; of these the shortest run from the most likely whose
+/// probabilities reach `top_p`. Temperature 0 takes the most likely token after the penalty, the lowest id among equals,
+/// and `u` does not matter.
 ///
-/// Sums are taken in f64.
+/// Exponentials are taken in f32, their sums in f64. [`Sampling::stop_strings`] are not looked at.
 ///
 /// # Errors
 /// [`Unusable`] for logits that are NaN or +inf, or that leave nothing to draw.
-pub fn draw(logits: &[f32], sampling: &Sampling, position: usize, u: f64) -> Result<Draw, Unusable> {
-    let mut top = f32::NEG_INFINITY;
-    for (token, logit) in logits.iter().enumerate() {
-        if logit.is_nan() || *logit == f32::INFINITY {
-            return Err(Unusable::NotFinite(token));
-        }
-        top = top.max(*logit);
-    }
-    if top == f32::NEG_INFINITY {
-        return Err(Unusable::NothingLeft);
-    }
-    let log_sum: f64 = logits.iter().map(|l| f64::from((l - top).exp())).sum::<f64>().ln();
-    let raw = |token: usize| (f64::from(logits[token]) - f64::from(top) - log_sum) as f32;
-
-    let banned: &[u32] = if position < sampling.min_new_tokens { &sampling.stop_tokens } else { &[] };
-    let allowed = || {
-        let open = |(token, logit): &(usize, &f32)| {
-            **logit > f32::NEG_INFINITY && (banned.is_empty() || !banned.contains(&(*token as u32)))
-        };
-        logits.iter().enumerate().filter(open).map(|(token, logit)| (token, *logit))
-    };
-    let mut best: Option<(usize, f32)> = None;
-    for (token, logit) in allowed() {
-        if best.is_none_or(|(_, most)| logit > most) {
-            best = Some((token, logit));
-        }
-    }
-    let Some((best, most)) = best else { return Err(Unusable::NothingLeft) };
-    if sampling.temperature == 0.0 {
-        return Ok(Draw { token: best as u32, raw_log_prob: raw(best), processed_log_prob: 0.0 });
-    }
-
-    let (most, temperature) = (f64::from(most), f64::from(sampling.temperature));
-    let weigh = |logit: f32| ((f64::from(logit) - most) / temperature).exp();
-    let keep_all_k = sampling.top_k == 0 || sampling.top_k >= logits.len();
-    let (token, weight, total) = if keep_all_k && sampling.top_p >= 1.0 {
-        pick(|| allowed().map(|(token, logit)| (token, weigh(logit))), u)
-    } else {
-        let mut kept: Vec<(usize, f32)> = allowed().collect();
-        if !keep_all_k && sampling.top_k < kept.len() {
-            kept.select_nth_unstable_by(sampling.top_k, most_likely_first);
-            kept.truncate(sampling.top_k);
-        }
-        let kept = nucleus(kept, f64::from(sampling.top_p), weigh);
-        pick(|| kept.iter().copied(), u)
-    }
-    .unwrap_or((best, 1.0, 1.0));
-    Ok(Draw {
-        token: token as u32,
-        raw_log_prob: raw(token),
-        processed_log_prob: (weight / total).ln() as f32,
-    })
+pub fn draw(logits: &[f32], sampling: &Sampling, past: Past<'_>, u: f64) -> Result<Draw, Unusable> {
+    Sampler::default().draw(logits, sampling, past, u)
 }
 
-fn most_likely_first(a: &(usize, f32), b: &(usize, f32)) -> Ordering {
+/// [`draw`] with memory that is used again.
+#[derive(Debug, Default)]
+pub(super) struct Sampler {
+    /// Logits after bans and the penalty.
+    processed: Vec<f32>,
+    /// Whether the penalty has met a token, a bit for each.
+    seen: Vec<u64>,
+    weights: Vec<f32>,
+    /// Sums of blocks of `weights`.
+    sums: Vec<f64>,
+    /// Tokens that filters may keep, with their logits.
+    candidates: Vec<(u32, f32)>,
+}
+
+impl Sampler {
+    pub(super) fn draw(
+        &mut self,
+        logits: &[f32],
+        sampling: &Sampling,
+        past: Past<'_>,
+        u: f64,
+    ) -> Result<Draw, Unusable> {
+        let vectors = Vectors::widest();
+        let raw_most = greatest(vectors, logits);
+        if raw_most.is_nan() {
+            let bad = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY);
+            return Err(Unusable::NotFinite(bad.unwrap_or(0)));
+        }
+        if raw_most == f32::NEG_INFINITY {
+            return Err(Unusable::NothingLeft);
+        }
+        let as_they_are = !self.process(logits, sampling, past);
+        let processed = if as_they_are { logits } else { self.processed.as_slice() };
+        let most = if as_they_are { raw_most } else { greatest(vectors, processed) };
+        if most == f32::NEG_INFINITY {
+            return Err(Unusable::NothingLeft);
+        }
+        let raw = |token: usize, total: f64| (f64::from(logits[token]) - f64::from(raw_most) - total.ln()) as f32;
+        let temperature = sampling.temperature;
+        if temperature == 0.0 {
+            let best = processed.iter().position(|l| *l == most).unwrap_or(0);
+            let raw_log_prob = raw(best, sum_exp(vectors, logits, raw_most));
+            return Ok(Draw { token: best as u32, raw_log_prob, processed_log_prob: 0.0 });
+        }
+
+        self.weights.resize(logits.len(), 0.0);
+        self.sums.resize(logits.len().div_ceil(BLOCK), 0.0);
+        weigh(vectors, processed, most, temperature, sampling.min_p, &mut self.weights, &mut self.sums);
+        let all: f64 = self.sums.iter().sum();
+        let raw_total = if as_they_are && temperature == 1.0 && sampling.min_p == 0.0 {
+            all
+        } else {
+            sum_exp(vectors, logits, raw_most)
+        };
+        let keep_all_k = sampling.top_k == 0 || sampling.top_k >= logits.len();
+        let (token, total) = if keep_all_k && sampling.top_p >= 1.0 {
+            (self.pick(u * all), all)
+        } else {
+            self.filtered(as_they_are.then_some(logits), most, sampling, u)
+        };
+        let logit = if as_they_are { logits[token] } else { self.processed[token] };
+        let exponent = (f64::from(logit) - f64::from(most)) / f64::from(temperature);
+        Ok(Draw {
+            token: token as u32,
+            raw_log_prob: raw(token, raw_total),
+            processed_log_prob: ((exponent - total.ln()) as f32).min(0.0),
+        })
+    }
+
+    /// Fills `processed` with the logits after bans and the penalty; `false` if neither changes any.
+    fn process(&mut self, logits: &[f32], sampling: &Sampling, past: Past<'_>) -> bool {
+        let banned: &[u32] =
+            if past.completion.len() < sampling.min_new_tokens { &sampling.stop_tokens } else { &[] };
+        let penalty = sampling.repetition_penalty;
+        if banned.is_empty() && penalty == 1.0 {
+            return false;
+        }
+        self.processed.clear();
+        self.processed.extend_from_slice(logits);
+        for token in banned {
+            if let Some(logit) = self.processed.get_mut(*token as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        if penalty != 1.0 {
+            self.seen.clear();
+            self.seen.resize(logits.len().div_ceil(64), 0);
+            for token in past.prompt.iter().chain(past.completion) {
+                let (word, bit) = (*token as usize / 64, 1 << (token % 64));
+                let (Some(seen), Some(logit)) =
+                    (self.seen.get_mut(word), self.processed.get_mut(*token as usize))
+                else {
+                    continue;
+                };
+                if *seen & bit == 0 {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                    *seen |= bit;
+                }
+            }
+        }
+        true
+    }
+
+    /// The token in whose part of the summed weights `reach` falls.
+    fn pick(&self, reach: f64) -> usize {
+        let (mut block, mut reached) = (0, 0.0);
+        while block + 1 < self.sums.len() && reached + self.sums[block] <= reach {
+            reached += self.sums[block];
+            block += 1;
+        }
+        let mut last = None;
+        for (token, weight) in self.weights.iter().enumerate().skip(block * BLOCK) {
+            reached += f64::from(*weight);
+            if *weight > 0.0 {
+                last = Some(token);
+                if reached > reach {
+                    break;
+                }
+            }
+        }
+        // Rounding may put `reach` past a row that ends in tokens of no weight.
+        let heaviest = || self.weights.iter().rposition(|w| *w > 0.0).unwrap_or(0);
+        last.unwrap_or_else(heaviest)
+    }
+
+    /// A token of those that top-k and top-p keep, and the sum of the weights kept.
+    fn filtered(&mut self, raw: Option<&[f32]>, most: f32, sampling: &Sampling, u: f64) -> (usize, f64) {
+        let logits = raw.unwrap_or(&self.processed);
+        self.candidates.clear();
+        let weighed = self.weights.iter().zip(logits).enumerate();
+        self.candidates.extend(weighed.filter(|(_, (w, _))| **w > 0.0).map(|(t, (_, l))| (t as u32, *l)));
+        if sampling.top_k > 0 && sampling.top_k < self.candidates.len() {
+            self.candidates.select_nth_unstable_by(sampling.top_k, most_likely_first);
+            self.candidates.truncate(sampling.top_k);
+        }
+        let (most, temperature) = (f64::from(most), f64::from(sampling.temperature));
+        let weigh = |logit: f32| ((f64::from(logit) - most) / temperature).exp();
+        let kept = nucleus(&mut self.candidates, f64::from(sampling.top_p), weigh);
+        let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+        let mut reached = 0.0;
+        let chosen = kept.iter().find(|(_, weight)| {
+            reached += weight;
+            reached > u * total
+        });
+        let token = chosen.or(kept.last()).map_or(0, |(token, _)| *token);
+        (token as usize, total)
+    }
+}
+
+fn most_likely_first(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
 /// The shortest run from the most likely token whose share of the weights reaches `top_p`, with the weights.
-fn nucleus(mut tokens: Vec<(usize, f32)>, top_p: f64, weigh: impl Fn(f32) -> f64) -> Vec<(usize, f64)> {
+fn nucleus(tokens: &mut [(u32, f32)], top_p: f64, weigh: impl Fn(f32) -> f64) -> Vec<(u32, f64)> {
     let total: f64 = tokens.iter().map(|(_, logit)| weigh(*logit)).sum();
     let enough = if top_p >= 1.0 { f64::INFINITY } else { top_p * total };
     let mut kept = Vec::new();
@@ -160,23 +270,6 @@ fn nucleus(mut tokens: Vec<(usize, f32)>, top_p: f64, weigh: impl Fn(f32) -> f64
         next *= 8;
     }
     kept
-}
-
-/// The token in whose part of the summed weights `u` falls, its weight, and the sum.
-fn pick<I: Iterator<Item = (usize, f64)>>(weights: impl Fn() -> I, u: f64) -> Option<(usize, f64, f64)> {
-    let total: f64 = weights().map(|(_, weight)| weight).sum();
-    let mut reached = 0.0;
-    let mut last = None;
-    for (token, weight) in weights() {
-        reached += weight;
-        if weight > 0.0 {
-            last = Some((token, weight, total));
-        }
-        if reached > u * total {
-            break;
-        }
-    }
-    last
 }
 
 #[cfg(test)]

@@ -163,13 +163,18 @@ fn bad_requests_are_refused_whole(mut subject: Subject) {
         change(&mut request);
         request
     };
-    let bad: [(&str, Change); 9] = [
+    let bad: [(&str, Change); 14] = [
         ("prompt", |r| r.prompt.clear()),
         ("samples", |r| r.samples = 0),
         ("temperature", |r| r.sampling.temperature = -1.0),
         ("temperature", |r| r.sampling.temperature = f32::NAN),
         ("top_p", |r| r.sampling.top_p = 0.0),
         ("top_p", |r| r.sampling.top_p = 1.5),
+        ("min_p", |r| r.sampling.min_p = 1.5),
+        ("min_p", |r| r.sampling.min_p = f32::NAN),
+        ("repetition_penalty", |r| r.sampling.repetition_penalty = 0.0),
+        ("repetition_penalty", |r| r.sampling.repetition_penalty = f32::INFINITY),
+        ("stop_strings", |r| r.sampling.stop_strings = vec!["a".into(), String::new()]),
         ("max_new_tokens", |r| r.sampling.max_new_tokens = 0),
         ("min_new_tokens", |r| r.sampling.min_new_tokens = 99),
         ("stop_tokens", |r| r.sampling.stop_tokens = vec![u32::MAX]),

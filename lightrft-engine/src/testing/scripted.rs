@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use super::TensorBytes;
 use crate::{
     Completion, Engine, Error, Event, FinishReason, Level, Limits, LogProbs, MemoryBytes, NamedTensor, Parts,
-    Progress, Request, Result, State, Update, Version, Watch, check_requests,
+    Progress, Request, Result, State, Update, Version, Watch, check_requests, refuse_stop_strings,
 };
 
 type Script = Box<dyn FnMut(&Request, usize) -> Vec<u32> + Send>;
@@ -16,7 +16,7 @@ type Script = Box<dyn FnMut(&Request, usize) -> Vec<u32> + Send>;
 /// An engine that draws every token of its vocabulary with the same probability, or says what a script tells it.
 ///
 /// It has two parameters, `embed.weight` of `[vocabulary, 4]` and `norm.weight` of `[4]`, both f32; its answers change
-/// when their bytes do. Top-k and top-p mean nothing here. It starts awake, at [`Version`] 0.
+/// when their bytes do. Filters and penalties mean nothing here, and stop strings are refused. It starts awake, at [`Version`] 0.
 pub struct ScriptedEngine {
     limits: Limits,
     state: State,
@@ -148,6 +148,7 @@ impl Engine for ScriptedEngine {
     fn generate(&mut self, requests: &[Request], watch: &mut Watch<'_>) -> Result<Vec<Completion>> {
         self.state.after(Event::Generate)?;
         check_requests(requests, self.limits)?;
+        refuse_stop_strings(requests)?;
         let mut progress =
             Progress { total: requests.iter().map(|r| r.samples).sum(), ..Progress::default() };
         let weights = self.fingerprint();
