@@ -1,10 +1,13 @@
 //! The seam: what every inference engine does for a trainer, and its contract.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use crate::transfer::{self, UpdateReport, WeightSource};
 use crate::{
-    Completion, Error, Event, Level, Limits, NamedTensor, Parts, Request, Result, State, Update, Version,
+    Completion, Error, Event, Level, Limits, NameMap, NamedTensor, Parts, Request, Result, State, Update,
+    Version,
 };
 
 /// An inference engine that sleeps while the trainer works, and takes the trainer's weights.
@@ -60,6 +63,12 @@ pub trait Engine: fmt::Debug + Send {
 
     /// What its model and its memory allow of a request.
     fn limits(&self) -> Limits;
+
+    /// Every parameter that an update must push, by the engine's name, with its whole shape; `None` where the engine
+    /// learns that only by being pushed to. [`EngineExt::update_from`] compares with it before anything is sent.
+    fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
+        None
+    }
 }
 
 /// What an engine holds, in bytes.
@@ -109,6 +118,42 @@ pub trait EngineExt: Engine {
             rest = after;
         }
         update.commit()
+    }
+
+    /// A whole update from `source`, whose next bucket is gathered on this thread while another thread pushes the one
+    /// before. Two buckets of `bucket_bytes` are in memory at most; a tensor that is larger is a bucket of its own.
+    ///
+    /// Names are mapped and, as far as the engine knows them, compared with its [`parameters`](Engine::parameters)
+    /// before the source or the engine is asked for anything. From then on a failure on either side leaves the engine
+    /// stale, and another update mends it.
+    ///
+    /// ```
+    /// use lightrft_engine::testing::{ScriptedEngine, TensorBytes};
+    /// use lightrft_engine::{Engine, EngineExt, Identity, TensorSlice, Version};
+    ///
+    /// let mut engine = ScriptedEngine::new(32);
+    /// let weights = engine.example_weights(1);
+    /// let tensors = weights.iter().map(TensorBytes::view).collect::<Result<Vec<_>, _>>()?;
+    /// let report = engine.update_from(Version(1), &mut TensorSlice::new(&tensors), &Identity, 1 << 20)?;
+    /// assert_eq!((report.tensors, report.bytes, engine.version()), (2, 33 * 16, Some(Version(1))));
+    /// # Ok::<_, lightrft_engine::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Before anything is asked for: [`Error::Refused`]; [`Error::Name`]; [`Error::UnknownTensor`], [`Error::Shape`] and
+    /// [`Error::MissingTensors`] against the engine's parameters. After that: [`Error::Source`] and what the source
+    /// itself reports; those of [`Engine::begin_update`], [`Update::push`] and [`Update::commit`]. Where both sides
+    /// fail, the engine's error is returned.
+    fn update_from(
+        &mut self,
+        to: Version,
+        source: &mut dyn WeightSource,
+        map: &dyn NameMap,
+        bucket_bytes: usize,
+    ) -> Result<UpdateReport> {
+        self.allows(Event::BeginUpdate)?;
+        let plan = transfer::Plan::new(source.tensors(), map, self.parameters().as_ref(), to)?;
+        transfer::run(self, to, source, &plan, bucket_bytes)
     }
 
     /// Checks that `event` is allowed now, and changes nothing.

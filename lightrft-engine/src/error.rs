@@ -1,5 +1,6 @@
 //! What an engine refuses or fails at, as outcomes that a caller can act on.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use safetensors::Dtype;
@@ -124,6 +125,27 @@ pub enum Error {
         name: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// The trainer's side of an update failed: weights that could not be gathered or read. The engine is stale if the
+    /// update had begun.
+    #[error("weights for the engine: {0}")]
+    Source(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A file of a model folder could not be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file of a model folder is not what its name promises.
+    #[error("{}: {what}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what was expected.
+        what: String,
     },
     /// The caller's deadline passed. Completions of the call are lost; the engine can be used again.
     #[error("{operation}: {waited:?} passed with {done} of {total} done")]

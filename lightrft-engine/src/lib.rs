@@ -43,6 +43,7 @@ mod media;
 mod names;
 #[cfg(feature = "vllm")]
 mod server;
+mod transfer;
 mod update;
 
 #[cfg(feature = "embedded")]
@@ -55,11 +56,12 @@ pub use error::{Error, Result};
 pub use generate::{Completion, FinishReason, Limits, LogProbs, Request, Sampling, check_requests, refuse_stop_strings};
 pub use lifecycle::{Cache, Event, Level, Parts, Refusal, State};
 pub use media::{Media, MediaKind};
-pub use names::{Identity, NameMap, Table, engine_names};
+pub use names::{Identity, NameMap, Prefixes, Table, engine_names};
 pub use safetensors::Dtype;
 #[cfg(feature = "vllm")]
 pub use server::{ApiKey, Call, ServerError, StartProgress};
-pub use update::{NamedTensor, Update, Version};
+pub use transfer::{HfFolder, Staging, TensorSlice, UpdateReport, WeightSource};
+pub use update::{NamedTensor, TensorInfo, Update, Version};
 
 /// The README's example compiles and runs.
 #[cfg(doctest)]

@@ -43,9 +43,7 @@ impl<'a> NamedTensor<'a> {
     /// # Errors
     /// [`Error::Bytes`] if `bytes` is not exactly what `dtype` and `shape` ask for.
     pub fn new(name: &'a str, dtype: Dtype, shape: &'a [usize], bytes: &'a [u8]) -> Result<Self> {
-        let elems = shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim));
-        let expected =
-            elems.and_then(|n| n.checked_mul(dtype.bitsize())).map_or(usize::MAX, |bits| bits.div_ceil(8));
+        let expected = byte_len(dtype, shape).unwrap_or(usize::MAX);
         if bytes.len() != expected {
             return Err(Error::Bytes {
                 name: name.to_owned(),
@@ -78,6 +76,11 @@ impl<'a> NamedTensor<'a> {
         self.bytes
     }
 
+    /// What is known of it without its bytes.
+    pub fn info(&self) -> TensorInfo {
+        TensorInfo { name: self.name.to_owned(), dtype: self.dtype, shape: self.shape.to_vec() }
+    }
+
     /// The same tensor under another name.
     #[must_use]
     pub fn renamed<'b>(self, name: &'b str) -> NamedTensor<'b>
@@ -92,6 +95,39 @@ impl fmt::Debug for NamedTensor<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {:?}{:?}", self.name, self.dtype, self.shape)
     }
+}
+
+/// A whole parameter without its bytes: what is known of it before it is gathered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name: the trainer's for a [`WeightSource`](crate::WeightSource).
+    pub name: String,
+    /// Type of its elements.
+    pub dtype: Dtype,
+    /// Its whole shape, outermost dim first.
+    pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// Bytes that its elements take, row-major.
+    ///
+    /// # Errors
+    /// [`Error::Bytes`] if they are more than memory has addresses.
+    pub fn bytes(&self) -> Result<usize> {
+        byte_len(self.dtype, &self.shape).ok_or_else(|| Error::Bytes {
+            name: self.name.clone(),
+            dtype: self.dtype,
+            shape: self.shape.clone(),
+            got: 0,
+            expected: usize::MAX,
+        })
+    }
+}
+
+/// Bytes of a tensor; `None` if they are more than a `usize` counts.
+fn byte_len(dtype: Dtype, shape: &[usize]) -> Option<usize> {
+    let elems = shape.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim))?;
+    Some(elems.checked_mul(dtype.bitsize())?.div_ceil(8))
 }
 
 /// An update under way, made by [`Engine::begin_update`](crate::Engine::begin_update).

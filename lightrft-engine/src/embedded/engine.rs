@@ -147,8 +147,7 @@ impl Engine for EmbeddedEngine {
 
     fn begin_update(&mut self, to: Version) -> Result<Box<dyn Update + '_>> {
         self.step(Event::BeginUpdate)?;
-        let parameters = self.config().parameter_groups().into_iter().flat_map(|g| g.parameters);
-        let shapes = parameters.map(|p| (p.name, p.shape)).collect();
+        let shapes = self.parameters().unwrap_or_default();
         Ok(Box::new(EmbeddedUpdate { engine: self, to, shapes, staged: BTreeMap::new() }))
     }
 
@@ -171,6 +170,11 @@ impl Engine for EmbeddedEngine {
     fn limits(&self) -> Limits {
         let config = self.config();
         Limits { vocabulary: config.vocab_size, context_tokens: config.max_position_embeddings }
+    }
+
+    fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
+        let parameters = self.config().parameter_groups().into_iter().flat_map(|g| g.parameters);
+        Some(parameters.map(|p| (p.name, p.shape)).collect())
     }
 }
 

@@ -36,6 +36,7 @@ pub fn conformance(make: impl Fn() -> Subject) {
     an_update_replaces_the_weights_and_their_version(make());
     an_update_dropped_half_way_leaves_it_stale(make());
     a_leaked_update_is_mended_by_another(make());
+    the_parameters_it_tells_are_those_it_takes(make());
     bad_tensors_are_refused_before_anything_changes(make());
     level_one_keeps_the_weights_and_level_two_does_not(make());
     sleep_frees_memory(make());
@@ -313,6 +314,12 @@ fn a_leaked_update_is_mended_by_another(mut subject: Subject) {
     assert!(subject.engine.complete(&[greedy()]).is_err() && subject.engine.sleep(Level::One).is_err());
     subject.update(4);
     assert_eq!(subject.engine.version(), Some(Version(4)));
+}
+
+fn the_parameters_it_tells_are_those_it_takes(subject: Subject) {
+    let Some(told) = subject.engine.parameters() else { return };
+    let taken = subject.weights.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
+    assert_eq!(told, taken, "the names and shapes of a whole update");
 }
 
 fn bad_tensors_are_refused_before_anything_changes(mut subject: Subject) {

@@ -211,6 +211,10 @@ impl Engine for ScriptedEngine {
     fn limits(&self) -> Limits {
         self.limits
     }
+
+    fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
+        Some(self.shapes().map(|(name, shape)| (name.to_owned(), shape)).into())
+    }
 }
 
 #[derive(Debug)]
