@@ -32,6 +32,7 @@
 //! | `embedded` | `embedded::EmbeddedEngine`: Llama and Qwen2 folders on candle, in this process |
 //! | `vllm` | a driver of vLLM servers |
 //! | `testing` | `testing::ScriptedEngine`, and `testing::conformance` for any engine |
+//! | `wire` | `wire`: the bytes of vLLM's and `SGLang`'s weight messages, without torch |
 //!
 //! Not here: gathering prompts of many ranks, and gathering sharded parameters for an update (`lightrft-strategy`).
 
@@ -50,6 +51,8 @@ mod update;
 pub mod embedded;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+#[cfg(feature = "wire")]
+pub mod wire;
 
 pub use engine::{Engine, EngineExt, MemoryBytes, Progress, Watch};
 pub use error::{Error, Result};

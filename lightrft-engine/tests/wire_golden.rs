@@ -1,0 +1,165 @@
+//! Engines' weight messages, byte for byte as `tools/make_wire_vectors.py` recorded them (and torch read them back).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use lightrft_engine::testing::TensorBytes;
+use lightrft_engine::wire::vllm::{NCCL_ID_KEY, NcclInit, UpdateInfo, packed_chunks, pickled_nccl_id};
+use lightrft_engine::wire::{CudaIpcBuffer, GpuUuid, sglang};
+use lightrft_engine::{Dtype, Error, NamedTensor, TensorInfo};
+use proptest::prelude::*;
+
+fn golden(what: &str) -> String {
+    let vectors: serde_json::Value = serde_json::from_str(include_str!("data/wire_vectors.json")).unwrap();
+    vectors[what].as_str().unwrap().to_owned()
+}
+
+/// The tensors of `tools/make_wire_vectors.py`.
+fn tensors() -> Vec<TensorBytes> {
+    let tensor = |name: &str, dtype, shape: &[usize], bytes: &[u8]| TensorBytes {
+        name: name.to_owned(),
+        dtype,
+        shape: shape.to_vec(),
+        bytes: bytes.to_vec(),
+    };
+    vec![
+        tensor("model.norm.weight", Dtype::BF16, &[3], &[0x80, 0x3f, 0x00, 0xc0, 0x00, 0x3f]),
+        TensorBytes::from_f32("model.w", &[2, 3], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]),
+        tensor("half", Dtype::F16, &[2, 1], &[0x00, 0x34, 0xff, 0x7b]),
+        tensor("steps", Dtype::I64, &[], &(-7_i64).to_le_bytes()),
+        tensor("empty", Dtype::F32, &[0, 4], &[]),
+        tensor("flags", Dtype::BOOL, &[3], &[1, 0, 1]),
+        tensor("größe", Dtype::U8, &[2], &[3, 250]),
+    ]
+}
+
+fn views(tensors: &[TensorBytes]) -> Vec<NamedTensor<'_>> {
+    tensors.iter().map(|t| t.view().unwrap()).collect()
+}
+
+fn infos() -> Vec<TensorInfo> {
+    views(&tensors()).iter().map(NamedTensor::info).collect()
+}
+
+fn buffer(bytes: usize, offset_in_allocation: usize) -> CudaIpcBuffer {
+    let handle = std::array::from_fn(|i| i as u8);
+    let gpu = GpuUuid(std::array::from_fn(|i| 0x11 * i as u8));
+    CudaIpcBuffer { gpu, handle, bytes, offset_in_allocation }
+}
+
+#[test]
+fn tensors_by_value_are_the_recorded_pickles() {
+    let tensors = tensors();
+    assert_eq!(sglang::named_tensors(&views(&tensors)).unwrap(), golden("named_tensors"));
+    assert_eq!(sglang::flattened_bucket(&views(&tensors)).unwrap(), golden("flattened_bucket"));
+}
+
+#[test]
+fn buffers_in_gpu_memory_are_the_recorded_pickles() {
+    let end = sglang::bucket_offsets(&infos()).unwrap()[6] + 2;
+    assert_eq!(sglang::cuda_bucket(&infos(), &buffer(end, 512)).unwrap(), golden("cuda_bucket"));
+    let info = UpdateInfo::cuda_ipc(&infos(), &buffer(3 << 31, 1 << 31)).unwrap();
+    assert_eq!(info.ipc_handles_pickled.unwrap(), golden("ipc_handles"));
+    for error in [
+        sglang::cuda_bucket(&infos(), &buffer(end - 1, 0)).unwrap_err(),
+        UpdateInfo::cuda_ipc(&infos(), &buffer(8, 0)).unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::Source(_)), "a buffer too small: {error:?}");
+    }
+}
+
+#[test]
+fn an_nccl_id_for_a_store_is_247_bytes_that_python_pickles_too() {
+    let id = std::array::from_fn(|i| i as u8);
+    let pickled = pickled_nccl_id(&id);
+    assert_eq!(pickled.len(), 247);
+    assert_eq!(STANDARD.encode(pickled), golden("nccl_id"));
+    assert_eq!(NCCL_ID_KEY, "/broadcast_from/0/0");
+    assert_eq!(
+        sglang::nccl_id_key("weight_update_group", 0),
+        "/weight_update_group/weight_update_group//cuda//0"
+    );
+}
+
+#[test]
+fn vllms_json_has_the_fields_that_its_engines_read_and_no_others() {
+    let init = NcclInit::new(&[0; 128], 4, 1 << 30);
+    let expected = serde_json::json!({
+        "rank_offset": 1, "world_size": 5, "nccl_unique_id_b64": STANDARD.encode([0; 128]),
+        "packed": true, "packed_buffer_size_bytes": 1_073_741_824, "packed_num_buffers": 2,
+    });
+    assert_eq!(serde_json::to_value(init).unwrap(), expected);
+
+    let two = &infos()[..2];
+    let names_types_shapes = serde_json::json!({
+        "names": ["model.norm.weight", "model.w"], "dtype_names": ["bfloat16", "float32"], "shapes": [[3], [2, 3]],
+    });
+    assert_eq!(serde_json::to_value(UpdateInfo::broadcast(two).unwrap()).unwrap(), names_types_shapes);
+    let packed = serde_json::to_value(UpdateInfo::cuda_ipc(two, &buffer(64, 0)).unwrap()).unwrap();
+    assert_eq!(packed["tensor_sizes"], serde_json::json!([6, 24]));
+    assert_eq!(packed.as_object().unwrap().len(), 5);
+}
+
+#[test]
+fn a_gpus_uuid_is_written_as_torch_writes_it() {
+    assert_eq!(buffer(0, 0).gpu.to_string(), "00112233-4455-6677-8899-aabbccddeeff");
+}
+
+#[test]
+fn what_torch_has_no_plain_type_for_is_refused_by_name() {
+    let tensor = NamedTensor::new("w.scale", Dtype::F8_E8M0, &[2], &[0, 0]).unwrap();
+    for refused in [sglang::named_tensors(&[tensor]), sglang::flattened_bucket(&[tensor])] {
+        assert!(matches!(refused.unwrap_err(), Error::Dtype { name, .. } if name == "w.scale"));
+    }
+    assert!(matches!(sglang::flattened_bucket(&[]), Err(Error::Source(_))), "SGLang takes no empty bucket");
+}
+
+/// The worker's half of the packed rule, as vLLM's consumer walks it: it reads sizes until their sum is greater.
+fn consumed(sizes: &[usize], limit: usize) -> Vec<usize> {
+    let (mut chunks, mut sum) = (Vec::new(), 0);
+    for size in sizes {
+        sum += size;
+        if sum > limit {
+            chunks.push(std::mem::take(&mut sum));
+        }
+    }
+    if sum > 0 {
+        chunks.push(sum);
+    }
+    chunks
+}
+
+proptest! {
+    #[test]
+    fn both_sides_cut_the_same_chunks(sizes in proptest::collection::vec(1_usize..50, 0..40), limit in 0_usize..120) {
+        let chunks = packed_chunks(&sizes, limit);
+        let sent: Vec<usize> = chunks.iter().map(|chunk| sizes[chunk.clone()].iter().sum()).collect();
+        prop_assert_eq!(&sent, &consumed(&sizes, limit));
+        let mut next = 0;
+        for chunk in &chunks {
+            prop_assert_eq!(chunk.start, next);
+            next = chunk.end;
+            let without_last: usize = sizes[chunk.start..chunk.end - 1].iter().sum();
+            prop_assert!(without_last <= limit, "only the last tensor may exceed the limit");
+        }
+        prop_assert_eq!(next, sizes.len());
+        let (last, full) = sent.split_last().map_or((&0, &[][..]), |(last, full)| (last, full));
+        prop_assert!(full.iter().all(|bytes| *bytes > limit), "{last} bytes may be left over, and only at the end");
+    }
+
+    #[test]
+    fn every_tensor_of_a_bucket_begins_at_a_multiple_of_its_elements(
+        tensors in proptest::collection::vec((0_usize..20, 0_usize..5), 1..20),
+    ) {
+        let types = [(Dtype::U8, 1), (Dtype::BF16, 2), (Dtype::F32, 4), (Dtype::F64, 8), (Dtype::BOOL, 1)];
+        let infos: Vec<TensorInfo> = tensors.iter().map(|(elems, kind)| TensorInfo {
+            name: "t".to_owned(), dtype: types[*kind].0, shape: vec![*elems],
+        }).collect();
+        let mut end = 0;
+        for ((info, (elems, kind)), start) in infos.iter().zip(&tensors).zip(sglang::bucket_offsets(&infos).unwrap()) {
+            prop_assert_eq!(start % types[*kind].1, 0, "{:?}", info);
+            prop_assert!(start >= end && start < end + 8, "no overlap, and no more room than needed");
+            end = start + elems * types[*kind].1;
+        }
+    }
+}
