@@ -31,19 +31,18 @@ fn tensors(count: usize, elems: usize) -> Vec<TensorBytes> {
 }
 
 /// A source that a test can make fail, lie, or tell what it is doing.
-struct Scripted<'a> {
+struct Scripted<F> {
     infos: Vec<TensorInfo>,
-    give: Box<dyn FnMut(&mut Staging<'_>) -> Result<()> + 'a>,
+    give: F,
 }
 
-impl<'a> Scripted<'a> {
-    fn new(tensors: &[TensorBytes], give: impl FnMut(&mut Staging<'_>) -> Result<()> + 'a) -> Self {
-        let infos = views(tensors).iter().map(NamedTensor::info).collect();
-        Self { infos, give: Box::new(give) }
+impl<F: FnMut(&mut Staging<'_>) -> Result<()>> Scripted<F> {
+    fn new(tensors: &[TensorBytes], give: F) -> Self {
+        Self { infos: views(tensors).iter().map(NamedTensor::info).collect(), give }
     }
 }
 
-impl WeightSource for Scripted<'_> {
+impl<F: FnMut(&mut Staging<'_>) -> Result<()>> WeightSource for Scripted<F> {
     fn tensors(&self) -> &[TensorInfo] {
         &self.infos
     }
@@ -80,7 +79,8 @@ fn an_update_from_a_source_is_the_update_of_its_tensors() {
     let report = streamed.update_from(Version(3), &mut TensorSlice::new(&views), &Identity, 100).unwrap();
     assert_eq!((report.tensors, report.bytes, report.buckets), (2, 65 * 16, 2));
     assert!(report.elapsed >= report.pushing && report.elapsed >= report.gathering, "{report:?}");
-    assert_eq!(streamed.complete(&[request.clone()]).unwrap(), pushed.complete(&[request]).unwrap());
+    let one = std::slice::from_ref(&request);
+    assert_eq!(streamed.complete(one).unwrap(), pushed.complete(one).unwrap());
     assert_eq!(streamed.events(), [Event::BeginUpdate, Event::Commit, Event::Generate]);
 }
 
@@ -114,18 +114,14 @@ proptest! {
 fn the_next_bucket_is_gathered_while_one_is_pushed() {
     let weights = tensors(6, 4);
     let (gathering, seen_gathering): (Sender<usize>, Receiver<usize>) = channel();
-    let mut engine = Recorder::default();
     // A push ends only once the gather of the next bucket has begun: one after the other, this would never end.
-    engine.on_push = Some(Box::new(move |push, _| {
-        while push < 5 {
-            let gathered =
-                seen_gathering.recv_timeout(FOREVER).map_err(|_| failure("waiting for a gather"))?;
-            if gathered > push {
-                return Ok(());
-            }
+    let mut engine = Recorder::hooked(move |push, _| {
+        let mut gathered = push;
+        while gathered < (push + 1).min(5) {
+            gathered = seen_gathering.recv_timeout(FOREVER).map_err(|_| failure("waiting for a gather"))?;
         }
         Ok(())
-    }));
+    });
     let views = views(&weights);
     let mut source = Scripted::new(&weights, |staging| {
         views.iter().enumerate().try_for_each(|(at, tensor)| {
@@ -146,9 +142,8 @@ fn there_are_two_buckets_and_the_source_waits_for_a_slow_engine() {
     let weights = tensors(12, 4);
     let gathered = Arc::new(AtomicUsize::new(0));
     let addresses = Arc::new(Mutex::new(BTreeSet::new()));
-    let mut engine = Recorder::default();
     let (counter, seen) = (Arc::clone(&gathered), Arc::clone(&addresses));
-    engine.on_push = Some(Box::new(move |push, bucket| {
+    let mut engine = Recorder::hooked(move |push, bucket| {
         // The source gets every chance to run ahead.
         for _ in 0..200 {
             std::thread::yield_now();
@@ -157,7 +152,7 @@ fn there_are_two_buckets_and_the_source_waits_for_a_slow_engine() {
         assert!(ahead <= 2, "{ahead} buckets are gathered and not yet pushed");
         seen.lock().unwrap().insert(bucket[0].bytes().as_ptr() as usize);
         Ok(())
-    }));
+    });
     let views = views(&weights);
     let mut source = Scripted::new(&weights, |staging| {
         views.iter().try_for_each(|tensor| {
@@ -215,9 +210,9 @@ fn a_write_that_fails_is_the_updates_error_whatever_the_source_says() {
 fn an_engine_that_fails_anywhere_is_stale_and_its_error_is_the_updates() {
     let weights = tensors(5, 3);
     for fails_at in 0..=5 {
-        let mut engine = Recorder { fail_commit: fails_at == 5, ..Recorder::default() };
-        engine.on_push =
-            Some(Box::new(move |push, _| if push == fails_at { Err(failure("push")) } else { Ok(()) }));
+        let mut engine =
+            Recorder::hooked(move |push, _| if push == fails_at { Err(failure("push")) } else { Ok(()) });
+        engine.fail_commit = fails_at == 5;
         // A collective source: it goes through all tensors for the sake of other ranks, and never says that it failed.
         let views = views(&weights);
         let mut offered = 0;

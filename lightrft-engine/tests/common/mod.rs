@@ -57,6 +57,11 @@ pub(crate) fn failure(operation: &'static str) -> Error {
 }
 
 impl Recorder {
+    /// One that calls `hook` before it takes a bucket.
+    pub(crate) fn hooked(hook: impl FnMut(usize, &[NamedTensor<'_>]) -> Result<()> + Send + 'static) -> Self {
+        Self { on_push: Some(Box::new(hook)), ..Self::default() }
+    }
+
     fn step(&mut self, event: Event) -> Result<()> {
         self.state = self.state.after(event)?;
         Ok(())
