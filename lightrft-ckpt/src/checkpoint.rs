@@ -145,7 +145,8 @@ impl Checkpoint {
             let wrong = |reason| Error::Request { name: w.name.as_ref().to_owned(), reason };
             jobs.want(self.record(&w.name)?, span, size, w.into).map_err(wrong)?;
         }
-        run(jobs.into_jobs(), self.readers.get(), self.manifest.block_bytes, &|i| self.shard(i))
+        let readers = self.readers.get();
+        run(jobs.into_jobs(readers), readers, self.manifest.block_bytes, &|i| self.shard(i))
     }
 
     /// Fills `into` with a region's elements. Many regions are read faster together: [`read_many`](Self::read_many).
@@ -199,7 +200,8 @@ impl Checkpoint {
         self.verify_headers(rank, world_size)?;
         let mut jobs = Jobs::new(&self.manifest);
         jobs.verify_all();
-        let mine = jobs.into_jobs().into_iter().skip(rank).step_by(world_size).collect();
+        let jobs = jobs.into_jobs(self.readers.get().saturating_mul(world_size));
+        let mine = jobs.into_iter().skip(rank).step_by(world_size).collect();
         run(mine, self.readers.get(), self.manifest.block_bytes, &|i| self.shard(i))
     }
 

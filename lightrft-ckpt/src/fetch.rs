@@ -1,6 +1,6 @@
 //! Reading much at once: what is wanted becomes jobs in the order of the files' bytes, and a few threads do them.
 
-use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,8 +9,13 @@ use crate::error::{Error, Result};
 use crate::manifest::{Manifest, TensorRecord};
 use crate::region::{Shared, Span};
 
-/// A thread takes about so many bytes at a time: little enough that all threads end at about the same time.
-const JOB_BYTES: u64 = 8 << 20;
+/// A thread takes about so many bytes at a time, one run of a file. Much: the kernel reads ahead of each descriptor, and each
+/// thread has its own. Not too much: the runs under way lie close together, which disks behind the disk, with read-ahead of
+/// their own, like better than distant parts of a file. Of few bytes less, so that all threads end at about the same time.
+const JOB_BYTES: RangeInclusive<u64> = 4 << 20..=32 << 20;
+
+/// Jobs for each thread, or more of them where they would be too large.
+const JOBS: u64 = 8;
 
 /// Boxes that are not contiguous are read by so many bytes of the destination at a time. A block that two jobs have
 /// elements of is read twice, so these are larger.
@@ -90,13 +95,15 @@ impl<'m, 'd> Jobs<'m, 'd> {
         }
     }
 
-    /// The jobs, in the order of the files' bytes.
-    pub(crate) fn into_jobs(mut self) -> Vec<Job<'m, 'd>> {
+    /// The jobs for so many threads, in the order of the files' bytes.
+    pub(crate) fn into_jobs(mut self, threads: usize) -> Vec<Job<'m, 'd>> {
         self.pieces.sort_by_key(Piece::place);
+        let total: u64 = self.pieces.iter().map(Piece::bytes).sum();
+        let enough = (total / JOBS / threads.max(1) as u64).clamp(*JOB_BYTES.start(), *JOB_BYTES.end());
         let mut jobs = Vec::new();
         let (mut file, mut bytes, mut now) = (0, 0, Vec::new());
         for piece in self.pieces {
-            if !now.is_empty() && (piece.place().0 != file || bytes >= JOB_BYTES) {
+            if !now.is_empty() && (piece.place().0 != file || bytes >= enough) {
                 jobs.push(Job::Pieces(file, std::mem::take(&mut now)));
                 bytes = 0;
             }
@@ -115,30 +122,6 @@ impl<'m, 'd> Jobs<'m, 'd> {
 /// How a job comes to its file.
 pub(crate) type OpenShard<'s> = &'s (dyn Fn(usize) -> Result<Arc<Shard>> + Sync);
 
-/// Jobs that are left, for each reader those of its own part.
-///
-/// A part is a run of neighbouring bytes, and a reader goes through it on a descriptor of its own, from front to back:
-/// the kernel reads ahead of each descriptor. Whoever has done its part takes the back half of the longest.
-struct Parts<T>(Vec<VecDeque<T>>);
-
-impl<T> Parts<T> {
-    /// Parts of about equally many jobs.
-    fn new(jobs: Vec<T>, readers: usize) -> Self {
-        let (total, mut jobs) = (jobs.len(), jobs.into_iter());
-        let part = |i| jobs.by_ref().take((i + 1) * total / readers - i * total / readers).collect();
-        Parts((0..readers).map(part).collect())
-    }
-
-    /// What a reader does next; `None` when nothing is left for anybody.
-    fn next(&mut self, reader: usize) -> Option<T> {
-        if self.0[reader].is_empty() {
-            let longest = self.0.iter_mut().max_by_key(|part| part.len())?;
-            self.0[reader] = longest.split_off(longest.len() / 2);
-        }
-        self.0[reader].pop_front()
-    }
-}
-
 /// Does the jobs on up to `readers` threads, this one included. After the first error no job is begun.
 pub(crate) fn run(
     jobs: Vec<Job<'_, '_>>,
@@ -146,16 +129,13 @@ pub(crate) fn run(
     block_bytes: usize,
     shard: OpenShard<'_>,
 ) -> Result<()> {
-    if jobs.is_empty() {
-        return Ok(());
-    }
     let readers = readers.min(jobs.len());
-    let parts = Mutex::new(Parts::new(jobs, readers));
+    let queue = Mutex::new(jobs.into_iter());
     let (failed, first_error) = (AtomicBool::new(false), Mutex::new(None));
-    let work = |reader| {
+    let work = || {
         let mut hands = Hands { shard, open: None, buffer: Vec::new() };
         while !failed.load(Ordering::Relaxed) {
-            let Some(job) = parts.lock().unwrap_or_else(PoisonError::into_inner).next(reader) else { break };
+            let Some(job) = queue.lock().unwrap_or_else(PoisonError::into_inner).next() else { break };
             if let Err(e) = job.run(block_bytes, &mut hands) {
                 failed.store(true, Ordering::Relaxed);
                 first_error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
@@ -163,15 +143,14 @@ pub(crate) fn run(
         }
     };
     std::thread::scope(|scope| {
-        let work = &work;
         for reader in 1..readers {
             let named = std::thread::Builder::new().name(format!("ckpt-read-{reader}"));
             // Where no more threads can be had, those that are there do it.
-            if named.spawn_scoped(scope, move || work(reader)).is_err() {
+            if named.spawn_scoped(scope, work).is_err() {
                 break;
             }
         }
-        work(0);
+        work();
     });
     first_error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
@@ -226,37 +205,5 @@ impl Job<'_, '_> {
                 Ok(())
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::Parts;
-
-    proptest! {
-        #[test]
-        fn every_job_is_done_once_whichever_readers_come(
-            jobs in 1usize..200,
-            readers in 1usize..9,
-            turns in prop::collection::vec(0usize..9, 0..400),
-        ) {
-            let mut parts = Parts::new((0..jobs).collect(), readers);
-            let mut done: Vec<usize> = turns.iter().filter_map(|turn| parts.next(turn % readers)).collect();
-            // Somebody is there to the end; one that failed or never started leaves its part to the others.
-            done.extend(std::iter::from_fn(|| parts.next(0)));
-            done.sort_unstable();
-            prop_assert_eq!(done, (0..jobs).collect::<Vec<_>>());
-        }
-    }
-
-    #[test]
-    fn a_reader_goes_through_its_part_from_front_to_back_and_then_takes_the_back_half_of_the_longest() {
-        let mut parts = Parts::new((0..8).collect::<Vec<_>>(), 2);
-        let first: Vec<_> = (0..4).filter_map(|_| parts.next(0)).collect();
-        assert_eq!(first, [0, 1, 2, 3]);
-        assert_eq!((parts.next(0), parts.next(1), parts.next(0)), (Some(6), Some(4), Some(7)));
-        assert_eq!((parts.next(0), parts.next(0), parts.next(1)), (Some(5), None, None));
     }
 }

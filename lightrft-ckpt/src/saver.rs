@@ -114,8 +114,8 @@ impl Saver {
         Saver { moves_latest: false, ..self }
     }
 
-    /// Lets so many threads of this rank write its file, one at least; 2 by custom. Of several, one fills and sums a
-    /// block while the others' are being written: more than two help where the disks take several large writes at a
+    /// Lets so many threads of this rank write its file, one at least; 3 by custom. Of several, one fills and sums a
+    /// block while the others' are being written: more than three help where the disks take several large writes at a
     /// time faster than one, or where one core cannot sum as fast as they write. Each takes the memory of one block.
     pub fn with_writers(self, threads: usize) -> Saver {
         Saver { writing: self.writing.with_threads(threads), ..self }

@@ -1,4 +1,4 @@
-//! Save and load, ours and the peers': everybody in turns, round by round
+//! Save and load, ours and the peers': everybody in turns, round by round, in changing order
 
 use std::error::Error;
 use std::sync::Arc;
@@ -91,8 +91,7 @@ pub(crate) fn measure(
     let mut saves: Vec<Vec<f64>> = all.iter().map(|_| Vec::new()).collect();
     for round in 0..=rounds {
         eprintln!("save and load: round {round} of {rounds}");
-        for turn in 0..all.len() {
-            let who = (turn + round) % all.len();
+        for who in turns(all.len(), round) {
             let contender = &mut all[who];
             let dir = ground.empty("turn")?;
             let saved = match (&contender.by, &mut *peers) {
@@ -179,6 +178,21 @@ pub(crate) fn measure(
         rows.extend(row(format!("warm load, {} MiB", bytes >> 20), bytes, warm));
     }
     Ok(rows)
+}
+
+/// Everybody once, in another order every round: a disk is slower to write just after much was read, so that nobody may
+/// always come after the same.
+fn turns(contenders: usize, round: usize) -> Vec<usize> {
+    let mut random = round as u64 + 1;
+    let mut order: Vec<usize> = (0..contenders).collect();
+    for i in (1..contenders).rev() {
+        // SplitMix64.
+        random = random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut bits = (random ^ (random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        order.swap(i, ((bits ^ (bits >> 31)) % (i as u64 + 1)) as usize);
+    }
+    order
 }
 
 fn row(what: String, bytes: u64, times: Vec<(&'static str, Vec<f64>)>) -> Option<Row> {

@@ -6,7 +6,7 @@
 //!
 //! # How it is measured
 //! A state of 64 tensors of f32, 1 GiB unless `--mib` says else, saved into an empty directory of `--dir` (the folder for
-//! temporary files; a tmpfs shows what it costs without a disk). Everybody takes turns, round by round, so that slow
+//! temporary files; a tmpfs shows what it costs without a disk). Everybody takes turns, round by round and in changing order, so that slow
 //! phases of a disk hit all alike; before each turn everything written before is on the medium. What is shown is the median
 //! over rounds, and the least. The first round brings in memory, compares what was loaded, and is not counted.
 //!
