@@ -176,6 +176,18 @@ pub enum Error {
     #[cfg(feature = "embedded")]
     #[error(transparent)]
     Model(#[from] crate::embedded::ModelError),
+    /// A setting of an engine that makes no sense; nothing was started.
+    #[error("{engine}: {field} = {value}: {expected}")]
+    Settings {
+        /// Which engine.
+        engine: &'static str,
+        /// The setting.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What was expected.
+        expected: &'static str,
+    },
     /// An inference server: its process, the connection to it, its replies.
     #[cfg(feature = "vllm")]
     #[error(transparent)]

@@ -30,7 +30,7 @@
 //! | feature | what it adds |
 //! |---|---|
 //! | `embedded` | `embedded::EmbeddedEngine`: Llama and Qwen2 folders on candle, in this process |
-//! | `vllm` | a driver of vLLM servers |
+//! | `vllm` | `vllm::VllmEngine`: drives a vLLM server that it starts or is pointed at |
 //! | `testing` | `testing::ScriptedEngine`, and `testing::conformance` for any engine |
 //! | `wire` | `wire`: the bytes of vLLM's and `SGLang`'s weight messages, without torch |
 //!
@@ -46,6 +46,8 @@ mod names;
 mod server;
 mod transfer;
 mod update;
+#[cfg(feature = "vllm")]
+pub mod vllm;
 
 #[cfg(feature = "embedded")]
 pub mod embedded;
@@ -56,7 +58,9 @@ pub mod wire;
 
 pub use engine::{Engine, EngineExt, MemoryBytes, Progress, Watch};
 pub use error::{Error, Result};
-pub use generate::{Completion, FinishReason, Limits, LogProbs, Request, Sampling, check_requests, refuse_stop_strings};
+pub use generate::{
+    Completion, FinishReason, Limits, LogProbs, Request, Sampling, check_requests, refuse_stop_strings,
+};
 pub use lifecycle::{Cache, Event, Level, Parts, Refusal, State};
 pub use media::{Media, MediaKind};
 pub use names::{Identity, NameMap, Prefixes, Table, engine_names};

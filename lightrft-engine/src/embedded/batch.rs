@@ -159,12 +159,13 @@ fn draw_next(row: &mut Row, requests: &[Request], logits: &[f32]) -> Result<Opti
         sample: row.sample as u32,
         position: position as u32,
     });
-    let drawn = draw(logits, sampling, Past { prompt: &request.prompt, completion: &row.tokens }, u).map_err(|unusable| Error::Logits {
-        request: row.request,
-        sample: row.sample,
-        position,
-        reason: unusable.to_string(),
-    })?;
+    let drawn = draw(logits, sampling, Past { prompt: &request.prompt, completion: &row.tokens }, u)
+        .map_err(|unusable| Error::Logits {
+            request: row.request,
+            sample: row.sample,
+            position,
+            reason: unusable.to_string(),
+        })?;
     row.tokens.push(drawn.token);
     match sampling.log_probs {
         LogProbs::None => {}

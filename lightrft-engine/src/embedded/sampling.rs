@@ -127,7 +127,8 @@ impl Sampler {
         if most == f32::NEG_INFINITY {
             return Err(Unusable::NothingLeft);
         }
-        let raw = |token: usize, total: f64| (f64::from(logits[token]) - f64::from(raw_most) - total.ln()) as f32;
+        let raw =
+            |token: usize, total: f64| (f64::from(logits[token]) - f64::from(raw_most) - total.ln()) as f32;
         let temperature = sampling.temperature;
         if temperature == 0.0 {
             let best = processed.iter().position(|l| *l == most).unwrap_or(0);

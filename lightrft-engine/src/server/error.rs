@@ -133,6 +133,12 @@ impl ServerError {
             _ => false,
         }
     }
+
+    /// Whether a server ended because somebody else had its port.
+    pub(crate) fn is_of_a_taken_port(&self) -> bool {
+        matches!(self, ServerError::Exited { last_lines, .. }
+            if last_lines.to_lowercase().contains("address already in use"))
+    }
 }
 
 /// A server's text, fit to stand in an error: without control characters, and cut in its middle where it is long.

@@ -1,7 +1,7 @@
 //! Blocking HTTP calls to one server: JSON in and out, each with its deadline, none with its key in a message.
 
 use std::fmt;
-use std::io::{self, Read};
+use std::io::Read;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

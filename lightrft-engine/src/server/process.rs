@@ -203,6 +203,15 @@ impl ServerProcess {
         }
     }
 
+    /// The same, for one that may be about to end: it is given `within` to do so. One that runs on costs that time.
+    pub(crate) fn ends_within(&mut self, within: Duration) -> Result<(), ServerError> {
+        let start = Instant::now();
+        while !self.has_ended() && start.elapsed() < within {
+            thread::sleep(POLL);
+        }
+        self.alive()
+    }
+
     /// Where its output goes.
     pub(crate) fn log(&self) -> &Path {
         &self.log

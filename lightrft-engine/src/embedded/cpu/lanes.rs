@@ -139,7 +139,10 @@ mod tests {
             let mut x = -87.2_f32;
             while x < 87.9 {
                 let (got, want) = (f64::from(arithmetic(x)), f64::from(x).exp());
-                assert!((got - want).abs() <= 2.0 * f64::from(f32::EPSILON) * want, "exp({x}) = {got}, {want}");
+                assert!(
+                    (got - want).abs() <= 2.0 * f64::from(f32::EPSILON) * want,
+                    "exp({x}) = {got}, {want}"
+                );
                 x += 0.003_1;
             }
             assert_eq!((arithmetic(0.0), arithmetic(f32::NEG_INFINITY), arithmetic(-100.0)), (1.0, 0.0, 0.0));

@@ -1,0 +1,172 @@
+//! Control calls of a vLLM server: its versions, sleep, caches, pauses.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::server::Http;
+use crate::{Level, Parts, ServerError, Version};
+
+type Result<T> = std::result::Result<T, ServerError>;
+
+/// Versions that are known to work: from, up to and with.
+const OLDEST: (u64, u64) = (0, 23);
+const NEWEST: (u64, u64) = (0, 32);
+
+/// A server's control routes.
+#[derive(Clone, Debug)]
+pub(super) struct Control {
+    pub(super) http: Arc<Http>,
+    within: Duration,
+}
+
+/// What the server says of its model.
+#[derive(Debug, Deserialize)]
+pub(super) struct Served {
+    /// Where it was loaded from.
+    pub(super) root: Option<String>,
+    /// Longest prompt plus completion, in tokens.
+    pub(super) max_model_len: Option<usize>,
+}
+
+#[derive(Deserialize)]
+struct Models {
+    data: Vec<Served>,
+}
+
+impl Control {
+    pub(super) fn new(http: Http, within: Duration) -> Self {
+        Self { http: Arc::new(http), within }
+    }
+
+    /// The same routes, with no more patience than `within`.
+    pub(super) fn within(&self, within: Duration) -> Self {
+        Self { http: self.http.clone(), within: self.within.min(within) }
+    }
+
+    /// A control call with nothing to say.
+    pub(super) fn post(&self, path: &str) -> Result<()> {
+        self.http.post(path, &json!({}), self.within).map(drop)
+    }
+
+    pub(super) fn post_json(&self, path: &str, body: &Value) -> Result<()> {
+        self.http.post(path, body, self.within).map(drop)
+    }
+
+    /// Whether it answers that it is well.
+    pub(super) fn is_healthy(&self, within: Duration) -> bool {
+        self.http.get("/health", within).is_ok()
+    }
+
+    /// Refuses versions that are too old, warns of those that are newer than what was tried.
+    pub(super) fn check_version(&self) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Answer {
+            version: String,
+        }
+        let reply = self.http.get("/version", self.within)?;
+        let version = reply.json::<Answer>()?.version;
+        match major_minor(&version) {
+            Some(found) if found < OLDEST => {
+                let what = format!("vLLM {version} is too old: 0.23 or newer was expected");
+                Err(reply.unexpected(&what))
+            }
+            Some(found) if found <= NEWEST => Ok(version),
+            _ => {
+                tracing::warn!(%version, "this vLLM is newer than those that are known to work (0.23 to 0.32)");
+                Ok(version)
+            }
+        }
+    }
+
+    pub(super) fn served(&self) -> Result<Served> {
+        let reply = self.http.get("/v1/models", self.within)?;
+        let models: Models = reply.json()?;
+        models.data.into_iter().next().ok_or_else(|| reply.unexpected("no model"))
+    }
+
+    /// The version of the weights that the server names; none if it has no such notion, or was never told.
+    pub(super) fn weight_version(&self) -> Result<Option<Version>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            weight_version: String,
+        }
+        match self.http.get("/weight_info", self.within) {
+            Ok(reply) => Ok(reply.json::<Answer>()?.weight_version.parse().ok().map(Version)),
+            Err(ServerError::Status { status: 404 | 405, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Tells the server which weights it has. Older ones cannot be told, and their completions do not say.
+    pub(super) fn name_weights(&self, version: Version) -> Result<()> {
+        match self.post_json("/update_weight_version", &json!({"new_version": version.0.to_string()})) {
+            Err(ServerError::Status { status: 404 | 405, .. }) => Ok(()),
+            result => result,
+        }
+    }
+
+    pub(super) fn sleep(&self, level: Level) -> Result<()> {
+        self.post(match level {
+            Level::One => "/sleep?level=1",
+            Level::Two => "/sleep?level=2",
+        })
+    }
+
+    pub(super) fn wake(&self, parts: Parts) -> Result<()> {
+        self.post(match parts {
+            Parts::Weights => "/wake_up?tags=weights",
+            Parts::Cache => "/wake_up?tags=kv_cache",
+            Parts::All => "/wake_up?tags=weights&tags=kv_cache",
+        })
+    }
+
+    /// Lets running requests end and begins no other.
+    pub(super) fn pause(&self) -> Result<()> {
+        self.post("/pause?mode=wait")
+    }
+
+    pub(super) fn resume(&self) -> Result<()> {
+        self.post("/resume")
+    }
+
+    /// Drops what was computed with former weights: a server that goes on with it draws wrong tokens, or dies.
+    pub(super) fn reset_caches(&self) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Answer {
+            success: bool,
+        }
+        let reply = self.http.post("/reset_prefix_cache", &json!({}), self.within)?;
+        if !reply.json::<Answer>()?.success {
+            return Err(reply.unexpected("the prefix cache is in use and was not reset"));
+        }
+        for path in ["/reset_mm_cache", "/reset_encoder_cache"] {
+            match self.post(path) {
+                // Older servers do not have both.
+                Ok(()) | Err(ServerError::Status { status: 404 | 405, .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn major_minor(version: &str) -> Option<(u64, u64)> {
+    let mut parts = version.trim_start_matches('v').split(['.', '+', '-']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_vllm_writes_them() {
+        assert_eq!(major_minor("0.32.0+cpu"), Some((0, 32)));
+        assert_eq!(major_minor("0.23.0rc1.dev3"), Some((0, 23)));
+        assert_eq!(major_minor("1.0"), Some((1, 0)));
+        assert_eq!(major_minor("dev"), None);
+    }
+}

@@ -1,0 +1,436 @@
+//! The engine: the seam's contract over a server's routes.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::control::Control;
+use super::flight::{Flight, Requests};
+use super::metrics::Metrics;
+use super::model::Model;
+use super::settings::{Attach, Driver, Start};
+use super::transfer::{Transport, transport};
+use super::update::VllmUpdate;
+use super::wire::{self, Asked, Job};
+use crate::generate::check_fields;
+use crate::server::{Http, ServerProcess, free_port, in_parallel};
+use crate::{
+    ApiKey, Completion, Engine, Error, Event, FinishReason, Level, Limits, MediaKind, MemoryBytes, Parts,
+    Progress, Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
+};
+
+/// The plug-in of the server's workers.
+const PLUGIN: &str = include_str!("lightrft_vllm.py");
+
+/// How long a look at a server's health may take.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// How long each call may take by which an update is abandoned, since dropping it waits for them.
+const ABANDON: Duration = Duration::from_secs(30);
+
+/// A vLLM server as an engine.
+#[derive(Debug)]
+pub struct VllmEngine {
+    /// None if somebody else started it. Before the plug-in's folder, so that it ends first.
+    process: Option<ServerProcess>,
+    _plugin: Option<tempfile::TempDir>,
+    control: Control,
+    /// Another client than that of control calls: only generation is interrupted.
+    generation: Http,
+    key: Option<ApiKey>,
+    flight: Arc<Flight>,
+    driver: Driver,
+    transport: Box<dyn Transport>,
+    model: Model,
+    limits: Limits,
+    state: State,
+    version: Version,
+}
+
+impl VllmEngine {
+    /// Starts a server and waits until it is ready, telling `tell` how it comes along.
+    ///
+    /// # Errors
+    /// [`Error::Settings`]; [`Error::Server`] with the end of the server's log if it ends or does not become ready.
+    pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
+        start.check()?;
+        let plugin = plugin_folder()?;
+        let (process, control) = match start.port {
+            Some(port) => launch(start, port, plugin.path(), tell)?,
+            None => launch_on_a_free_port(start, plugin.path(), tell)?,
+        };
+        let folder = Path::new(&start.model);
+        let folder = folder.join("config.json").exists().then_some(folder);
+        let base = control.http.base().to_owned();
+        let mut engine = Self::connect(control, &base, start.key.clone(), folder, start.driver.clone())?;
+        engine.process = Some(process);
+        engine._plugin = Some(plugin);
+        Ok(engine)
+    }
+
+    /// Drives a server that is running. Its weights are taken for whole; it is not ended when the engine is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Settings`]; [`Error::Server`] if it does not answer, or is too old.
+    pub fn attach(attach: &Attach) -> Result<Self> {
+        attach.driver.check()?;
+        let http = Http::new("vLLM", &attach.url, attach.key.clone())?;
+        let control = Control::new(http, attach.driver.control_within);
+        Self::connect(
+            control,
+            &attach.url,
+            attach.key.clone(),
+            attach.model.as_deref(),
+            attach.driver.clone(),
+        )
+    }
+
+    fn connect(
+        control: Control,
+        url: &str,
+        key: Option<ApiKey>,
+        folder: Option<&Path>,
+        driver: Driver,
+    ) -> Result<Self> {
+        let version = control.check_version()?;
+        let served = control.served()?;
+        // What the server calls its model may be a folder here too.
+        let root = served.root.as_deref().map(Path::new).filter(|root| root.join("config.json").exists());
+        let model = folder.or(root).map(Model::from_folder).transpose()?.unwrap_or_default();
+        let Some(vocabulary) = model.vocabulary else {
+            return Err(Error::Settings {
+                engine: "vLLM",
+                field: "model",
+                value: served.root.unwrap_or_else(|| "unknown".to_owned()),
+                expected: "a folder of this machine with its config.json was expected: requests are checked by it",
+            });
+        };
+        let context_tokens = served.max_model_len.unwrap_or(usize::MAX);
+        let named = control.weight_version()?;
+        if named.is_none() {
+            control.name_weights(driver.version)?;
+        }
+        tracing::info!(%version, vocabulary, context_tokens, "driving a vLLM server");
+        Ok(Self {
+            process: None,
+            _plugin: None,
+            generation: Http::new("vLLM", url, key.clone())?,
+            key,
+            flight: Arc::default(),
+            transport: transport(&driver.transfer),
+            model,
+            limits: Limits { vocabulary, context_tokens },
+            state: State::READY,
+            version: named.unwrap_or(driver.version),
+            control,
+            driver,
+        })
+    }
+
+    /// The server's address.
+    pub fn url(&self) -> &str {
+        self.control.http.base()
+    }
+
+    /// The server's process group and its log, if it was started here.
+    pub fn process(&self) -> Option<(u32, &Path)> {
+        self.process.as_ref().map(|process| (process.group(), process.log()))
+    }
+
+    /// A handle by which another thread aborts or freezes what [`Engine::generate`] is waiting for.
+    ///
+    /// # Errors
+    /// None that can happen: the address and the key have been tried.
+    pub fn requests(&self) -> Result<Requests> {
+        let http = Http::new("vLLM", self.url(), self.key.clone())?;
+        Ok(Requests::new(self.flight.clone(), http))
+    }
+
+    /// What the server counts: queue lengths, tokens, the share of its cache in use.
+    ///
+    /// # Errors
+    /// [`Error::Server`].
+    pub fn metrics(&self) -> Result<Metrics> {
+        let reply = self.control.http.get("/metrics", self.driver.control_within)?;
+        Ok(Metrics::parse(&String::from_utf8_lossy(&reply.bytes)))
+    }
+
+    pub(super) fn model(&self) -> &Model {
+        &self.model
+    }
+
+    pub(super) fn step(&mut self, event: Event) -> Result<()> {
+        self.state = self.state.after(event)?;
+        Ok(())
+    }
+
+    /// Passes a result on; if it is the kind of failure that a dying server leaves, looks whether this one is dead.
+    fn settle<T>(&mut self, result: Result<T>) -> Result<T> {
+        let Err(error) = result else { return result };
+        let suspicious = matches!(&error, Error::Server(error) if error.may_be_the_end());
+        if !suspicious {
+            return Err(error);
+        }
+        if self.control.is_healthy(PROBE) {
+            return Err(error);
+        }
+        let ended = self.process.as_mut().and_then(|process| process.ends_within(PROBE).err());
+        self.step(Event::Die)?;
+        Err(ended.map_or(error, Error::from))
+    }
+
+    /// A control call, settled.
+    fn control(&mut self, call: impl FnOnce(&Control) -> Result<(), ServerError>) -> Result<()> {
+        let result = call(&self.control).map_err(Error::from);
+        self.settle(result)
+    }
+
+    pub(super) fn with_transport(
+        &mut self,
+        call: impl FnOnce(&mut dyn Transport, &Control) -> Result<()>,
+    ) -> Result<()> {
+        let result = call(self.transport.as_mut(), &self.control);
+        self.settle(result)
+    }
+
+    /// What was pushed becomes the server's weights. The caches go before any request comes.
+    pub(super) fn commit(&mut self, to: Version) -> Result<()> {
+        self.with_transport(|transport, control| transport.finish(control))?;
+        self.control(|control| control.reset_caches())?;
+        self.control(|control| control.name_weights(to))?;
+        let next = self.state.after(Event::Commit)?;
+        if next.can_generate() {
+            self.control(Control::resume)?;
+        }
+        self.version = to;
+        self.step(Event::Commit)?;
+        tracing::debug!(version = to.0, "weights replaced");
+        Ok(())
+    }
+
+    /// After an update that came to nothing. The server stays paused, so that nobody draws from what it has.
+    pub(super) fn abandon(&mut self) {
+        self.transport.abandon(&self.control.within(ABANDON));
+    }
+
+    /// Refuses media that the server would misread: it expands each pad by itself, also those that are expanded.
+    fn check_media(&self, requests: &[Request]) -> Result<()> {
+        for (index, request) in requests.iter().enumerate() {
+            for kind in [MediaKind::Image, MediaKind::Video] {
+                let count = request.media.iter().filter(|media| media.kind() == kind).count();
+                let bad = |value: String, expected| {
+                    Err(Error::Request { request: index, field: "media", value, expected })
+                };
+                let Some(pad) = self.model.pad(kind) else {
+                    if count > 0 {
+                        return bad(
+                            format!("{count} of {kind:?}"),
+                            "the model's config.json names no pad token for them",
+                        );
+                    }
+                    continue;
+                };
+                let pads = request.prompt.iter().filter(|token| **token == pad).count();
+                if pads != count {
+                    return bad(
+                        format!("{count} of {kind:?} for {pads} pad tokens ({pad})"),
+                        "one pad token in the prompt for each was expected: the server expands it",
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn generate_all(&mut self, requests: &[Request], watch: &mut Watch<'_>) -> Result<Vec<Completion>> {
+        let asks = requests.iter().enumerate().map(|(index, request)| {
+            wire::check_sampling(index, &request.sampling)?;
+            wire::ask(index, &request.sampling, self.driver.log_probs)
+        });
+        let asks = asks.collect::<Result<Vec<_>>>()?;
+        let mut progress =
+            Progress { total: requests.iter().map(|r| r.samples).sum(), ..Progress::default() };
+        watch.report(progress)?;
+        let jobs = wire::jobs(requests, self.driver.samples_per_request);
+        let (started, left) = (Instant::now(), watch.left());
+        let run = |job: &Job| {
+            let asked = Asked {
+                request: &requests[job.request],
+                job: *job,
+                ask: asks[job.request],
+                vocabulary: self.limits.vocabulary,
+                version: self.version,
+            };
+            let id = unique_id();
+            if !self.flight.takes_off(&id) {
+                return Ok(aborted(asked));
+            }
+            let body = wire::body(asked.request, *job, &id, asked.ask);
+            let within = left.saturating_sub(started.elapsed());
+            let reply = self.generation.post("/inference/v1/generate", &body, within);
+            self.flight.lands(&id);
+            wire::completions(&reply?, asked)
+        };
+        let mut done = |completions: &Vec<Completion>| {
+            progress.done += completions.len();
+            progress.tokens += completions.iter().map(|c| c.tokens.len()).sum::<usize>();
+            watch.report(progress)
+        };
+        self.flight.begin();
+        let interrupt = || self.generation.interrupt();
+        let found = in_parallel(self.driver.requests_at_once, &jobs, run, &mut done, interrupt);
+        self.flight.end();
+        let found = found.map_err(|error| match error {
+            Error::Server(server) if matches!(*server, ServerError::Timeout { .. }) => {
+                let (done, total) = (progress.done, progress.total);
+                Error::Deadline { operation: "generate", waited: started.elapsed(), done, total }
+            }
+            error => error,
+        })?;
+        if requests.is_empty() {
+            watch.report(progress)?;
+        }
+        tracing::debug!(
+            completions = progress.total,
+            tokens = progress.tokens,
+            version = self.version.0,
+            "generated"
+        );
+        Ok(found.into_iter().flatten().collect())
+    }
+}
+
+impl Engine for VllmEngine {
+    fn generate(&mut self, requests: &[Request], watch: &mut Watch<'_>) -> Result<Vec<Completion>> {
+        self.state.after(Event::Generate)?;
+        check_fields(requests, self.limits)?;
+        self.check_media(requests)?;
+        let result = self.generate_all(requests, watch);
+        self.settle(result)
+    }
+
+    fn sleep(&mut self, level: Level) -> Result<()> {
+        let next = self.state.after(Event::Sleep(level))?;
+        // A server that sleeps stays as it is: what it put aside on the host is forgotten when its weights are updated.
+        if !matches!(self.state, State::Asleep { .. }) {
+            let level = if next.has_weights() { Level::One } else { Level::Two };
+            self.control(|control| control.sleep(level))?;
+        }
+        self.step(Event::Sleep(level))
+    }
+
+    fn wake(&mut self, parts: Parts) -> Result<()> {
+        let next = self.state.after(Event::Wake(parts))?;
+        if next != self.state {
+            // vLLM wakes what sleeps; what is awake already is left out.
+            let wake = match (self.state, parts) {
+                (State::Asleep { .. }, parts) => parts,
+                (_, _) => Parts::Cache,
+            };
+            self.control(|control| control.wake(wake))?;
+            if matches!(next, State::Stale { .. }) {
+                // Awake, the server would serve others from weights that are not there.
+                self.control(Control::pause)?;
+            }
+        }
+        self.step(Event::Wake(parts))
+    }
+
+    fn begin_update(&mut self, to: Version) -> Result<Box<dyn Update + '_>> {
+        let next = self.state.after(Event::BeginUpdate)?;
+        if matches!(self.state, State::Updating { .. }) {
+            // It was leaked.
+            self.abandon();
+        }
+        self.control(Control::pause)?;
+        self.state = next;
+        let begun = self.with_transport(|transport, control| transport.begin(control));
+        let update = Box::new(VllmUpdate::new(self, to));
+        begun.map(|()| update as Box<dyn Update>)
+    }
+
+    fn state(&self) -> State {
+        self.state
+    }
+
+    fn version(&self) -> Option<Version> {
+        self.state.has_weights().then_some(self.version)
+    }
+
+    fn memory_bytes(&self) -> Option<MemoryBytes> {
+        None
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+}
+
+/// Completions of requests that were never sent.
+fn aborted(asked: Asked<'_>) -> Vec<Completion> {
+    let completion = |at| Completion {
+        request: asked.job.request,
+        sample: asked.job.first + at,
+        tokens: Vec::new(),
+        log_probs: Vec::new(),
+        finish: FinishReason::Aborted,
+        version: asked.version,
+    };
+    (0..asked.job.wanted).map(completion).collect()
+}
+
+/// An id that no other request of the server has, of this process or of another.
+fn unique_id() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    use std::hash::{BuildHasher, RandomState};
+    static PROCESS: std::sync::LazyLock<u64> = std::sync::LazyLock::new(|| RandomState::new().hash_one(0));
+    format!("lightrft-{:016x}-{}", *PROCESS, NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn plugin_folder() -> Result<tempfile::TempDir> {
+    let made = tempfile::Builder::new().prefix("lightrft-vllm-").tempdir().and_then(|folder| {
+        std::fs::write(folder.path().join("lightrft_vllm.py"), PLUGIN)?;
+        Ok(folder)
+    });
+    made.map_err(|source| Error::Backend {
+        engine: "vLLM",
+        operation: "write the workers' plug-in",
+        source: Box::new(source),
+    })
+}
+
+fn launch(
+    start: &Start,
+    port: u16,
+    plugin: &Path,
+    tell: &mut dyn FnMut(&StartProgress),
+) -> Result<(ServerProcess, Control)> {
+    let mut process = ServerProcess::start(&start.command(port, plugin))?;
+    let http = Http::new("vLLM", &format!("http://127.0.0.1:{port}"), start.key.clone())?;
+    let control = Control::new(http, start.driver.control_within);
+    process.wait_until_ready(start.ready_within, |within| control.is_healthy(within), tell)?;
+    Ok((process, control))
+}
+
+/// Somebody else may take a port between the moment it is found free and the server's own taking it.
+fn launch_on_a_free_port(
+    start: &Start,
+    plugin: &Path,
+    tell: &mut dyn FnMut(&StartProgress),
+) -> Result<(ServerProcess, Control)> {
+    let mut attempts = 3;
+    loop {
+        attempts -= 1;
+        let port = free_port().map_err(|source| Error::Backend {
+            engine: "vLLM",
+            operation: "find a free port",
+            source: Box::new(source),
+        })?;
+        let result = launch(start, port, plugin, tell);
+        let taken = matches!(&result, Err(Error::Server(error)) if error.is_of_a_taken_port());
+        if !taken || attempts == 0 {
+            return result;
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! A driver of vLLM servers, started by it or attached to by their address.
+//!
+//! ```no_run
+//! use lightrft_engine::vllm::{Start, VllmEngine};
+//! use lightrft_engine::{Engine, EngineExt, Level, Parts, Request, Sampling};
+//!
+//! let mut start = Start::new("Qwen/Qwen2.5-0.5B-Instruct");
+//! start.gpus = vec![0];
+//! let mut engine = VllmEngine::start(&start, &mut |progress| println!("{}", progress.last_line))?;
+//! let completions = engine.complete(&[Request::new([1, 2, 3], Sampling::default()).samples(8)])?;
+//! engine.sleep(Level::One)?; // the memory is the trainer's
+//! engine.wake(Parts::All)?;
+//! # Ok::<_, lightrft_engine::Error>(())
+//! ```
+//!
+//! A server that was started here ends with this process, however that ends. Its weights are replaced through
+//! [`Engine::begin_update`](crate::Engine::begin_update), by a [`Transfer`].
+//!
+//! vLLM 0.23 to 0.32 are known to work; the log warns of newer ones, older ones are refused. Sleeping, waking, updates
+//! and aborting need its development routes (`VLLM_SERVER_DEV_MODE=1`), and generating needs `--enable-scale-out`: a
+//! server started here has both, one that is attached to must have been given them.
+//!
+//! Where vLLM differs from the contract of [`Sampling`](crate::Sampling): with `min_new_tokens`, it does not draw the
+//! model's own end-of-text token before that many tokens either, be it a stop token or not.
+
+mod control;
+mod engine;
+mod flight;
+mod metrics;
+mod model;
+mod settings;
+mod staging;
+mod transfer;
+mod update;
+mod wire;
+
+pub use engine::VllmEngine;
+pub use flight::Requests;
+pub use metrics::Metrics;
+pub use settings::{Attach, Driver, Start, Transfer};

@@ -1,0 +1,275 @@
+//! What a caller can decide: about a server to start, about one to attach to, and about the driver of either.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::server::{ApiKey, ServerCommand};
+use crate::{Error, LogProbs, Result, Version};
+
+/// A server to start.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Start {
+    /// The model: a folder, or a name that vLLM looks up. Only of a folder are the parameters known, so that wrong ones
+    /// are refused before they are sent.
+    pub model: String,
+    /// vLLM's program; `vllm` by default.
+    pub program: PathBuf,
+    /// Type of the weights and of the arithmetic, as `--dtype` takes it; the model's own by default.
+    pub dtype: Option<String>,
+    /// GPUs that the model is cut over; 1 by default.
+    pub tensor_parallel: usize,
+    /// Indices of the GPUs to use, as many as `tensor_parallel` asks for; empty leaves it to the environment.
+    pub gpus: Vec<u32>,
+    /// Share of a GPU's memory that vLLM may take, in (0, 1]; vLLM's own default if it is not said.
+    pub memory_share: Option<f64>,
+    /// Whether memory is given back while asleep. A CPU has nothing to give back.
+    pub sleep_mode: bool,
+    /// Longest prompt plus completion, in tokens; the model's own by default.
+    pub context_tokens: Option<usize>,
+    /// Most sequences that are drawn at once; vLLM's own default if it is not said.
+    pub max_sequences: Option<usize>,
+    /// Most pictures of one prompt; vLLM's own default if it is not said.
+    pub images_per_prompt: Option<usize>,
+    /// Most films of one prompt; vLLM's own default if it is not said.
+    pub videos_per_prompt: Option<usize>,
+    /// More arguments of `vllm serve`.
+    pub args: Vec<OsString>,
+    /// More variables of its environment.
+    pub variables: BTreeMap<OsString, OsString>,
+    /// The port of 127.0.0.1 that it listens on; one that is free by default.
+    pub port: Option<u16>,
+    /// Where its output goes; by default a file in the system's temporary folder, kept if the server fails.
+    pub log: Option<PathBuf>,
+    /// A key that it asks for; none by default. vLLM does not protect its control routes by it.
+    pub key: Option<ApiKey>,
+    /// How long it may take to be ready; 10 minutes by default.
+    pub ready_within: Duration,
+    /// What does not depend on who started the server.
+    pub driver: Driver,
+}
+
+impl Start {
+    /// A server of `model`, everything else by default.
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            model: model.into(),
+            program: PathBuf::from("vllm"),
+            dtype: None,
+            tensor_parallel: 1,
+            gpus: Vec::new(),
+            memory_share: None,
+            sleep_mode: true,
+            context_tokens: None,
+            max_sequences: None,
+            images_per_prompt: None,
+            videos_per_prompt: None,
+            args: Vec::new(),
+            variables: BTreeMap::new(),
+            port: None,
+            log: None,
+            key: None,
+            ready_within: Duration::from_secs(600),
+            driver: Driver { transfer: Transfer::SharedMemory { folder: None }, ..Driver::default() },
+        }
+    }
+
+    /// Checks what vLLM would only find when it has started, or never.
+    pub(super) fn check(&self) -> Result<()> {
+        let bad =
+            |field, value: String, expected| Err(Error::Settings { engine: "vLLM", field, value, expected });
+        if self.tensor_parallel == 0 {
+            return bad("tensor_parallel", "0".into(), "at least 1 was expected");
+        }
+        if !self.gpus.is_empty() && self.gpus.len() != self.tensor_parallel {
+            let value = format!("{:?} and {}", self.gpus, self.tensor_parallel);
+            return bad(
+                "gpus and tensor_parallel",
+                value,
+                "as many GPUs as the model is cut over were expected",
+            );
+        }
+        let mut sorted = self.gpus.clone();
+        sorted.sort_unstable();
+        if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
+            return bad("gpus", format!("{:?}", self.gpus), "each GPU may stand there once");
+        }
+        if self.memory_share.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+            let value = self.memory_share.unwrap_or_default().to_string();
+            return bad("memory_share", value, "a number in (0, 1] was expected");
+        }
+        if self.max_sequences == Some(0) {
+            return bad("max_sequences", "0".into(), "at least 1 was expected");
+        }
+        if self.context_tokens.is_some_and(|tokens| tokens < 2) {
+            return bad("context_tokens", format!("{:?}", self.context_tokens), "at least 2 were expected");
+        }
+        self.driver.check()
+    }
+
+    /// The command line of a server on `port`, with the worker's plug-in in `plugin`.
+    pub(super) fn command(&self, port: u16, plugin: &Path) -> ServerCommand {
+        let mut command = ServerCommand::new("vLLM", &self.program);
+        command.log = self.log.clone();
+        command.key = self.key.clone();
+        command
+            .arg("serve")
+            .arg(&self.model)
+            .arg("--host")
+            .arg("127.0.0.1")
+            .arg("--port")
+            .arg(port.to_string());
+        // Without it, the model folder's own settings change what a request leaves out, and add stop tokens.
+        command.arg("--generation-config").arg("vllm").arg("--enable-scale-out");
+        let mut option = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                command.arg(name).arg(value);
+            }
+        };
+        option("--dtype", self.dtype.clone());
+        option(
+            "--tensor-parallel-size",
+            (self.tensor_parallel > 1).then(|| self.tensor_parallel.to_string()),
+        );
+        option("--gpu-memory-utilization", self.memory_share.map(|share| share.to_string()));
+        option("--max-model-len", self.context_tokens.map(|tokens| tokens.to_string()));
+        option("--max-num-seqs", self.max_sequences.map(|sequences| sequences.to_string()));
+        let kinds = [("image", self.images_per_prompt), ("video", self.videos_per_prompt)];
+        let limits: BTreeMap<_, _> =
+            kinds.iter().filter_map(|(kind, most)| most.map(|most| (*kind, most))).collect();
+        let limits = serde_json::json!(limits).to_string();
+        option("--limit-mm-per-prompt", (limits != "{}").then_some(limits));
+        let processed = self.driver.log_probs == LogProbs::Processed;
+        option("--logprobs-mode", processed.then(|| "processed_logprobs".to_owned()));
+        option("--worker-extension-cls", Some("lightrft_vllm.Extension".to_owned()));
+        if matches!(self.driver.transfer, Transfer::SharedMemory { .. }) {
+            option("--weight-transfer-config", Some(r#"{"backend":"lightrft"}"#.to_owned()));
+        }
+        if self.sleep_mode {
+            command.arg("--enable-sleep-mode");
+        }
+        for arg in &self.args {
+            command.arg(arg);
+        }
+        command.variable("VLLM_SERVER_DEV_MODE", "1");
+        let mut path = plugin.as_os_str().to_owned();
+        if let Some(more) = self
+            .variables
+            .get(&OsString::from("PYTHONPATH"))
+            .cloned()
+            .or_else(|| std::env::var_os("PYTHONPATH"))
+        {
+            path.push(":");
+            path.push(more);
+        }
+        if !self.gpus.is_empty() {
+            let gpus: Vec<String> = self.gpus.iter().map(u32::to_string).collect();
+            command.variable("CUDA_VISIBLE_DEVICES", gpus.join(","));
+        }
+        if let Some(key) = &self.key {
+            // Not an argument: those are printed into the log.
+            command.variable("VLLM_API_KEY", key.expose());
+        }
+        for (name, value) in &self.variables {
+            command.variable(name, value);
+        }
+        command.variable("PYTHONPATH", path);
+        command
+    }
+}
+
+/// A server that somebody else has started.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Attach {
+    /// Its address, such as `http://10.0.0.7:8000`.
+    pub url: String,
+    /// The key that it asks for.
+    pub key: Option<ApiKey>,
+    /// A folder of its model on this machine, which tells the vocabulary and the parameters. By default the one that the
+    /// server names, if it is there.
+    pub model: Option<PathBuf>,
+    /// What does not depend on who started the server.
+    pub driver: Driver,
+}
+
+impl Attach {
+    /// A server at `url`, everything else by default.
+    pub fn new(url: impl Into<String>) -> Self {
+        Self { url: url.into(), key: None, model: None, driver: Driver::default() }
+    }
+}
+
+/// How the driver of a server works.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Driver {
+    /// Which log-probabilities the server computes (`--logprobs-mode`): a server started here is told, one that is
+    /// attached to must have been. [`LogProbs::None`] is no mode. A request that asks for the other kind is refused,
+    /// unless both are the same for it.
+    pub log_probs: LogProbs,
+    /// How weights reach the server.
+    pub transfer: Transfer,
+    /// The version of the weights that the server has at the beginning, unless it names one itself.
+    pub version: Version,
+    /// Most requests that wait for their reply at once; 256 by default.
+    pub requests_at_once: usize,
+    /// Most samples asked for in one request: not more than the server's `--max-num-seqs`; 64 by default.
+    pub samples_per_request: usize,
+    /// How long a control call may take (sleep, wake, each bucket of an update, its end); 10 minutes by default.
+    pub control_within: Duration,
+}
+
+impl Default for Driver {
+    fn default() -> Self {
+        Self {
+            log_probs: LogProbs::Raw,
+            transfer: Transfer::Folder { staging: None },
+            version: Version(0),
+            requests_at_once: 256,
+            samples_per_request: 64,
+            control_within: Duration::from_secs(600),
+        }
+    }
+}
+
+impl Driver {
+    pub(super) fn check(&self) -> Result<()> {
+        let bad =
+            |field, value: String, expected| Err(Error::Settings { engine: "vLLM", field, value, expected });
+        if self.log_probs == LogProbs::None {
+            return bad(
+                "log_probs",
+                "none".into(),
+                "raw or processed was expected: a request may ask for none",
+            );
+        }
+        if self.requests_at_once == 0 {
+            return bad("requests_at_once", "0".into(), "at least 1 was expected");
+        }
+        if self.samples_per_request == 0 {
+            return bad("samples_per_request", "0".into(), "at least 1 was expected");
+        }
+        Ok(())
+    }
+}
+
+/// How weights reach a server. It runs on the same machine, or shares a file system with this one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Transfer {
+    /// The whole model is written into a folder that the server then loads. Any server with development routes takes it.
+    Folder {
+        /// Where that folder is made, and removed again; shared memory if it is not said and there is any, else the
+        /// system's temporary folder.
+        staging: Option<PathBuf>,
+    },
+    /// Bucket by bucket through files in shared memory, which the server's workers map. A plug-in of the workers reads
+    /// them, which servers started here have. Memory for two buckets is taken.
+    SharedMemory {
+        /// Where the files are made, and removed again; `/dev/shm` if it is not said.
+        folder: Option<PathBuf>,
+    },
+}
