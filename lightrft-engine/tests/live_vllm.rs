@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
 use lightrft_engine::vllm::{Attach, Start, Transfer, VllmEngine};
 use lightrft_engine::{
-    Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, NamedTensor, Parts, Request, Sampling, ServerError,
-    State, Version, Watch,
+    Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, NamedTensor, Parts, Request, Sampling,
+    ServerError, State, Version, Watch,
 };
 use serde::Deserialize;
 
@@ -19,7 +19,8 @@ const LONG: Duration = Duration::from_secs(120);
 
 /// What the set-up left in the folder that the variable names.
 fn folder() -> PathBuf {
-    let folder = std::env::var_os("LIGHTRFT_LIVE_VLLM").expect("LIGHTRFT_LIVE_VLLM: run `cargo xtask live vllm DIR`");
+    let folder =
+        std::env::var_os("LIGHTRFT_LIVE_VLLM").expect("LIGHTRFT_LIVE_VLLM: run `cargo xtask live vllm DIR`");
     PathBuf::from(folder)
 }
 
@@ -34,7 +35,8 @@ struct Expected {
 }
 
 fn expected(model: &str) -> Expected {
-    serde_json::from_slice(&std::fs::read(folder().join("models").join(model).join("expected.json")).unwrap()).unwrap()
+    serde_json::from_slice(&std::fs::read(folder().join("models").join(model).join("expected.json")).unwrap())
+        .unwrap()
 }
 
 fn weights(model: &str) -> Vec<TensorBytes> {
@@ -102,7 +104,12 @@ fn is_as_transformers_says(engine: &mut dyn Engine, model: &str) {
     assert_eq!(completion.tokens, expected.tokens, "{model}");
     assert_eq!(Some(completion.version), engine.version());
     for (got, want) in completion.log_probs.iter().zip(&expected.log_probs) {
-        assert!((got - want).abs() < 1e-4, "{model}: {:?}, want {:?}", completion.log_probs, expected.log_probs);
+        assert!(
+            (got - want).abs() < 1e-4,
+            "{model}: {:?}, want {:?}",
+            completion.log_probs,
+            expected.log_probs
+        );
     }
 }
 
@@ -200,7 +207,8 @@ fn requests(engine: &mut VllmEngine) {
         let word = words.iter().find(|(_, id)| id.as_u64() == Some(u64::from(*token)))?.0.replace('Ġ', " ");
         (word.is_ascii() && !word.is_empty()).then_some(word)
     };
-    if let Some((at, word)) = free.tokens.iter().enumerate().find_map(|(at, token)| Some((at, plain(token)?))) {
+    if let Some((at, word)) = free.tokens.iter().enumerate().find_map(|(at, token)| Some((at, plain(token)?)))
+    {
         let stop_strings = vec!["never this".to_owned(), word.clone()];
         let sampling = Sampling { stop_strings, ..Sampling::greedy(8) };
         let stopped = engine.complete(&[Request::new([1, 2, 3], sampling)]).unwrap().remove(0);
@@ -322,7 +330,10 @@ fn killed(engine: &mut VllmEngine) {
         let long: Vec<Request> = (0..16).map(|id| text(240).with_id(id)).collect();
         engine.generate(&long, &mut Watch::within(LONG)).unwrap_err()
     });
-    assert!(matches!(&error, Error::Server(server) if matches!(**server, ServerError::Exited { .. })), "{error}");
+    assert!(
+        matches!(&error, Error::Server(server) if matches!(**server, ServerError::Exited { .. })),
+        "{error}"
+    );
     assert_eq!(engine.state(), State::Dead);
     let refused = engine.complete(&[text(1)]).unwrap_err();
     assert!(matches!(refused, Error::Refused(_)), "{refused}");
@@ -378,13 +389,17 @@ fn a_vision_model() {
         }
         let broken = greedy(expected.prompt.clone()).with_media([Media::image(b"\x89PNG and nothing else")]);
         let error = engine.complete(&[broken]).unwrap_err();
-        assert!(matches!(&error, Error::Server(server) if matches!(**server, ServerError::Status { .. })), "{error}");
+        assert!(
+            matches!(&error, Error::Server(server) if matches!(**server, ServerError::Status { .. })),
+            "{error}"
+        );
         let both = [&expected.prompt[..], &expected.prompt].concat();
         engine.complete(&[greedy(both).with_media([image(), image()]).samples(2)]).unwrap();
     });
     step("processed log-probabilities", || {
         let mut request = text(4);
-        request.sampling = Sampling { temperature: 0.5, top_k: 1, log_probs: LogProbs::Processed, ..request.sampling };
+        request.sampling =
+            Sampling { temperature: 0.5, top_k: 1, log_probs: LogProbs::Processed, ..request.sampling };
         let completion = engine.complete(&[request]).unwrap().remove(0);
         assert!(completion.log_probs.iter().all(|l| l.abs() < 1e-4), "{completion:?}");
     });

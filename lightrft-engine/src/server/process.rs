@@ -181,7 +181,8 @@ impl ServerProcess {
             }
             if waited - told >= Duration::from_millis(250) {
                 told = waited;
-                let last_line = self.last_lines().lines().last().unwrap_or_default().to_owned();
+                let last_line =
+                    self.last_lines().lines().last().unwrap_or_default().chars().take(200).collect();
                 tell(&StartProgress { waited, last_line });
             }
             thread::sleep(POLL * 5);

@@ -16,8 +16,8 @@ use super::wire::{self, Asked, Job};
 use crate::generate::check_fields;
 use crate::server::{Http, ServerProcess, free_port, in_parallel};
 use crate::{
-    ApiKey, Completion, Engine, Error, Event, FinishReason, Level, Limits, MediaKind, MemoryBytes, Parts,
-    Progress, Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
+    ApiKey, Cache, Completion, Engine, Error, Event, FinishReason, Level, Limits, MediaKind, MemoryBytes,
+    Parts, Progress, Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
 };
 
 /// The plug-in of the server's workers.
@@ -314,6 +314,13 @@ impl Engine for VllmEngine {
         let next = self.state.after(Event::Sleep(level))?;
         // A server that sleeps stays as it is: what it put aside on the host is forgotten when its weights are updated.
         if !matches!(self.state, State::Asleep { .. }) {
+            if matches!(
+                self.state,
+                State::Awake { cache: Cache::Asleep } | State::Stale { cache: Cache::Asleep }
+            ) {
+                // Older ones take a server of which a part sleeps for asleep, and would keep the weights in use.
+                self.control(|control| control.wake(Parts::Cache))?;
+            }
             let level = if next.has_weights() { Level::One } else { Level::Two };
             self.control(|control| control.sleep(level))?;
         }
@@ -332,6 +339,8 @@ impl Engine for VllmEngine {
             if matches!(next, State::Stale { .. }) {
                 // Awake, the server would serve others from weights that are not there.
                 self.control(Control::pause)?;
+            } else if next.can_generate() {
+                self.control(Control::resume)?;
             }
         }
         self.step(Event::Wake(parts))

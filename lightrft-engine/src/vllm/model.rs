@@ -5,8 +5,10 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::{Error, MediaKind, Result};
 
@@ -54,9 +56,7 @@ impl Model {
             parameters: BTreeMap::new(),
         };
         for file in weight_files(folder)? {
-            let header = header(&file)?;
-            let (_, metadata) =
-                SafeTensors::read_metadata(&header).map_err(|error| malformed(&file, &error))?;
+            let metadata: Metadata = parse(&file, &header(&file)?)?;
             for (name, info) in metadata.tensors() {
                 model.parameters.insert(name, (info.dtype, info.shape.clone()));
             }
@@ -87,7 +87,7 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(if single.exists() { vec![single] } else { Vec::new() })
 }
 
-/// The beginning of a safetensors file, up to the tensors' bytes.
+/// The JSON at the beginning of a safetensors file.
 fn header(path: &Path) -> Result<Vec<u8>> {
     let read = || -> io::Result<Vec<u8>> {
         let mut file = File::open(path)?;
@@ -97,9 +97,9 @@ fn header(path: &Path) -> Result<Vec<u8>> {
         if bytes > LONGEST_HEADER {
             return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a header of {bytes} bytes")));
         }
-        let mut header = length.to_vec();
+        let mut header = Vec::new();
         file.take(bytes).read_to_end(&mut header)?;
-        if header.len() as u64 != 8 + bytes {
+        if header.len() as u64 != bytes {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         Ok(header)
@@ -107,7 +107,7 @@ fn header(path: &Path) -> Result<Vec<u8>> {
     read().map_err(|source| io_error(path, source))
 }
 
-fn parse<'a, T: Deserialize<'a>>(path: &Path, bytes: &'a [u8]) -> Result<T> {
+fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|error| malformed(path, &error))
 }
 

@@ -1,0 +1,278 @@
+//! A vLLM server without a model: it keeps the rules that the real one dies of when they are broken, and says which was.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use lightrft_engine::testing::TensorBytes;
+use serde_json::{Value, json};
+
+use super::http::{Answer, Asked, HttpServer};
+
+const VOCABULARY: u64 = 32;
+
+/// Where the fake stands.
+#[derive(Debug, Default)]
+pub(crate) struct Fake {
+    weights: BTreeMap<String, Vec<u8>>,
+    staged: BTreeMap<String, Vec<u8>>,
+    pub(crate) version: String,
+    paused: bool,
+    asleep: Vec<&'static str>,
+    updating: bool,
+    /// Something computed with former weights is still cached.
+    cached: bool,
+    /// Rules that were broken.
+    pub(crate) broken: Vec<String>,
+    /// Instead of what it would do, for paths that begin so; taken as often as the number says.
+    pub(crate) instead: Vec<(&'static str, usize, Answer)>,
+    pub(crate) healthy: bool,
+}
+
+/// The fake, what it does, and the folder of its model.
+pub(crate) struct FakeVllm {
+    pub(crate) server: HttpServer,
+    pub(crate) fake: Arc<Mutex<Fake>>,
+    pub(crate) folder: tempfile::TempDir,
+}
+
+/// A whole set of weights, different for each seed.
+pub(crate) fn weights(seed: u64) -> Vec<TensorBytes> {
+    let tensor = |name: &str, shape: &[usize]| {
+        let count = shape.iter().product::<usize>() as u64;
+        let values: Vec<f32> = (0..count).map(|i| (mix(&[seed, count, i]) >> 40) as f32).collect();
+        TensorBytes::from_f32(name, shape, &values)
+    };
+    vec![
+        tensor("model.embed_tokens.weight", &[VOCABULARY as usize, 4]),
+        tensor("model.layers.0.self_attn.q_proj.weight", &[4, 4]),
+        tensor("model.layers.0.self_attn.k_proj.weight", &[2, 4]),
+        tensor("model.layers.0.self_attn.v_proj.weight", &[2, 4]),
+        tensor("model.norm.weight", &[4]),
+    ]
+}
+
+impl FakeVllm {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = r#"{"vocab_size":32,"image_token_id":5,"video_token_id":6}"#;
+        std::fs::write(folder.path().join("config.json"), config).unwrap();
+        let weights = weights(0);
+        let views = weights.iter().map(|t| {
+            let view = safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap();
+            (t.name.clone(), view)
+        });
+        safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+        let fake = Fake {
+            weights: weights.into_iter().map(|t| (t.name, t.bytes)).collect(),
+            version: "default".into(),
+            healthy: true,
+            ..Fake::default()
+        };
+        let fake = Arc::new(Mutex::new(fake));
+        let (shared, root) = (fake.clone(), folder.path().to_owned());
+        let server = HttpServer::new(move |asked| shared.lock().unwrap().answer(asked, &root));
+        Self { server, fake, folder }
+    }
+
+    /// The rules that were broken so far.
+    pub(crate) fn broken(&self) -> Vec<String> {
+        self.fake.lock().unwrap().broken.clone()
+    }
+
+    /// Answers so, the next `times` times that a path begins with `path`.
+    pub(crate) fn instead(&self, path: &'static str, times: usize, answer: Answer) {
+        self.fake.lock().unwrap().instead.push((path, times, answer));
+    }
+
+    pub(crate) fn folder(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+}
+
+impl Fake {
+    fn answer(&mut self, asked: &Asked, root: &Path) -> Answer {
+        let special =
+            self.instead.iter_mut().find(|(path, times, _)| *times > 0 && asked.path.starts_with(path));
+        if let Some((_, times, answer)) = special {
+            *times -= 1;
+            return answer.clone();
+        }
+        let ok = |value: Value| Answer::Json(200, value);
+        let (path, query) = asked.path.split_once('?').unwrap_or((&asked.path, ""));
+        let body = asked.json();
+        match (asked.method.as_str(), path) {
+            ("GET", "/health") if self.healthy => Answer::Text(200, String::new()),
+            ("GET", "/health") => Answer::Text(503, String::new()),
+            ("GET", "/version") => ok(json!({"version": "0.32.0"})),
+            ("GET", "/v1/models") => ok(json!({"data": [{"id": "fake", "root": root, "max_model_len": 64}]})),
+            ("GET", "/weight_info") => ok(json!({"weight_version": self.version})),
+            ("GET", "/metrics") => {
+                Answer::Text(200, "vllm:generation_tokens_total{engine=\"0\"} 7.0\n".into())
+            }
+            ("POST", "/update_weight_version") => {
+                self.version = body["new_version"].as_str().unwrap().to_owned();
+                ok(json!({"success": true}))
+            }
+            ("POST", "/inference/v1/generate") => self.generate(&body),
+            ("POST", "/abort_requests") => ok(json!({"status": "aborted"})),
+            ("POST", "/pause") => {
+                self.paused = true;
+                ok(json!({"status": "paused"}))
+            }
+            ("POST", "/resume") => {
+                self.rule(!self.updating, "resumed in the middle of an update");
+                self.paused = false;
+                ok(json!({"status": "resumed"}))
+            }
+            ("POST", "/sleep") => {
+                self.rule(self.asleep.is_empty(), "put to sleep twice");
+                self.asleep = vec!["weights", "kv_cache"];
+                self.paused = true;
+                ok(json!({"status": "sleeping"}))
+            }
+            ("POST", "/wake_up") => {
+                self.asleep.retain(|part| !query.contains(part));
+                self.paused &= !self.asleep.is_empty();
+                ok(json!({"status": "awake"}))
+            }
+            ("POST", "/reset_prefix_cache") => {
+                self.cached = false;
+                ok(json!({"success": true}))
+            }
+            ("POST", "/reset_mm_cache" | "/reset_encoder_cache") => Answer::Text(200, String::new()),
+            ("POST", "/collective_rpc") => self.reload(body["kwargs"]["weights_path"].as_str().unwrap()),
+            ("POST", "/init_weight_transfer_engine") => ok(json!({"message": "ok"})),
+            ("POST", "/start_weight_update") => self.start(),
+            ("POST", "/update_weights") => self.update(&body["update_info"]),
+            ("POST", "/finish_weight_update") => self.finish(),
+            _ => Answer::Json(404, json!({"detail": "Not Found"})),
+        }
+    }
+
+    fn rule(&mut self, kept: bool, otherwise: &str) {
+        if !kept {
+            self.broken.push(otherwise.to_owned());
+        }
+    }
+
+    fn failed(what: &str) -> Answer {
+        Answer::Json(500, json!({"error": {"message": what, "type": "InternalServerError", "code": 500}}))
+    }
+
+    fn start(&mut self) -> Answer {
+        self.rule(self.paused, "an update began without a pause");
+        if self.updating {
+            return Self::failed("start_weight_update called while a weight update is already active");
+        }
+        self.updating = true;
+        Answer::Json(200, json!({"message": "ok"}))
+    }
+
+    fn update(&mut self, info: &Value) -> Answer {
+        if !self.updating {
+            return Self::failed("start_weight_update must be called before update_weights");
+        }
+        let file = std::fs::read(info["file"].as_str().unwrap()).unwrap();
+        self.rule(file.len() as u64 == info["bytes"].as_u64().unwrap(), "a file of another length");
+        let names = info["names"].as_array().unwrap();
+        for (at, name) in names.iter().enumerate() {
+            let name = name.as_str().unwrap().to_owned();
+            self.rule(info["dtype_names"][at] == "float32", "another type");
+            let elems: u64 =
+                info["shapes"][at].as_array().unwrap().iter().map(|dim| dim.as_u64().unwrap()).product();
+            let begin = info["offsets"][at].as_u64().unwrap() as usize;
+            self.staged.insert(name, file[begin..begin + 4 * elems as usize].to_vec());
+        }
+        Answer::Json(200, json!({"message": "ok"}))
+    }
+
+    fn finish(&mut self) -> Answer {
+        if !self.updating {
+            return Self::failed("finish_weight_update called without a matching start_weight_update");
+        }
+        self.updating = false;
+        self.take();
+        Answer::Json(200, json!({"message": "ok"}))
+    }
+
+    fn reload(&mut self, folder: &str) -> Answer {
+        self.rule(self.paused, "weights were loaded without a pause");
+        for file in std::fs::read_dir(folder).unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_some_and(|kind| kind == "safetensors") {
+                let bytes = std::fs::read(path).unwrap();
+                let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+                self.staged
+                    .extend(file.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())));
+            }
+        }
+        self.take();
+        Answer::Json(200, json!({"results": [null]}))
+    }
+
+    fn take(&mut self) {
+        self.rule(!self.asleep.contains(&"weights"), "weights were sent to a sleeping server");
+        let staged = std::mem::take(&mut self.staged);
+        self.weights.extend(staged);
+        self.cached = true;
+    }
+
+    fn generate(&mut self, body: &Value) -> Answer {
+        self.rule(!self.updating && !self.paused, "generated while paused");
+        self.rule(self.asleep.is_empty(), "generated while asleep");
+        self.rule(!self.cached, "generated with a cache of former weights");
+        let fingerprint =
+            self.weights.values().flatten().fold(0, |hash, byte| mix(&[hash, u64::from(*byte)]));
+        let sampling = &body["sampling_params"];
+        let number = |name: &str| sampling[name].as_u64().unwrap();
+        let prompt = body["token_ids"].as_array().unwrap();
+        self.rule(prompt.iter().all(|t| t.as_u64().unwrap() < VOCABULARY), "a token outside the vocabulary");
+        let prompt = prompt.iter().fold(fingerprint, |hash, token| mix(&[hash, token.as_u64().unwrap()]));
+        let greedy = sampling["temperature"] == 0.0;
+        self.rule(!greedy || number("n") == 1, "more than one greedy completion");
+        let stops: Vec<u64> =
+            sampling["stop_token_ids"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap()).collect();
+        let choice = |index: u64| {
+            let (mut tokens, mut reason) = (Vec::new(), json!(null));
+            for position in 0..number("max_tokens") {
+                let mut key = vec![prompt, position];
+                if !greedy {
+                    key.push(number("seed") + index);
+                }
+                let banned = |token: u64| position < number("min_tokens") && stops.contains(&token);
+                let first = mix(&key) % VOCABULARY;
+                let token =
+                    (0..VOCABULARY).map(|step| (first + step) % VOCABULARY).find(|t| !banned(*t)).unwrap();
+                tokens.push(token);
+                if stops.contains(&token) {
+                    reason = json!(token);
+                    break;
+                }
+            }
+            let log_prob = -(VOCABULARY as f64).ln();
+            let content: Vec<Value> =
+                tokens.iter().map(|t| json!({"token_id": t, "logprob": log_prob})).collect();
+            json!({
+                "index": index,
+                "finish_reason": if reason.is_null() { "length" } else { "stop" },
+                "stop_reason": reason,
+                "token_ids": tokens,
+                "logprobs": if sampling["logprobs"].is_null() { json!(null) } else { json!({"content": content}) },
+                "weight_versions": [{"version": self.version, "start": 0, "end": tokens.len()}],
+            })
+        };
+        let choices: Vec<Value> = (0..number("n")).map(choice).collect();
+        Answer::Json(200, json!({"request_id": body["request_id"], "choices": choices}))
+    }
+}
+
+/// A hash of a few numbers.
+fn mix(words: &[u64]) -> u64 {
+    words.iter().fold(0x9e37_79b9_7f4a_7c15, |hash: u64, word| {
+        let mut z = hash.wrapping_add(*word).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    })
+}

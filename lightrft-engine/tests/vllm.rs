@@ -1,0 +1,468 @@
+//! The vLLM driver against a server without a model: its contract, the exact requests, and faults.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod servers;
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lightrft_engine::testing::{Subject, TensorBytes, conformance};
+use lightrft_engine::vllm::{Attach, Start, Transfer, VllmEngine};
+use lightrft_engine::{
+    ApiKey, Engine, EngineExt, Error, Level, LogProbs, Media, NamedTensor, Parts, Request, Sampling,
+    ServerError, State, Version, Watch,
+};
+use serde_json::{Value, json};
+use servers::http::{Answer, HttpServer};
+use servers::vllm::{FakeVllm, weights};
+
+const LONG: Duration = Duration::from_secs(60);
+
+fn attach(fake: &FakeVllm, transfer: Transfer) -> VllmEngine {
+    let mut attach = Attach::new(fake.server.url());
+    attach.driver.transfer = transfer;
+    VllmEngine::attach(&attach).unwrap()
+}
+
+fn folder_transfer(fake: &FakeVllm) -> Transfer {
+    Transfer::Folder { staging: Some(fake.folder()) }
+}
+
+fn memory_transfer(fake: &FakeVllm) -> Transfer {
+    Transfer::SharedMemory { folder: Some(fake.folder()) }
+}
+
+fn views(weights: &[TensorBytes]) -> Vec<NamedTensor<'_>> {
+    weights.iter().map(|t| t.view().unwrap()).collect()
+}
+
+fn greedy() -> Request {
+    Request::new([1, 2, 3], Sampling::greedy(4))
+}
+
+/// The status that a server's refusal had.
+fn status(error: &Error) -> Option<u16> {
+    match error {
+        Error::Server(server) => match &**server {
+            ServerError::Status { status, .. } => Some(*status),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+#[test]
+fn the_driver_keeps_the_contract_of_an_engine_and_the_rules_of_the_server() {
+    for transfer in [folder_transfer, memory_transfer] {
+        let fakes = std::cell::RefCell::new(Vec::new());
+        conformance(|| {
+            let fake = FakeVllm::new();
+            let engine = attach(&fake, transfer(&fake));
+            fakes.borrow_mut().push(fake);
+            Subject { engine: Box::new(engine), weights: weights(1) }
+        });
+        for fake in fakes.into_inner() {
+            assert_eq!(fake.broken(), Vec::<String>::new());
+            let left: Vec<_> =
+                std::fs::read_dir(fake.folder()).unwrap().map(|f| f.unwrap().file_name()).collect();
+            assert_eq!(left.len(), 2, "nothing is left of the weights' folders: {left:?}");
+        }
+    }
+}
+
+#[test]
+fn requests_on_the_wire_are_exactly_these() {
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, memory_transfer(&fake));
+    let full = Sampling {
+        temperature: 0.5,
+        top_k: 20,
+        top_p: 0.25,
+        min_p: 0.125,
+        repetition_penalty: 1.5,
+        seed: 3,
+        max_new_tokens: 6,
+        min_new_tokens: 2,
+        stop_tokens: vec![7, 9],
+        stop_strings: vec!["\n\n".into()],
+        log_probs: LogProbs::Raw,
+    };
+    let image = Media::image_at("data:image/png;base64,AA==");
+    let film = Media::video_at("https://a/b.mp4");
+    let quiet = Sampling { log_probs: LogProbs::None, ..Sampling::greedy(1) };
+    engine
+        .complete(&[Request::new([4, 5, 6], full).samples(2).with_id(9).with_media([image, film])])
+        .unwrap();
+    engine.complete(&[Request::new([4], quiet).samples(3)]).unwrap();
+    engine.sleep(Level::Two).unwrap();
+    engine.wake(Parts::Weights).unwrap();
+    let weights = weights(1);
+    engine.replace_weights(Version(12), &views(&weights)[..], usize::MAX).unwrap();
+    engine.wake(Parts::Cache).unwrap();
+    let asked = fake.server.asked();
+    let lines: Vec<String> = asked
+        .iter()
+        .map(|asked| {
+            let mut line = asked.line();
+            for (name, put) in [("request_id", "ID"), ("file", "FILE")] {
+                let json = asked.json();
+                let found = json.get(name).or_else(|| json["update_info"].get(name)).and_then(Value::as_str);
+                if let Some(found) = found {
+                    line = line.replace(found, put);
+                }
+            }
+            line
+        })
+        .collect();
+    let expected = include_str!("data/vllm_requests.txt");
+    let got = lines.join("\n");
+    // With LIGHTRFT_BLESS set, the file is written anew: read the difference before committing it.
+    if std::env::var_os("LIGHTRFT_BLESS").is_some() {
+        std::fs::write("tests/data/vllm_requests.txt", got.clone() + "\n").unwrap();
+    }
+    assert_eq!(got.trim(), expected.trim(), "as a whole:\n{got}");
+}
+
+#[test]
+fn samples_are_cut_into_requests_without_changing_them() {
+    let fake = FakeVllm::new();
+    let whole = attach(&fake, Transfer::Folder { staging: None });
+    let mut settings = Attach::new(fake.server.url());
+    settings.driver.samples_per_request = 3;
+    settings.driver.requests_at_once = 2;
+    let request = Request::new([1, 2], Sampling { seed: 5, ..Sampling::default() }).samples(8);
+    let mut cut = VllmEngine::attach(&settings).unwrap();
+    let mut whole = whole;
+    assert_eq!(cut.complete(&[request.clone()]).unwrap(), whole.complete(&[request]).unwrap());
+    let sizes: Vec<u64> =
+        fake.server.asked().iter().filter_map(|a| a.json()["sampling_params"]["n"].as_u64()).collect();
+    let mut sorted = sizes.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, [2, 3, 3, 8]);
+}
+
+#[test]
+fn what_vllm_would_change_or_misread_is_refused_before_it_is_sent() {
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, Transfer::Folder { staging: None });
+    let image = || Media::image(b"\x89PNG");
+    let with =
+        |prompt: &[u32], media: Vec<Media>| Request::new(prompt, Sampling::greedy(1)).with_media(media);
+    let cold = |temperature| Request::new([1], Sampling { temperature, ..Sampling::default() });
+    let filtered = Sampling { top_k: 3, log_probs: LogProbs::Processed, ..Sampling::default() };
+    let bad = [
+        ("temperature", cold(0.001)),
+        ("temperature", cold(2.5)),
+        ("log_probs", Request::new([1], filtered)),
+        ("media", with(&[1, 5, 5, 5, 5, 2], vec![image()])),
+        ("media", with(&[1, 5, 2], vec![])),
+        ("media", with(&[1, 2], vec![image()])),
+        ("media", with(&[1, 5, 2], vec![image(), image()])),
+        ("media", with(&[1, 5, 2], vec![Media::video(b"mp4")])),
+        ("prompt", Request::new([32], Sampling::greedy(1))),
+        ("context", Request::new([1; 60], Sampling::greedy(5))),
+    ];
+    for (field, request) in bad {
+        let error = engine.complete(&[greedy(), request]).unwrap_err();
+        assert!(
+            error.to_string().starts_with("request 1: ") && error.to_string().contains(field),
+            "{field}: {error}"
+        );
+    }
+    assert!(!fake.server.asked().iter().any(|asked| asked.path.contains("generate")), "nothing was sent");
+    engine.complete(&[with(&[1, 5, 2, 6], vec![image(), Media::video(b"mp4")])]).unwrap();
+    assert_eq!(engine.state(), State::READY);
+}
+
+#[test]
+fn a_refused_request_fails_the_call_and_ends_the_others() {
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, Transfer::Folder { staging: None });
+    fake.instead("/inference", 1, Answer::Json(400, json!({"error": {"message": "too odd"}})));
+    let hung = 7;
+    fake.instead("/inference", hung, Answer::Hang);
+    let requests: Vec<Request> = (0..8).map(|_| greedy()).collect();
+    let since = Instant::now();
+    let error = engine.generate(&requests, &mut Watch::within(LONG)).unwrap_err();
+    assert_eq!(status(&error), Some(400), "{error}");
+    assert!(error.to_string().contains("POST /inference/v1/generate: status 400: too odd"), "{error}");
+    assert!(since.elapsed() < LONG / 2, "those that hang are given up");
+    assert_eq!(engine.state(), State::READY);
+    fake.fake.lock().unwrap().instead.clear();
+    engine.complete(&[greedy()]).unwrap();
+}
+
+#[test]
+fn a_server_that_hangs_costs_the_deadline() {
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, Transfer::Folder { staging: None });
+    fake.instead("/inference", 1, Answer::Hang);
+    let error = engine.generate(&[greedy()], &mut Watch::within(Duration::from_millis(200))).unwrap_err();
+    assert!(matches!(error, Error::Deadline { done: 0, total: 1, .. }), "{error}");
+    assert_eq!(engine.state(), State::READY);
+    engine.complete(&[greedy()]).unwrap();
+}
+
+#[test]
+fn broken_replies_are_errors_that_say_what_is_wrong() {
+    let choice = |change: &dyn Fn(&mut Value)| {
+        let mut reply = json!({"choices": [{
+            "index": 0, "finish_reason": "length", "stop_reason": null, "token_ids": [1, 2, 3, 4],
+            "logprobs": {"content": [
+                {"token_id": 1, "logprob": -1.0}, {"token_id": 2, "logprob": -1.5},
+                {"token_id": 3, "logprob": -2.0}, {"token_id": 4, "logprob": 0.0},
+            ]},
+            "weight_versions": [{"version": "0", "start": 0, "end": 4}],
+        }]});
+        change(&mut reply["choices"]);
+        reply
+    };
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, Transfer::Folder { staging: None });
+    fake.instead("/inference", 1, Answer::Json(200, choice(&|_| ())));
+    let completion = engine.complete(&[greedy()]).unwrap().remove(0);
+    assert_eq!((completion.tokens, completion.log_probs), (vec![1, 2, 3, 4], vec![-1.0, -1.5, -2.0, 0.0]));
+    let bad: [(&str, Value); 9] = [
+        ("1 choices", choice(&|c| *c = json!([]))),
+        ("1 choices", choice(&|c| c[0]["index"] = json!(1))),
+        ("5 tokens of at most 4", choice(&|c| c[0]["token_ids"] = json!([1, 2, 3, 4, 5]))),
+        ("token 32 of a vocabulary", choice(&|c| c[0]["token_ids"][0] = json!(32))),
+        ("4 log-probabilities for 3", choice(&|c| c[0]["token_ids"] = json!([1, 2, 3]))),
+        ("finish_reason", choice(&|c| c[0]["finish_reason"] = json!("error"))),
+        ("finish_reason", choice(&|c| c[0]["finish_reason"] = json!("stop"))),
+        ("somebody else", choice(&|c| c[0]["weight_versions"][0]["version"] = json!("theirs"))),
+        ("expected JSON", choice(&|c| c[0]["token_ids"][0] = json!(-1))),
+    ];
+    for (what, reply) in bad {
+        fake.instead("/inference", 1, Answer::Json(200, reply));
+        let error = engine.complete(&[greedy()]).unwrap_err();
+        assert!(
+            matches!(&error, Error::Server(server) if matches!(**server, ServerError::Reply { .. })),
+            "{error}"
+        );
+        assert!(error.to_string().contains(what), "{what}: {error}");
+    }
+    let nan = choice(&|c| c[0]["logprobs"]["content"][2]["logprob"] = json!(-9999.0));
+    fake.instead("/inference", 1, Answer::Json(200, nan));
+    let error = engine.complete(&[greedy()]).unwrap_err();
+    assert!(matches!(error, Error::Logits { request: 0, sample: 0, position: 2, .. }), "{error}");
+    for raw in ["HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{\"choices\":[", "", "nonsense\r\n\r\n"] {
+        fake.instead("/inference", 1, Answer::Raw(raw.into()));
+        let error = engine.complete(&[greedy()]).unwrap_err();
+        assert!(
+            matches!(&error, Error::Server(server) if matches!(**server, ServerError::Connection { .. })),
+            "{error}"
+        );
+        assert_eq!(engine.state(), State::READY, "it is still healthy");
+    }
+    engine.complete(&[greedy()]).unwrap();
+}
+
+#[test]
+fn a_server_that_is_gone_leaves_the_engine_dead() {
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, Transfer::Folder { staging: None });
+    fake.instead(
+        "/inference",
+        1,
+        Answer::Json(500, json!({"error": {"message": "EngineCore encountered an issue"}})),
+    );
+    fake.fake.lock().unwrap().healthy = false;
+    let error = engine.complete(&[greedy()]).unwrap_err();
+    assert_eq!(status(&error), Some(500), "{error}");
+    assert_eq!((engine.state(), engine.version()), (State::Dead, None));
+    for refused in [engine.complete(&[greedy()]).map(drop), engine.sleep(Level::One), engine.wake(Parts::All)]
+    {
+        assert!(matches!(refused, Err(Error::Refused(_))), "{refused:?}");
+    }
+
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, memory_transfer(&fake));
+    let weights = weights(1);
+    let mut update = engine.begin_update(Version(1)).unwrap();
+    drop(fake);
+    let error = update.push(&views(&weights)).unwrap_err();
+    assert!(matches!(error, Error::Server(_) | Error::Backend { .. }), "{error}");
+    assert!(update.commit().is_err());
+    assert!(matches!(engine.state(), State::Dead | State::Stale { .. }), "{}", engine.state());
+}
+
+#[test]
+fn an_update_that_fails_anywhere_leaves_it_stale_and_the_next_mends_it() {
+    let steps = [
+        (memory_transfer as fn(&FakeVllm) -> Transfer, "/init_weight_transfer_engine"),
+        (memory_transfer, "/start_weight_update"),
+        (memory_transfer, "/update_weights"),
+        (memory_transfer, "/finish_weight_update"),
+        (memory_transfer, "/reset_prefix_cache"),
+        (memory_transfer, "/update_weight_version"),
+        (memory_transfer, "/resume"),
+        (folder_transfer, "/collective_rpc"),
+    ];
+    let new = weights(1);
+    for (transfer, path) in steps {
+        let fake = FakeVllm::new();
+        let mut engine = attach(&fake, transfer(&fake));
+        // Clearing what others left is not what is to fail.
+        engine.replace_weights(Version(1), &views(&weights(0)), usize::MAX).unwrap();
+        fake.instead(path, 1, Answer::Json(500, json!({"error": {"message": "Worker failed"}})));
+        let result = engine.replace_weights(Version(2), &views(&new), 200);
+        if path == "/init_weight_transfer_engine" {
+            result.unwrap();
+            continue;
+        }
+        let error = result.unwrap_err();
+        assert_eq!(status(&error), Some(500), "{path}: {error}");
+        assert!(matches!(engine.state(), State::Stale { .. }), "{path}: {}", engine.state());
+        assert_eq!(engine.version(), None, "{path}");
+        engine.replace_weights(Version(3), &views(&new), 200).unwrap();
+        let completion = engine.complete(&[greedy()]).unwrap().remove(0);
+        assert_eq!(completion.version, Version(3));
+        assert_eq!(fake.broken(), Vec::<String>::new(), "{path}");
+    }
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, Transfer::Folder { staging: Some("/no/such/folder".into()) });
+    let error = engine.replace_weights(Version(1), &views(&new), 200).unwrap_err();
+    assert!(error.to_string().contains("/no/such/folder"), "{error}");
+    fake.instead("/reset_prefix_cache", 1, Answer::Json(200, json!({"success": false})));
+    let mut engine = attach(&fake, folder_transfer(&fake));
+    let error = engine.replace_weights(Version(1), &views(&new), 200).unwrap_err();
+    assert!(error.to_string().contains("prefix cache"), "{error}");
+}
+
+#[test]
+fn requests_are_aborted_from_another_thread() {
+    let (begun, waits) = mpsc::channel();
+    let (abort, aborted) = mpsc::channel::<String>();
+    let (begun, aborted) = (std::sync::Mutex::new(begun), std::sync::Mutex::new(aborted));
+    let fake = FakeVllm::new();
+    let root = fake.folder();
+    let server = HttpServer::new(move |asked| match asked.path.as_str() {
+        "/v1/models" => Answer::Json(200, json!({"data": [{"root": root, "max_model_len": 64}]})),
+        "/version" => Answer::Json(200, json!({"version": "0.23.0"})),
+        "/inference/v1/generate" => {
+            begun.lock().unwrap().send(asked.json()["request_id"].as_str().unwrap().to_owned()).unwrap();
+            let ids = aborted.lock().unwrap().recv_timeout(LONG).unwrap();
+            assert!(ids.contains("generate-tokens-lightrft-"), "{ids}");
+            let choice = json!({"index": 0, "finish_reason": "abort", "stop_reason": null, "token_ids": [7],
+                "logprobs": {"content": [{"token_id": 7, "logprob": -0.5}]}});
+            Answer::Json(200, json!({"choices": [choice]}))
+        }
+        "/abort_requests" => {
+            let _ = abort.send(asked.json()["request_ids"].to_string());
+            Answer::Json(200, json!({"status": "aborted"}))
+        }
+        _ => Answer::Json(404, json!({"detail": "Not Found"})),
+    });
+    let mut settings = Attach::new(server.url());
+    settings.driver.requests_at_once = 1;
+    let mut engine = VllmEngine::attach(&settings).unwrap();
+    let handle = engine.requests().unwrap();
+    handle.abort(LONG).unwrap();
+    let completions = thread::scope(|scope| {
+        let handle = &handle;
+        scope.spawn(move || {
+            waits.recv_timeout(LONG).unwrap();
+            assert!(handle.is_busy());
+            handle.abort(LONG).unwrap();
+        });
+        engine.complete(&[greedy(), greedy().samples(2)]).unwrap()
+    });
+    let found: Vec<_> =
+        completions.iter().map(|c| (c.request, c.sample, c.tokens.len(), c.log_probs.len())).collect();
+    assert_eq!(found, [(0, 0, 1, 1), (1, 0, 0, 0), (1, 1, 0, 0)]);
+    assert!(completions.iter().all(|c| c.finish == lightrft_engine::FinishReason::Aborted));
+}
+
+#[test]
+fn servers_that_cannot_be_driven_are_refused() {
+    let fake = FakeVllm::new();
+    fake.instead("/version", 1, Answer::Json(200, json!({"version": "0.22.9"})));
+    let error = VllmEngine::attach(&Attach::new(fake.server.url())).unwrap_err();
+    assert!(error.to_string().contains("0.22.9") && error.to_string().contains("0.23"), "{error}");
+    fake.instead("/version", 1, Answer::Json(200, json!({"version": "0.99.0"})));
+    VllmEngine::attach(&Attach::new(fake.server.url())).unwrap();
+    fake.instead(
+        "/v1/models",
+        1,
+        Answer::Json(200, json!({"data": [{"root": "/no/such", "max_model_len": 64}]})),
+    );
+    let error = VllmEngine::attach(&Attach::new(fake.server.url())).unwrap_err();
+    assert!(
+        matches!(&error, Error::Settings { field: "model", value, .. } if value == "/no/such"),
+        "{error}"
+    );
+    fake.instead(
+        "/v1/models",
+        1,
+        Answer::Json(200, json!({"data": [{"root": "/no/such", "max_model_len": 64}]})),
+    );
+    let mut told = Attach::new(fake.server.url());
+    told.model = Some(fake.folder());
+    assert_eq!(VllmEngine::attach(&told).unwrap().limits().vocabulary, 32);
+    fake.instead("/v1/models", 1, Answer::Json(401, json!({"error": "Unauthorized"})));
+    let mut keyed = Attach::new(fake.server.url());
+    keyed.key = Some(ApiKey::new("sesame"));
+    let error = VllmEngine::attach(&keyed).unwrap_err();
+    assert_eq!(status(&error), Some(401), "{error}");
+    assert!(!format!("{error} {error:?} {keyed:?}").contains("sesame"));
+    assert!(fake.server.asked().iter().any(|asked| asked.headers.contains("Bearer sesame")));
+    let mut bad = Attach::new(fake.server.url());
+    bad.driver.log_probs = LogProbs::None;
+    assert!(matches!(VllmEngine::attach(&bad), Err(Error::Settings { field: "log_probs", .. })));
+}
+
+#[test]
+fn settings_that_make_no_sense_start_nothing() {
+    let changes: [(&str, fn(&mut Start)); 7] = [
+        ("tensor_parallel", |s| s.tensor_parallel = 0),
+        ("gpus and tensor_parallel", |s| s.gpus = vec![0, 1]),
+        ("gpus", |s| (s.gpus, s.tensor_parallel) = (vec![1, 1], 2)),
+        ("memory_share", |s| s.memory_share = Some(1.5)),
+        ("max_sequences", |s| s.max_sequences = Some(0)),
+        ("context_tokens", |s| s.context_tokens = Some(1)),
+        ("requests_at_once", |s| s.driver.requests_at_once = 0),
+    ];
+    for (field, change) in changes {
+        let mut start = Start::new("/no/such/model");
+        start.program = "/no/such/program".into();
+        change(&mut start);
+        let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+        assert!(matches!(&error, Error::Settings { field: f, .. } if *f == field), "{field}: {error}");
+    }
+}
+
+/// A program that stands for vLLM: it says what it was started with, then ends.
+#[test]
+fn a_server_is_started_with_what_the_settings_say_and_its_failure_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("vllm");
+    let script = "#!/bin/sh\necho \"$@\"\necho \"$CUDA_VISIBLE_DEVICES $VLLM_SERVER_DEV_MODE $MORE\"\nls \"${PYTHONPATH%%:*}\"\necho \"key $VLLM_API_KEY\"\nexit 9\n";
+    std::fs::write(&program, script).unwrap();
+    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
+    std::fs::set_permissions(&program, permissions).unwrap();
+    let mut start = Start::new("/models/m");
+    start.program = program;
+    start.dtype = Some("bfloat16".into());
+    (start.gpus, start.tensor_parallel) = (vec![2, 3], 2);
+    (start.memory_share, start.context_tokens) = (Some(0.5), Some(4096));
+    (start.images_per_prompt, start.videos_per_prompt) = (Some(4), Some(0));
+    start.max_sequences = Some(128);
+    start.key = Some(ApiKey::new("sesame"));
+    start.args = vec!["--enforce-eager".into()];
+    start.variables.insert("MORE".into(), "more".into());
+    start.port = Some(1234);
+    start.log = Some(folder.path().join("log"));
+    let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    let Error::Server(server) = &error else { panic!("{error}") };
+    let ServerError::Exited { status, last_lines, .. } = &**server else { panic!("{error}") };
+    assert_eq!(status.code(), Some(9));
+    let expected = "serve /models/m --host 127.0.0.1 --port 1234 --generation-config vllm --enable-scale-out \
+        --dtype bfloat16 --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --max-model-len 4096 \
+        --max-num-seqs 128 --limit-mm-per-prompt {\"image\":4,\"video\":0} \
+        --worker-extension-cls lightrft_vllm.Extension --weight-transfer-config {\"backend\":\"lightrft\"} \
+        --enable-sleep-mode --enforce-eager\n2,3 1 more\nlightrft_vllm.py\nkey ***";
+    assert_eq!(last_lines, expected);
+}
