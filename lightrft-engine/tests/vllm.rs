@@ -134,7 +134,7 @@ fn samples_are_cut_into_requests_without_changing_them() {
     let request = Request::new([1, 2], Sampling { seed: 5, ..Sampling::default() }).samples(8);
     let mut cut = VllmEngine::attach(&settings).unwrap();
     let mut whole = whole;
-    assert_eq!(cut.complete(&[request.clone()]).unwrap(), whole.complete(&[request]).unwrap());
+    assert_eq!(cut.complete(std::slice::from_ref(&request)).unwrap(), whole.complete(&[request]).unwrap());
     let sizes: Vec<u64> =
         fake.server.asked().iter().filter_map(|a| a.json()["sampling_params"]["n"].as_u64()).collect();
     let mut sorted = sizes.clone();
@@ -413,9 +413,12 @@ fn servers_that_cannot_be_driven_are_refused() {
     assert!(matches!(VllmEngine::attach(&bad), Err(Error::Settings { field: "log_probs", .. })));
 }
 
+/// What makes good settings bad ones.
+type Change = fn(&mut Start);
+
 #[test]
 fn settings_that_make_no_sense_start_nothing() {
-    let changes: [(&str, fn(&mut Start)); 7] = [
+    let changes: [(&str, Change); 7] = [
         ("tensor_parallel", |s| s.tensor_parallel = 0),
         ("gpus and tensor_parallel", |s| s.gpus = vec![0, 1]),
         ("gpus", |s| (s.gpus, s.tensor_parallel) = (vec![1, 1], 2)),

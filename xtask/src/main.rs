@@ -7,6 +7,7 @@ mod check;
 mod demo;
 mod examples;
 mod gpu;
+mod live;
 mod manifest;
 mod source;
 mod steps;
@@ -32,6 +33,8 @@ Usage: cargo xtask <command>
   gpu build        test programs for machines with GPUs, in release, into target/gpu/; needs neither CUDA nor a GPU
   gpu test [N]     those tests on N GPUs of this machine, or on all: builds them first, or, started as
                    target/gpu/xtask on a machine without cargo, takes those beside it. A test that is skipped has failed
+  live vllm [DIR]  the driver of that server against real servers on the CPU, which `tools/live/setup.sh vllm DIR` installs;
+                   DIR is target/live by default
   tidy             only the tree's own rules (part of check)
   help             this text
 ";
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         "bench" => bench::run(&workspace, &rest),
         "demo" => demo::run(&workspace, &rest),
         "gpu" => gpu::run(&workspace, &rest),
+        "live" => live::run(&workspace, &rest),
         "test" => test::run(&workspace),
         "check" => check::run(&workspace),
         "tidy" => tidy::run(&workspace),

@@ -77,6 +77,12 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
+    /// These bytes, as if a server had sent them.
+    #[cfg(test)]
+    pub(crate) fn of(bytes: Vec<u8>) -> Self {
+        Self { call: Call { engine: "test", method: "POST", path: "/test".to_owned() }, bytes }
+    }
+
     /// The reply as JSON of a known shape.
     pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, ServerError> {
         serde_json::from_slice(&self.bytes)

