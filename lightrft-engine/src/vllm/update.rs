@@ -32,7 +32,7 @@ impl<'a> VllmUpdate<'a> {
         let parameters = &self.engine.model().parameters;
         match parameters.get(tensor.name()) {
             None if !parameters.is_empty() => return Err(Error::UnknownTensor { name: name() }),
-            Some((_, shape)) if shape != tensor.shape() => {
+            Some(shape) if shape != tensor.shape() => {
                 let (got, expected) = (tensor.shape().to_vec(), shape.clone());
                 return Err(Error::Shape { name: name(), got, expected });
             }
