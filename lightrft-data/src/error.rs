@@ -100,6 +100,33 @@ pub enum Error {
         /// What the panic said.
         message: String,
     },
+    /// The loader's collate function refused the samples of a pass.
+    #[error("pass {pass} of a batch of epoch {epoch} (samples {}) cannot be collated", listed(indices))]
+    Collate {
+        /// The epoch.
+        epoch: u64,
+        /// Which pass of the batch, from 0.
+        pass: usize,
+        /// The indices of its samples in the data set.
+        indices: Vec<usize>,
+        /// Why.
+        source: Box<Error>,
+    },
+    /// The loader's collate function panicked.
+    #[error(
+        "collating pass {pass} of a batch of epoch {epoch} (samples {}) panicked: {message}",
+        listed(indices)
+    )]
+    CollatePanicked {
+        /// The epoch.
+        epoch: u64,
+        /// Which pass of the batch, from 0.
+        pass: usize,
+        /// The indices of its samples in the data set.
+        indices: Vec<usize>,
+        /// What the panic said.
+        message: String,
+    },
     /// No batch arrived before the loader's deadline.
     #[error("no batch within {waited:?}: the next one begins with sample {first_index}")]
     Stalled {
@@ -201,6 +228,17 @@ impl Error {
     pub fn other(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Error::Other(error.into())
     }
+}
+
+/// The first of some indices, for messages.
+fn listed(indices: &[usize]) -> String {
+    const SHOWN: usize = 8;
+    let first: Vec<_> = indices.iter().take(SHOWN).map(usize::to_string).collect();
+    let more = match indices.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("{}{more}", first.join(", "))
 }
 
 /// A line of a JSON Lines file that is not a sample, with its place.

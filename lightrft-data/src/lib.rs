@@ -28,7 +28,7 @@
 //! | a rank's share, and where it stands | [`DistributedSampler`], [`SamplerState`], [`Resume`] |
 //! | each prompt several times | [`Groups`] |
 //! | steps and their passes | [`BatchSampler`], [`MicroBatch`] |
-//! | batches, read ahead by threads | [`DataLoader`] |
+//! | batches, read ahead by threads | [`DataLoader`], [`CollatedBatch`] |
 //! | sequences of unequal length to ranks | [`balance()`], [`partition()`] |
 //! | token sequences to tensors' shapes | [`pad`], [`pack()`], [`sequence_parallel_slice`] |
 //! | records to prompts | [`PromptDataset`], [`PromptFormat`], `ChatTemplate` (feature `templates`) |
@@ -44,6 +44,7 @@
 #![forbid(unsafe_code)]
 
 mod balance;
+mod batch;
 mod batches;
 mod chairman;
 #[cfg(feature = "templates")]
@@ -82,6 +83,7 @@ mod prompt;
 mod prompt_dataset;
 #[cfg(feature = "templates")]
 mod python_json;
+mod reader;
 mod sampler;
 mod scan;
 mod sequence_parallel;
@@ -92,6 +94,7 @@ mod torch_exact;
 mod vision_tokens;
 
 pub use balance::{Assignment, BalanceConfig, Cost, balance};
+pub use batch::{Batch, CollatedBatch, Pass};
 pub use batches::{BatchConfig, BatchPlan, BatchSampler, LastBatch, MicroBatch};
 #[cfg(feature = "templates")]
 pub use chat_template::{ChatOptions, ChatTemplate, GenerationPrompt, OrderedJson};
@@ -107,7 +110,7 @@ pub use groups::{Draw, GroupPlacement, Groups};
 #[cfg(feature = "http")]
 pub use http::{HttpConfig, HttpFetch};
 pub use jsonl::{BadLines, JsonLines, JsonLinesOptions, Skipped};
-pub use loader::{Batch, DataLoader, LoaderConfig};
+pub use loader::{DataLoader, LoaderConfig};
 pub use media::{Audio, MediaSource, MediumProblem, Pixels};
 pub use mixture::{Exhausted, Mixture, MixturePart, MixtureProblem};
 pub use multimodal::{

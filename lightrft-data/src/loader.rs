@@ -4,10 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::batches::{BatchConfig, BatchPlan, BatchSampler, LastBatch, MicroBatch};
+use crate::batches::{BatchConfig, BatchSampler, LastBatch, MicroBatch};
 use crate::cursor::{Resume, SamplerState};
 use crate::prefetch::Prefetch;
-use crate::{Dataset, DistributedSampler, Error};
+use crate::reader::Reader;
+use crate::{Batch, CollatedBatch, Dataset, DistributedSampler, Error};
 
 /// How a [`DataLoader`] works.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,54 +42,13 @@ impl LoaderConfig {
     }
 }
 
-/// Samples that are consumed together.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Batch<T> {
-    /// The epoch they belong to.
-    pub epoch: u64,
-    /// Their indices in the data set.
-    pub indices: Vec<usize>,
-    /// The samples, in the order of `indices`.
-    pub samples: Vec<T>,
-    /// For each sample the prompt of the epoch that it is a copy of: under [`Groups`](crate::Groups) the copies share
-    /// this number, otherwise no two samples do.
-    pub groups: Vec<u64>,
-    /// For each sample which copy of its prompt it is, from 0 up to the size of the group.
-    pub copies: Vec<usize>,
-    /// Samples of each pass, in order; equally many passes on every rank.
-    pub micro_batches: Vec<usize>,
-}
-
-impl<T> Batch<T> {
-    /// The plan's samples, which were read in its order.
-    pub(crate) fn new(plan: &BatchPlan, samples: Vec<T>) -> Self {
-        let draws = || plan.micro_batches.iter().flatten();
-        Self {
-            epoch: plan.epoch,
-            indices: draws().map(|draw| draw.index).collect(),
-            samples,
-            groups: draws().map(|draw| draw.group).collect(),
-            copies: draws().map(|draw| draw.copy).collect(),
-            micro_batches: plan.micro_batches.iter().map(Vec::len).collect(),
-        }
-    }
-
-    /// The samples of each pass.
-    pub fn passes(&self) -> impl Iterator<Item = &[T]> {
-        let mut rest = self.samples.as_slice();
-        self.micro_batches.iter().map(move |&len| {
-            let (pass, after) = rest.split_at(len.min(rest.len()));
-            rest = after;
-            pass
-        })
-    }
-}
-
 /// Batches over a data set and a sampler.
 ///
 /// The loader's position is that of the last batch it gave out: batches read ahead do not count, so
 /// [`state`](Self::state) may be saved at any moment. An error does not move it either; asking again reads the same
 /// batch again.
+///
+/// What it hands out is a [`Batch`] of samples, or with a [collate function](Self::collating) a [`CollatedBatch`].
 ///
 /// ```
 /// use lightrft_data::{
@@ -108,11 +68,11 @@ impl<T> Batch<T> {
 /// assert_eq!(seen, ["ab", "cd", "e"]);
 /// # Ok::<_, lightrft_data::Error>(())
 /// ```
-pub struct DataLoader<D: Dataset> {
-    dataset: Arc<D>,
+pub struct DataLoader<D: Dataset, B = Batch<<D as Dataset>::Item>> {
+    reader: Reader<D, B>,
     batches: BatchSampler,
     config: LoaderConfig,
-    ahead: Option<Prefetch<D>>,
+    ahead: Option<Prefetch<B>>,
 }
 
 impl<D: Dataset + 'static> DataLoader<D> {
@@ -132,16 +92,57 @@ impl<D: Dataset + 'static> DataLoader<D> {
         let LoaderConfig { batch_size, last_batch, ref micro_batch, .. } = config;
         let of_batches = BatchConfig { batch_size, last_batch, micro_batch: micro_batch.clone() };
         let batches = BatchSampler::new(sampler, of_batches)?;
-        Ok(Self { dataset: Arc::new(dataset), batches, config, ahead: None })
+        let reader = Reader { dataset: Arc::new(dataset), finish: Arc::new(Ok) };
+        Ok(Self { reader, batches, config, ahead: None })
     }
 
+    /// Has the threads that read also make of each pass what the model is given (torch's `collate_fn`): padded rows,
+    /// decoded images, tensors. The order stays the sampler's. The position is kept.
+    ///
+    /// The function is called once for each pass, with its samples in order. An error of it, or a panic, is an error of
+    /// the batch like one of a sample; an error that is not this crate's goes through [`Error::other`].
+    ///
+    /// ```
+    /// use lightrft_data::{
+    ///     DataLoader, DistributedSampler, InMemory, LoaderConfig, MicroBatch, PadConfig, SamplerConfig, Shuffle, Tail,
+    ///     TokenSequence, pad,
+    /// };
+    ///
+    /// let rows: InMemory<_> = [&[5, 6][..], &[7], &[8, 9, 1], &[2]].map(TokenSequence::from_prompt).into_iter().collect();
+    /// let sampler = DistributedSampler::new(SamplerConfig {
+    ///     len: 4, rank: 0, world: 1, seed: 0, shuffle: Shuffle::InOrder, tail: Tail::Pad,
+    /// })?;
+    /// let config = LoaderConfig { workers: 2, micro_batch: MicroBatch::Samples(2), ..LoaderConfig::new(4) };
+    /// let padded = |rows: Vec<TokenSequence>| pad(&rows, &PadConfig::left(0));
+    /// let mut loader = DataLoader::new(rows, sampler, config)?.collating(padded);
+    ///
+    /// let batch = loader.next_batch()?.expect("an epoch of one batch");
+    /// // Each pass is as wide as it must be.
+    /// assert_eq!(batch.passes[0].data.ids, [5, 6, 0, 7]);
+    /// assert_eq!(batch.passes[1].data.ids, [8, 9, 1, 0, 0, 2]);
+    /// assert_eq!(batch.passes[1].indices, [2, 3]);
+    /// # Ok::<_, lightrft_data::Error>(())
+    /// ```
+    pub fn collating<C, F>(self, collate: F) -> DataLoader<D, CollatedBatch<C>>
+    where
+        C: Send + 'static,
+        F: Fn(Vec<D::Item>) -> Result<C, Error> + Send + Sync + 'static,
+    {
+        let Self { reader, batches, config, ahead } = self;
+        drop(ahead);
+        let finish = Arc::new(move |batch| CollatedBatch::of(batch, &collate));
+        DataLoader { reader: Reader { dataset: reader.dataset, finish }, batches, config, ahead: None }
+    }
+}
+
+impl<D: Dataset + 'static, B: Send + 'static> DataLoader<D, B> {
     /// The next batch of this epoch, `None` at its end.
     ///
     /// # Errors
     /// [`Error::Sample`] with index and place of the sample that could not be read, [`Error::SamplePanicked`],
-    /// [`Error::Stalled`] after the deadline. The loader stays at this batch; after `Stalled` the same workers go on with
+    /// [`Error::Collate`] and [`Error::CollatePanicked`], [`Error::Stalled`] after the deadline. The loader stays at this batch; after `Stalled` the same workers go on with
     /// it, and asking again waits for them again.
-    pub fn next_batch(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
+    pub fn next_batch(&mut self) -> Result<Option<B>, Error> {
         let result = if self.config.workers == 0 { self.read_here() } else { self.read_ahead() };
         // Workers that are late are waited for again: new ones would only hang beside them.
         if !matches!(result, Ok(_) | Err(Error::Stalled { .. })) {
@@ -155,22 +156,20 @@ impl<D: Dataset + 'static> DataLoader<D> {
         Ok(batch)
     }
 
-    fn read_here(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
+    fn read_here(&mut self) -> Result<Option<B>, Error> {
         // The loader moves only once the samples have been read.
         let Some(plan) = self.batches.peek_batch()? else { return Ok(None) };
-        let draws = plan.micro_batches.iter().flatten();
-        let samples = draws.map(|draw| read(&*self.dataset, draw.index)).collect::<Result<_, _>>()?;
-        Ok(Some(Batch::new(&plan, samples)))
+        self.reader.read(&plan, || false).transpose()
     }
 
-    fn read_ahead(&mut self) -> Result<Option<Batch<D::Item>>, Error> {
+    fn read_ahead(&mut self) -> Result<Option<B>, Error> {
         if self.ahead.as_ref().is_none_or(Prefetch::is_idle) && self.batches.remaining() > 0 {
             // The order is made here, once, and shared by the copies that read ahead, after an error as well.
             self.batches.sampler().draws()?;
         }
         let mut ahead = match self.ahead.take() {
             Some(ahead) => ahead,
-            None => Prefetch::start(&self.dataset, self.config.workers)?,
+            None => Prefetch::start(&self.reader, self.config.workers)?,
         };
         if ahead.is_idle() {
             ahead.begin(self.batches.clone());
@@ -181,7 +180,7 @@ impl<D: Dataset + 'static> DataLoader<D> {
     }
 
     /// The batches from here to the end of the epoch, or to the first error.
-    pub fn batches(&mut self) -> impl Iterator<Item = Result<Batch<D::Item>, Error>> + '_ {
+    pub fn batches(&mut self) -> impl Iterator<Item = Result<B, Error>> + '_ {
         let mut failed = false;
         std::iter::from_fn(move || {
             if failed {
@@ -229,7 +228,7 @@ impl<D: Dataset + 'static> DataLoader<D> {
 
     /// The data set.
     pub fn dataset(&self) -> &D {
-        &self.dataset
+        &self.reader.dataset
     }
 
     /// Batches of this rank that are left in this epoch.
@@ -238,22 +237,13 @@ impl<D: Dataset + 'static> DataLoader<D> {
     }
 }
 
-impl<D: Dataset> fmt::Debug for DataLoader<D> {
+impl<D: Dataset, B> fmt::Debug for DataLoader<D, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DataLoader")
             .field("batches", &self.batches)
             .field("config", &self.config)
             .finish_non_exhaustive()
     }
-}
-
-/// Reads one sample; an error says which one it was and where it lies.
-pub(crate) fn read<D: Dataset>(dataset: &D, index: usize) -> Result<D::Item, Error> {
-    dataset.get(index).map_err(|source| Error::Sample {
-        index,
-        at: dataset.locate(index),
-        source: Box::new(source),
-    })
 }
 
 #[cfg(test)]

@@ -4,9 +4,7 @@
 //! of them to the workers, and puts what comes back in order. So the channels never hold more than that, the order
 //! cannot depend on the threads, and a worker never waits for a consumer.
 
-use std::any::Any;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +12,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::batches::{BatchPlan, BatchSampler};
-use crate::loader::{Batch, LoaderConfig, read};
+use crate::loader::LoaderConfig;
+use crate::reader::Reader;
 use crate::{Dataset, Error};
 
 /// Dropping waits this long for workers that are in the middle of a sample, then leaves them to end by themselves.
@@ -25,17 +24,16 @@ struct Task {
     plan: BatchPlan,
 }
 
-struct Done<T> {
+struct Done<B> {
     number: u64,
-    plan: BatchPlan,
-    samples: Result<Vec<T>, Error>,
+    batch: Result<B, Error>,
 }
 
 /// The workers, and what they have read or are reading.
-pub(crate) struct Prefetch<D: Dataset> {
+pub(crate) struct Prefetch<B> {
     /// `None` only while dropping: its end is what tells the workers to stop.
     tasks: Option<Sender<Task>>,
-    done: Receiver<Done<D::Item>>,
+    done: Receiver<Done<B>>,
     stop: Arc<AtomicBool>,
     workers: Vec<JoinHandle<()>>,
     /// Batches of this epoch that no worker has been given yet; `None` between epochs.
@@ -46,12 +44,15 @@ pub(crate) struct Prefetch<D: Dataset> {
     /// First index of each batch that is out with the workers or waits for its turn, for messages.
     first_index: BTreeMap<u64, usize>,
     /// Batches that came back before their turn.
-    early: BTreeMap<u64, Done<D::Item>>,
+    early: BTreeMap<u64, Result<B, Error>>,
 }
 
-impl<D: Dataset + 'static> Prefetch<D> {
+impl<B: Send + 'static> Prefetch<B> {
     /// Starts the workers, which have nothing to do yet.
-    pub(crate) fn start(dataset: &Arc<D>, workers: usize) -> Result<Self, Error> {
+    pub(crate) fn start<D>(reader: &Reader<D, B>, workers: usize) -> Result<Self, Error>
+    where
+        D: Dataset + 'static,
+    {
         let (tasks, queue) = channel();
         let (results, done) = channel();
         let queue = Arc::new(Mutex::new(queue));
@@ -67,11 +68,11 @@ impl<D: Dataset + 'static> Prefetch<D> {
             early: BTreeMap::new(),
         };
         for number in 0..workers {
-            let (dataset, queue, results, stop) =
-                (Arc::clone(dataset), Arc::clone(&queue), results.clone(), Arc::clone(&started.stop));
+            let (reader, queue, results, stop) =
+                (reader.clone(), Arc::clone(&queue), results.clone(), Arc::clone(&started.stop));
             let worker = thread::Builder::new()
                 .name(format!("data-{number}"))
-                .spawn(move || work(&*dataset, &queue, &results, &stop))
+                .spawn(move || work(&reader, &queue, &results, &stop))
                 // Returning drops `started`, which stops the workers there are.
                 .map_err(|source| Error::Io {
                     action: "start a thread for",
@@ -94,7 +95,7 @@ impl<D: Dataset + 'static> Prefetch<D> {
     }
 
     /// The next batch, `None` at the end of the epoch. After [`Error::Stalled`] it may be asked for again.
-    pub(crate) fn next(&mut self, config: &LoaderConfig) -> Result<Option<Batch<D::Item>>, Error> {
+    pub(crate) fn next(&mut self, config: &LoaderConfig) -> Result<Option<B>, Error> {
         self.send_tasks(config);
         let Some(&first_index) = self.first_index.get(&self.next_out) else {
             self.upcoming = None;
@@ -109,8 +110,8 @@ impl<D: Dataset + 'static> Prefetch<D> {
                 break batch;
             }
             match self.done.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(batch) => {
-                    self.early.insert(batch.number, batch);
+                Ok(Done { number, batch }) => {
+                    self.early.insert(number, batch);
                 }
                 Err(RecvTimeoutError::Timeout) => return Err(stalled),
                 Err(RecvTimeoutError::Disconnected) => {
@@ -119,12 +120,12 @@ impl<D: Dataset + 'static> Prefetch<D> {
                 }
             }
         };
-        self.first_index.remove(&batch.number);
+        self.first_index.remove(&self.next_out);
         self.next_out += 1;
-        let samples = batch.samples?;
+        let batch = batch?;
         // The place of the batch that leaves is filled at once, so that the workers read while the caller computes.
         self.send_tasks(config);
-        Ok(Some(Batch::new(&batch.plan, samples)))
+        Ok(Some(batch))
     }
 
     /// Hands out batches until `prefetch_batches` are under way or waiting.
@@ -138,8 +139,7 @@ impl<D: Dataset + 'static> Prefetch<D> {
                 Err(error) => {
                     // It is told in its turn, after the batches before it; then all of this is given up.
                     self.first_index.insert(number, 0);
-                    self.early
-                        .insert(number, Done { number, plan: BatchPlan::default(), samples: Err(error) });
+                    self.early.insert(number, Err(error));
                     self.next_task += 1;
                     return;
                 }
@@ -155,7 +155,7 @@ impl<D: Dataset + 'static> Prefetch<D> {
     }
 }
 
-impl<D: Dataset> Drop for Prefetch<D> {
+impl<B> Drop for Prefetch<B> {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.tasks = None;
@@ -181,10 +181,10 @@ impl<D: Dataset> Drop for Prefetch<D> {
 }
 
 /// A worker's life: batches until there are no more.
-fn work<D: Dataset>(
-    dataset: &D,
+fn work<D: Dataset, B>(
+    reader: &Reader<D, B>,
     queue: &Mutex<Receiver<Task>>,
-    results: &Sender<Done<D::Item>>,
+    results: &Sender<Done<B>>,
     stop: &AtomicBool,
 ) {
     loop {
@@ -192,35 +192,9 @@ fn work<D: Dataset>(
         // consumer sends a task or drops its sender.
         let task = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Task { number, plan }) = task else { return };
-        let (mut samples, mut failure) = (Vec::new(), None);
-        for draw in plan.micro_batches.iter().flatten() {
-            if stop.load(Ordering::Relaxed) {
-                return;
-            }
-            match read_or_catch(dataset, draw.index) {
-                Ok(sample) => samples.push(sample),
-                Err(error) => {
-                    failure = Some(error);
-                    break;
-                }
-            }
-        }
-        let samples = failure.map_or(Ok(samples), Err);
-        if results.send(Done { number, plan, samples }).is_err() {
+        let Some(batch) = reader.read(&plan, || stop.load(Ordering::Relaxed)) else { return };
+        if results.send(Done { number, batch }).is_err() {
             return;
         }
     }
-}
-
-/// A panic in a data set must reach the consumer as an error: a thread that vanished would only look slow.
-fn read_or_catch<D: Dataset>(dataset: &D, index: usize) -> Result<D::Item, Error> {
-    catch_unwind(AssertUnwindSafe(|| read(dataset, index))).unwrap_or_else(|panic| {
-        let message = panic_message(&*panic);
-        Err(Error::SamplePanicked { index, message })
-    })
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("a value that is no text").to_owned()
 }
