@@ -22,6 +22,26 @@ pub struct Batch<T> {
     pub copies: Vec<usize>,
     /// Samples of each pass, in order; equally many passes on every rank.
     pub micro_batches: Vec<usize>,
+    /// Samples that belong here but could not be read; see [`BadSamples::Skip`](crate::BadSamples::Skip). The lists
+    /// above are without them.
+    pub missing: Vec<BadSample>,
+}
+
+/// A sample that was left out because it could not be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadSample {
+    /// Its index in the data set.
+    pub index: usize,
+    /// The prompt of the epoch that it would have been a copy of, as in [`Batch::groups`].
+    pub group: u64,
+    /// Which copy it would have been.
+    pub copy: usize,
+    /// The pass of the batch that is without it, from 0.
+    pub pass: usize,
+    /// Where the data set says that it lies.
+    pub at: String,
+    /// Why it could not be read: the error and what caused it.
+    pub problem: String,
 }
 
 impl<T> Batch<T> {
@@ -35,6 +55,7 @@ impl<T> Batch<T> {
             groups: Vec::with_capacity(samples),
             copies: Vec::with_capacity(samples),
             micro_batches: Vec::with_capacity(plan.micro_batches.len()),
+            missing: Vec::new(),
         }
     }
 
@@ -47,6 +68,20 @@ impl<T> Batch<T> {
         if let Some(pass) = self.micro_batches.last_mut() {
             *pass += 1;
         }
+    }
+
+    /// Leaves a sample out of the last pass that was begun.
+    pub(crate) fn leave_out(&mut self, draw: &Draw, at: String, error: &Error) {
+        let Draw { index, group, copy } = *draw;
+        let pass = self.micro_batches.len().saturating_sub(1);
+        let mut problem = error.to_string();
+        let mut cause = std::error::Error::source(error);
+        while let Some(error) = cause {
+            problem.push_str(": ");
+            problem.push_str(&error.to_string());
+            cause = error.source();
+        }
+        self.missing.push(BadSample { index, group, copy, pass, at, problem });
     }
 
     /// The samples of each pass.
@@ -68,6 +103,8 @@ pub struct CollatedBatch<C> {
     pub epoch: u64,
     /// What the model is given, pass by pass; one unless the loader has micro-batches, and equally many on every rank.
     pub passes: Vec<Pass<C>>,
+    /// Samples that belong here but could not be read, as in [`Batch::missing`].
+    pub missing: Vec<BadSample>,
 }
 
 /// One pass of a [`CollatedBatch`]. Row by row its lists are those of [`Batch`].
@@ -89,7 +126,7 @@ impl<C> CollatedBatch<C> {
         batch: Batch<T>,
         collate: impl Fn(Vec<T>) -> Result<C, Error>,
     ) -> Result<Self, Error> {
-        let Batch { epoch, indices, samples, groups, copies, micro_batches } = batch;
+        let Batch { epoch, indices, samples, groups, copies, micro_batches, missing } = batch;
         let (mut indices, mut samples) = (indices.into_iter(), samples.into_iter());
         let (mut groups, mut copies) = (groups.into_iter(), copies.into_iter());
         let mut passes = Vec::with_capacity(micro_batches.len());
@@ -111,6 +148,6 @@ impl<C> CollatedBatch<C> {
             let copies = copies.by_ref().take(len).collect();
             passes.push(Pass { data, indices, groups, copies });
         }
-        Ok(Self { epoch, passes })
+        Ok(Self { epoch, passes, missing })
     }
 }

@@ -92,6 +92,16 @@ pub enum Error {
         /// Why.
         source: Box<Error>,
     },
+    /// More samples of an epoch could not be read than [`BadSamples::Skip`](crate::BadSamples::Skip) allows.
+    #[error("more than {most} samples of this epoch cannot be read, the last one at {at}: {problem}")]
+    TooManyBadSamples {
+        /// How many are allowed.
+        most: u64,
+        /// Where the first one beyond that lies.
+        at: String,
+        /// Why it cannot be read.
+        problem: String,
+    },
     /// Reading a sample panicked; the data set has a defect.
     #[error("reading sample {index} panicked: {message}")]
     SamplePanicked {

@@ -94,14 +94,14 @@ mod torch_exact;
 mod vision_tokens;
 
 pub use balance::{Assignment, BalanceConfig, Cost, balance};
-pub use batch::{Batch, CollatedBatch, Pass};
+pub use batch::{BadSample, Batch, CollatedBatch, Pass};
 pub use batches::{BatchConfig, BatchPlan, BatchSampler, LastBatch, MicroBatch};
 #[cfg(feature = "templates")]
 pub use chat_template::{ChatOptions, ChatTemplate, GenerationPrompt, OrderedJson};
 pub use collate::{PadConfig, Side, TokenBatch, TokenSequence, pad};
 pub use concat::Concat;
 pub use cursor::{Resume, SamplerState};
-pub use dataset::{Dataset, InMemory};
+pub use dataset::{Dataset, InMemory, Map};
 #[cfg(feature = "images")]
 pub use decode::{DecodeConfig, Fetch, MediaDecoder, PathPolicy};
 pub use draws::{Draws, Indices};
@@ -110,7 +110,7 @@ pub use groups::{Draw, GroupPlacement, Groups};
 #[cfg(feature = "http")]
 pub use http::{HttpConfig, HttpFetch};
 pub use jsonl::{BadLines, JsonLines, JsonLinesOptions, Skipped};
-pub use loader::{DataLoader, LoaderConfig};
+pub use loader::{BadSamples, DataLoader, LoaderConfig};
 pub use media::{Audio, MediaSource, MediumProblem, Pixels};
 pub use mixture::{Exhausted, Mixture, MixturePart, MixtureProblem};
 pub use multimodal::{

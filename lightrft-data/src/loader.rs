@@ -7,8 +7,32 @@ use std::time::Duration;
 use crate::batches::{BatchConfig, BatchSampler, LastBatch, MicroBatch};
 use crate::cursor::{Resume, SamplerState};
 use crate::prefetch::Prefetch;
-use crate::reader::Reader;
+use crate::reader::{Product, Reader};
 use crate::{Batch, CollatedBatch, Dataset, DistributedSampler, Error};
+
+/// What happens to samples that the data set cannot read: a broken image, a prompt that is too long, a file that is gone.
+///
+/// Lines of a file that are not samples are met when it is opened ([`BadLines`](crate::BadLines)); this is for what shows
+/// only when the sample is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BadSamples {
+    /// The batch is an error that names the sample.
+    #[default]
+    Refuse,
+    /// The batch comes without them and says so ([`Batch::missing`]).
+    ///
+    /// The sampler's positions stay as they were: all ranks stay in step, with equally many batches and passes, and a
+    /// resumed run sees what the unbroken one would have. This rank's batch is merely shorter, so whoever averages over
+    /// ranks weighs by the samples that are there. A pass, or a batch, may be left without any sample; a collate
+    /// function is then given none. Copies of a prompt are read, and left out, each by itself.
+    ///
+    /// A panic is a defect and is never skipped.
+    Skip {
+        /// At most so many on this rank in an epoch, counted since it was begun or restored; one more is
+        /// [`Error::TooManyBadSamples`]. A data set that cannot be reached at all should not look like an empty one.
+        most: u64,
+    },
+}
 
 /// How a [`DataLoader`] works.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,10 +50,12 @@ pub struct LoaderConfig {
     pub prefetch_batches: usize,
     /// How long to wait for a batch of the workers before [`Error::Stalled`].
     pub deadline: Duration,
+    /// What happens to samples that cannot be read.
+    pub bad_samples: BadSamples,
 }
 
 impl LoaderConfig {
-    /// Batches of `batch_size`, the last one kept, no threads.
+    /// Batches of `batch_size`, the last one kept, no threads, no bad sample.
     pub fn new(batch_size: usize) -> Self {
         Self {
             batch_size,
@@ -38,6 +64,7 @@ impl LoaderConfig {
             workers: 0,
             prefetch_batches: 2,
             deadline: Duration::from_secs(300),
+            bad_samples: BadSamples::default(),
         }
     }
 }
@@ -73,6 +100,8 @@ pub struct DataLoader<D: Dataset, B = Batch<<D as Dataset>::Item>> {
     batches: BatchSampler,
     config: LoaderConfig,
     ahead: Option<Prefetch<B>>,
+    /// Samples of this epoch that were left out of batches given out.
+    left_out: u64,
 }
 
 impl<D: Dataset + 'static> DataLoader<D> {
@@ -92,8 +121,9 @@ impl<D: Dataset + 'static> DataLoader<D> {
         let LoaderConfig { batch_size, last_batch, ref micro_batch, .. } = config;
         let of_batches = BatchConfig { batch_size, last_batch, micro_batch: micro_batch.clone() };
         let batches = BatchSampler::new(sampler, of_batches)?;
-        let reader = Reader { dataset: Arc::new(dataset), finish: Arc::new(Ok) };
-        Ok(Self { reader, batches, config, ahead: None })
+        let reader =
+            Reader { dataset: Arc::new(dataset), finish: Arc::new(Ok), bad_samples: config.bad_samples };
+        Ok(Self { reader, batches, config, ahead: None, left_out: 0 })
     }
 
     /// Has the threads that read also make of each pass what the model is given (torch's `collate_fn`): padded rows,
@@ -128,10 +158,13 @@ impl<D: Dataset + 'static> DataLoader<D> {
         C: Send + 'static,
         F: Fn(Vec<D::Item>) -> Result<C, Error> + Send + Sync + 'static,
     {
-        let Self { reader, batches, config, ahead } = self;
-        drop(ahead);
-        let finish = Arc::new(move |batch| CollatedBatch::of(batch, &collate));
-        DataLoader { reader: Reader { dataset: reader.dataset, finish }, batches, config, ahead: None }
+        let reader = Reader {
+            dataset: self.reader.dataset,
+            finish: Arc::new(move |batch| CollatedBatch::of(batch, &collate)),
+            bad_samples: self.config.bad_samples,
+        };
+        let (batches, config, left_out) = (self.batches, self.config, self.left_out);
+        DataLoader { reader, batches, config, ahead: None, left_out }
     }
 }
 
@@ -139,30 +172,49 @@ impl<D: Dataset + 'static, B: Send + 'static> DataLoader<D, B> {
     /// The next batch of this epoch, `None` at its end.
     ///
     /// # Errors
-    /// [`Error::Sample`] with index and place of the sample that could not be read, [`Error::SamplePanicked`],
-    /// [`Error::Collate`] and [`Error::CollatePanicked`], [`Error::Stalled`] after the deadline. The loader stays at this batch; after `Stalled` the same workers go on with
-    /// it, and asking again waits for them again.
+    /// [`Error::Sample`] with index and place of the sample that could not be read, [`Error::SamplePanicked`];
+    /// [`Error::TooManyBadSamples`]; [`Error::Collate`] and [`Error::CollatePanicked`]; [`Error::Stalled`] after the
+    /// deadline. The loader stays at this batch; after `Stalled` the same workers go on with it, and asking again waits
+    /// for them again.
     pub fn next_batch(&mut self) -> Result<Option<B>, Error> {
         let result = if self.config.workers == 0 { self.read_here() } else { self.read_ahead() };
+        let result = result.and_then(|product| product.map(|product| self.count(product)).transpose());
         // Workers that are late are waited for again: new ones would only hang beside them.
         if !matches!(result, Ok(_) | Err(Error::Stalled { .. })) {
             // What was read ahead of the failure is read again: the position alone says what comes next.
             self.ahead = None;
         }
-        let batch = result?;
-        if batch.is_some() {
-            self.batches.skip_batch()?;
-        }
-        Ok(batch)
+        let Some((batch, left_out)) = result? else { return Ok(None) };
+        self.batches.skip_batch()?;
+        self.left_out = left_out;
+        Ok(Some(batch))
     }
 
-    fn read_here(&mut self) -> Result<Option<B>, Error> {
+    /// The batch, and how many samples of the epoch have been left out with those of this batch.
+    fn count(&self, product: Product<B>) -> Result<(B, u64), Error> {
+        let Product { batch, missing } = product;
+        let left_out = self.left_out + missing.len() as u64;
+        if let BadSamples::Skip { most } = self.config.bad_samples
+            && left_out > most
+        {
+            // What was left out before is within the bound, so the first one beyond it is of this batch.
+            let beyond = missing.into_iter().nth((most - self.left_out) as usize);
+            let (at, problem) = beyond.map(|bad| (bad.at, bad.problem)).unwrap_or_default();
+            return Err(Error::TooManyBadSamples { most, at, problem });
+        }
+        for bad in &missing {
+            tracing::warn!(index = bad.index, at = bad.at, problem = bad.problem, "a bad sample is left out");
+        }
+        Ok((batch, left_out))
+    }
+
+    fn read_here(&mut self) -> Result<Option<Product<B>>, Error> {
         // The loader moves only once the samples have been read.
         let Some(plan) = self.batches.peek_batch()? else { return Ok(None) };
         self.reader.read(&plan, || false).transpose()
     }
 
-    fn read_ahead(&mut self) -> Result<Option<B>, Error> {
+    fn read_ahead(&mut self) -> Result<Option<Product<B>>, Error> {
         if self.ahead.as_ref().is_none_or(Prefetch::is_idle) && self.batches.remaining() > 0 {
             // The order is made here, once, and shared by the copies that read ahead, after an error as well.
             self.batches.sampler().draws()?;
@@ -198,7 +250,7 @@ impl<D: Dataset + 'static, B: Send + 'static> DataLoader<D, B> {
     /// [`Error::ConsumedBeyondEpoch`]; the loader stays where it was.
     pub fn set_epoch(&mut self, epoch: u64, consumed: u64) -> Result<(), Error> {
         self.batches.set_epoch(epoch, consumed)?;
-        self.forget_what_was_read_ahead();
+        self.begin_anew();
         Ok(())
     }
 
@@ -208,12 +260,14 @@ impl<D: Dataset + 'static, B: Send + 'static> DataLoader<D, B> {
     /// As there; the loader stays where it was.
     pub fn restore(&mut self, state: &SamplerState) -> Result<Resume, Error> {
         let resume = self.batches.restore(state)?;
-        self.forget_what_was_read_ahead();
+        self.begin_anew();
         Ok(resume)
     }
 
-    fn forget_what_was_read_ahead(&mut self) {
+    /// Forgets what was read ahead, and what was left out.
+    fn begin_anew(&mut self) {
         self.ahead = None;
+        self.left_out = 0;
     }
 
     /// The position after the last batch that was given out.

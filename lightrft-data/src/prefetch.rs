@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::batches::{BatchPlan, BatchSampler};
 use crate::loader::LoaderConfig;
-use crate::reader::Reader;
+use crate::reader::{Product, Reader};
 use crate::{Dataset, Error};
 
 /// Dropping waits this long for workers that are in the middle of a sample, then leaves them to end by themselves.
@@ -26,7 +26,7 @@ struct Task {
 
 struct Done<B> {
     number: u64,
-    batch: Result<B, Error>,
+    batch: Result<Product<B>, Error>,
 }
 
 /// The workers, and what they have read or are reading.
@@ -44,7 +44,7 @@ pub(crate) struct Prefetch<B> {
     /// First index of each batch that is out with the workers or waits for its turn, for messages.
     first_index: BTreeMap<u64, usize>,
     /// Batches that came back before their turn.
-    early: BTreeMap<u64, Result<B, Error>>,
+    early: BTreeMap<u64, Result<Product<B>, Error>>,
 }
 
 impl<B: Send + 'static> Prefetch<B> {
@@ -95,7 +95,7 @@ impl<B: Send + 'static> Prefetch<B> {
     }
 
     /// The next batch, `None` at the end of the epoch. After [`Error::Stalled`] it may be asked for again.
-    pub(crate) fn next(&mut self, config: &LoaderConfig) -> Result<Option<B>, Error> {
+    pub(crate) fn next(&mut self, config: &LoaderConfig) -> Result<Option<Product<B>>, Error> {
         self.send_tasks(config);
         let Some(&first_index) = self.first_index.get(&self.next_out) else {
             self.upcoming = None;

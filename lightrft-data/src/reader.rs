@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::batches::BatchPlan;
-use crate::{Batch, Dataset, Error};
+use crate::{BadSample, BadSamples, Batch, Dataset, Error};
 
 /// Makes of a batch of samples what the loader hands out.
 pub(crate) type Finish<T, B> = Arc<dyn Fn(Batch<T>) -> Result<B, Error> + Send + Sync>;
@@ -15,17 +15,32 @@ pub(crate) type Finish<T, B> = Arc<dyn Fn(Batch<T>) -> Result<B, Error> + Send +
 pub(crate) struct Reader<D: Dataset, B> {
     pub(crate) dataset: Arc<D>,
     pub(crate) finish: Finish<D::Item, B>,
+    pub(crate) bad_samples: BadSamples,
+}
+
+/// A batch, and what was left out of it.
+pub(crate) struct Product<B> {
+    pub(crate) batch: B,
+    pub(crate) missing: Vec<BadSample>,
 }
 
 impl<D: Dataset, B> Clone for Reader<D, B> {
     fn clone(&self) -> Self {
-        Self { dataset: Arc::clone(&self.dataset), finish: Arc::clone(&self.finish) }
+        Self {
+            dataset: Arc::clone(&self.dataset),
+            finish: Arc::clone(&self.finish),
+            bad_samples: self.bad_samples,
+        }
     }
 }
 
 impl<D: Dataset, B> Reader<D, B> {
     /// Reads a batch; `None` where nobody wants it any more, which is asked before each sample.
-    pub(crate) fn read(&self, plan: &BatchPlan, is_unwanted: impl Fn() -> bool) -> Option<Result<B, Error>> {
+    pub(crate) fn read(
+        &self,
+        plan: &BatchPlan,
+        is_unwanted: impl Fn() -> bool,
+    ) -> Option<Result<Product<B>, Error>> {
         let mut batch = Batch::begin(plan);
         for pass in &plan.micro_batches {
             batch.micro_batches.push(0);
@@ -35,11 +50,15 @@ impl<D: Dataset, B> Reader<D, B> {
                 }
                 match self.sample(draw.index) {
                     Ok(sample) => batch.push(draw, sample),
+                    Err(Error::Sample { at, source, .. }) if self.bad_samples != BadSamples::Refuse => {
+                        batch.leave_out(draw, at, &source);
+                    }
                     Err(error) => return Some(Err(error)),
                 }
             }
         }
-        (!is_unwanted()).then(|| (self.finish)(batch))
+        let missing = batch.missing.clone();
+        (!is_unwanted()).then(|| Ok(Product { batch: (self.finish)(batch)?, missing }))
     }
 
     /// Reads one sample; an error says which one it was and where it lies. A panic becomes one, too: a worker that
