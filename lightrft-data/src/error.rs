@@ -145,6 +145,16 @@ pub enum Error {
         /// First index of the batch that is missing.
         first_index: usize,
     },
+    /// All buffers of a [`StagingPool`](crate::StagingPool) were in use until the deadline.
+    #[error(
+        "none of {buffers} staging buffers was given back within {waited:?}: drop batches, or have more buffers"
+    )]
+    StagingExhausted {
+        /// How many there are.
+        buffers: usize,
+        /// How long it was waited for one.
+        waited: Duration,
+    },
     /// A setting that cannot work.
     #[error("{setting} = {value}: {expected}")]
     Setting {

@@ -28,7 +28,7 @@
 //! | a rank's share, and where it stands | [`DistributedSampler`], [`SamplerState`], [`Resume`] |
 //! | each prompt several times | [`Groups`] |
 //! | steps and their passes | [`BatchSampler`], [`MicroBatch`] |
-//! | batches, read ahead by threads | [`DataLoader`], [`CollatedBatch`] |
+//! | batches, read ahead by threads | [`DataLoader`], [`CollatedBatch`]; in memory that a GPU copies from: [`StagingPool`] |
 //! | sequences of unequal length to ranks | [`balance()`], [`partition()`] |
 //! | token sequences to tensors' shapes | [`pad`], [`pack()`], [`sequence_parallel_slice`] |
 //! | records to prompts | [`PromptDataset`], [`PromptFormat`], `ChatTemplate` (feature `templates`) |
@@ -88,6 +88,7 @@ mod sampler;
 mod scan;
 mod sequence_parallel;
 mod shuffle;
+mod staging;
 #[cfg(feature = "tokenizer")]
 mod tokenize;
 mod torch_exact;
@@ -124,6 +125,7 @@ pub use prompt_dataset::{InputTemplate, PromptDataset, PromptFormat, PromptKeys,
 pub use sampler::{DistributedSampler, SamplerConfig, Tail};
 pub use sequence_parallel::{SequenceSlice, sequence_parallel_slice};
 pub use shuffle::{Permutation, Shuffle};
+pub use staging::{StagingBuffer, StagingPool};
 #[cfg(feature = "tokenizer")]
 pub use tokenize::{PromptTokenizer, TokenizeConfig, Truncation};
 pub use vision_tokens::{Grid, PixelBounds, VisionTokens, smart_resize};
