@@ -79,7 +79,21 @@ pub enum Error {
         /// Lines that were skipped because they were bad.
         bad_lines: u64,
     },
-    /// A line of a JSON Lines file that is not a sample.
+    /// A Parquet file that cannot be read, or a part of it.
+    #[error("{}{}: {message}", path.display(), within(*row_group, *row, column.as_deref()))]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// The row group, from 0, if it is not the file as a whole.
+        row_group: Option<usize>,
+        /// The row of the file that was to be read, from 0; its row group may be what is broken.
+        row: Option<u64>,
+        /// The column, where one is to blame.
+        column: Option<String>,
+        /// What is wrong.
+        message: String,
+    },
+    /// A line of a JSON Lines file that is not a sample, or a row of a Parquet file.
     #[error(transparent)]
     BadLine(#[from] BadLine),
     /// A sample that could not be read while a batch was put together.
@@ -250,6 +264,18 @@ impl Error {
     }
 }
 
+/// The part of a Parquet file that is meant, for messages.
+fn within(row_group: Option<usize>, row: Option<u64>, column: Option<&str>) -> String {
+    let mut place = row.map_or(String::new(), |row| format!(": row {row}"));
+    if let Some(group) = row_group {
+        place.push_str(&format!(" (row group {group})"));
+    }
+    if let Some(column) = column {
+        place.push_str(&format!(": column `{column}`"));
+    }
+    place
+}
+
 /// The first of some indices, for messages.
 fn listed(indices: &[usize]) -> String {
     const SHOWN: usize = 8;
@@ -261,16 +287,28 @@ fn listed(indices: &[usize]) -> String {
     format!("{}{more}", first.join(", "))
 }
 
-/// A line of a JSON Lines file that is not a sample, with its place.
+/// A line of a JSON Lines file, or a row of a Parquet file, that is not a sample, with its place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}:{line}: {problem}", path.display())]
+#[error("{}: {problem}", self.place())]
 pub struct BadLine {
     /// The file.
     pub path: PathBuf,
-    /// The line, counted from 1; blank lines count.
+    /// The line, counted from 1; blank lines count. In a Parquet file the row, counted from 0.
     pub line: u64,
+    /// The row group of a Parquet file, from 0; `None` for JSON Lines.
+    pub row_group: Option<usize>,
     /// What is wrong with it.
     pub problem: LineProblem,
+}
+
+impl BadLine {
+    fn place(&self) -> String {
+        let Self { path, line, .. } = self;
+        match self.row_group {
+            None => format!("{}:{line}", path.display()),
+            Some(group) => format!("{}: row {line} (row group {group})", path.display()),
+        }
+    }
 }
 
 /// What can be wrong with one line of a JSON Lines file.

@@ -10,7 +10,7 @@ use crate::error::BadLine;
 use crate::lines::LineIndex;
 use crate::positioned::PositionedFile;
 use crate::prompt::{Keys, Prompt};
-use crate::scan::{Scan, Scanned};
+use crate::scan::{Lines, Scan, Scanned};
 use crate::{Dataset, Error};
 
 /// What happens to lines that are not samples.
@@ -61,6 +61,19 @@ pub struct Skipped {
 impl Skipped {
     /// How many bad lines are remembered with their problem.
     pub const KEPT: usize = 20;
+
+    pub(crate) fn push(&mut self, bad: BadLine) {
+        self.count += 1;
+        if self.first.len() < Self::KEPT {
+            self.first.push(bad);
+        }
+    }
+
+    pub(crate) fn warn(&self, path: &Path) {
+        if self.count > 0 {
+            tracing::warn!(path = %path.display(), lines = self.count, "bad lines skipped");
+        }
+    }
 }
 
 /// Files up to this size are read once and kept; larger ones are read line by line, by position. They are not mapped
@@ -105,7 +118,23 @@ impl JsonLines {
     /// # Errors
     /// [`Error::Io`], for pipes and devices too, which may have no end; [`Error::BadLine`] with file and line; [`Error::NoSamples`] where none is left.
     pub fn open(path: impl AsRef<Path>, options: JsonLinesOptions) -> Result<Self, Error> {
-        let path = path.as_ref().to_owned();
+        let lines = match options.bad_lines {
+            BadLines::RefuseOnRead => Lines::Found,
+            BadLines::Refuse | BadLines::Skip => Lines::Checked,
+        };
+        let opened = Self::scanned(path.as_ref(), options, lines)?;
+        opened.skipped.warn(&opened.path);
+        Ok(opened)
+    }
+
+    /// Opens a file for whoever parses its lines otherwise: they are only found, but for those that are too long, which
+    /// are bad lines as the options have it.
+    pub(crate) fn found(path: &Path, options: JsonLinesOptions) -> Result<Self, Error> {
+        Self::scanned(path, options, Lines::Found)
+    }
+
+    fn scanned(path: &Path, options: JsonLinesOptions, lines: Lines) -> Result<Self, Error> {
+        let path = path.to_owned();
         let io = |action| {
             let path = path.clone();
             move |source| Error::Io { action, path, source }
@@ -120,7 +149,7 @@ impl JsonLines {
         if options.threads == 0 {
             return Err(Error::Setting { setting: "threads", value: 0, expected: "at least 1" });
         }
-        let scan = Scan { path: &path, options: &options };
+        let scan = Scan { path: &path, options: &options, lines };
         let (Scanned { index, skipped, .. }, bytes) = if size <= KEPT_IN_MEMORY {
             let mut whole = Vec::new();
             // It may grow meanwhile; one byte too many is enough to know.
@@ -136,9 +165,6 @@ impl JsonLines {
         if index.len() == 0 {
             return Err(Error::NoSamples { path, bad_lines: skipped.count });
         }
-        if skipped.count > 0 {
-            tracing::warn!(path = %path.display(), lines = skipped.count, "bad lines skipped");
-        }
         Ok(Self { path, options, index, bytes, skipped })
     }
 
@@ -150,6 +176,11 @@ impl JsonLines {
     /// The bad lines that were left out, under [`BadLines::Skip`].
     pub fn skipped(&self) -> &Skipped {
         &self.skipped
+    }
+
+    /// Hands over the bad lines that were left out.
+    pub(crate) fn take_skipped(&mut self) -> Skipped {
+        std::mem::take(&mut self.skipped)
     }
 
     /// The line of a sample, from 1.
@@ -182,7 +213,7 @@ impl JsonLines {
 
     fn parse(&self, line: u64, bytes: &[u8]) -> Result<Prompt, Error> {
         Prompt::parse(bytes, &self.options.keys)
-            .map_err(|problem| BadLine { path: self.path.clone(), line, problem }.into())
+            .map_err(|problem| BadLine { path: self.path.clone(), line, row_group: None, problem }.into())
     }
 }
 

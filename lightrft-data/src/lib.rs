@@ -23,7 +23,7 @@
 //!
 //! | step | here |
 //! |---|---|
-//! | where samples lie | [`Dataset`], [`JsonLines`], [`InMemory`], [`Concat`] |
+//! | where samples lie | [`Dataset`], [`JsonLines`], `Parquet` (feature `parquet`), [`InMemory`], [`Concat`] |
 //! | the order of an epoch | [`Shuffle`], [`Permutation`]; of several data sets: [`Mixture`] |
 //! | a rank's share, and where it stands | [`DistributedSampler`], [`SamplerState`], [`Resume`] |
 //! | each prompt several times | [`Groups`] |
@@ -43,6 +43,8 @@
 //! text, indices and plain vectors.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "parquet")]
+mod arrow_json;
 mod balance;
 mod batch;
 mod batches;
@@ -75,6 +77,8 @@ mod mixture;
 mod mt19937;
 mod multimodal;
 mod pack;
+#[cfg(feature = "parquet")]
+mod parquet_file;
 mod partition;
 mod placeholders;
 mod positioned;
@@ -84,6 +88,8 @@ mod prompt_dataset;
 #[cfg(feature = "templates")]
 mod python_json;
 mod reader;
+#[cfg(feature = "parquet")]
+mod row_groups;
 mod sampler;
 mod scan;
 mod sequence_parallel;
@@ -119,6 +125,8 @@ pub use multimodal::{
     is_multimodal,
 };
 pub use pack::{PackConfig, PackedBatch, pack};
+#[cfg(feature = "parquet")]
+pub use parquet_file::{Parquet, ParquetOptions};
 pub use partition::{Counts, partition};
 pub use prompt::{Keys, Prompt};
 pub use prompt_dataset::{InputTemplate, PromptDataset, PromptFormat, PromptKeys, PromptRecord, inputs_of};

@@ -48,7 +48,8 @@ impl MediaSource {
     }
 
     /// Reads what a record holds for one image: a string as in [`parse`](Self::parse), or an object with it under
-    /// `image`, `url`, `path` or `image_url` (`{"url": ...}` inside that). A list is a video of such frames.
+    /// `bytes` (as a data URL), `image`, `url`, `path` or `image_url` (`{"url": ...}` inside that), the first that is not
+    /// null. A list is a video of such frames.
     ///
     /// # Errors
     /// [`MediumProblem::NotAMedium`] for anything else, and those of [`parse`](Self::parse).
@@ -64,9 +65,9 @@ impl MediaSource {
     fn one_from_json(value: &Value) -> Result<Self, MediumProblem> {
         let found = crate::prompt::type_name(value);
         let inner = match value {
-            Value::Object(fields) => ["image", "url", "path", "image_url"]
+            Value::Object(fields) => ["bytes", "image", "url", "path", "image_url"]
                 .iter()
-                .find_map(|key| fields.get(*key))
+                .find_map(|key| fields.get(*key).filter(|inner| !inner.is_null()))
                 .map(|inner| inner.get("url").unwrap_or(inner)),
             other => Some(other),
         };

@@ -1,6 +1,9 @@
-//! Records of a JSON Lines file to prompts with their media, by the keys and templates of LightRFT's `PromptDataset` and
+//! Records of a JSON Lines or Parquet file to prompts with their media, by the keys and templates of LightRFT's `PromptDataset` and
 //! `PromptDatasetVL`.
 
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 #[cfg(feature = "templates")]
 use std::sync::Arc;
@@ -142,6 +145,15 @@ impl PromptFormat {
     /// [`LineProblem`].
     pub fn read(&self, line: &[u8]) -> Result<PromptRecord, LineProblem> {
         let (json, fields) = object(line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line))?;
+        self.record(fields, || Ok(json.into()))
+    }
+
+    /// Reads a record whose JSON text is made only where it is needed: for the order of keys inside of messages.
+    pub(crate) fn record<'a>(
+        &self,
+        fields: Map<String, Value>,
+        json: impl Fn() -> Result<Cow<'a, str>, LineProblem>,
+    ) -> Result<PromptRecord, LineProblem> {
         let key = match &self.keys.input {
             Some(key) => key.as_str(),
             None if fields.contains_key("input") => "input",
@@ -171,9 +183,9 @@ impl PromptFormat {
         not(feature = "templates"),
         expect(unused_variables, reason = "only templates look at the media")
     )]
-    fn text(
+    fn text<'a>(
         &self,
-        json: &str,
+        json: impl Fn() -> Result<Cow<'a, str>, LineProblem>,
         fields: &Map<String, Value>,
         key: &str,
         images: usize,
@@ -189,7 +201,7 @@ impl PromptFormat {
             use crate::messages;
             let messages = match value {
                 Value::String(text) => messages::of_user(&filled(text)),
-                Value::Array(_) => messages::of_record(json, key)?,
+                Value::Array(_) => messages::of_record(&json()?, key)?,
                 other => {
                     let (key, expected) = (key.to_owned(), "a string or a list of messages");
                     return Err(LineProblem::WrongType { key, expected, found: type_name(other) });
@@ -256,7 +268,8 @@ pub fn inputs_of(records: &[PromptRecord]) -> Result<Vec<MultimodalInput<MediaSo
     build_multimodal_inputs(&prompts, images, videos, Mode::Strict)
 }
 
-/// A JSON Lines file read through a [`PromptFormat`].
+/// A JSON Lines or Parquet file read through a [`PromptFormat`]. The same records give the same prompts, whichever file
+/// they are in.
 ///
 /// ```
 /// use lightrft_data::{BadLines, Dataset, InputTemplate, PromptDataset, PromptFormat};
@@ -273,71 +286,175 @@ pub fn inputs_of(records: &[PromptRecord]) -> Result<Vec<MultimodalInput<MediaSo
 /// ```
 #[derive(Debug)]
 pub struct PromptDataset {
-    lines: JsonLines,
+    records: Records,
     format: PromptFormat,
-    /// The lines that are samples, where some are not.
+    /// The records that are samples, where some are not.
     good: Option<Vec<usize>>,
     skipped: Skipped,
 }
 
+/// Where the records are.
+#[derive(Debug)]
+enum Records {
+    Lines(JsonLines),
+    #[cfg(feature = "parquet")]
+    Rows(crate::Parquet),
+}
+
 impl PromptDataset {
-    /// Opens a file and, unless `bad_lines` puts that off, formats every record once to see that it can be.
+    /// Opens a file and, unless `bad_lines` puts that off, formats every record once to see that it can be. What begins
+    /// with `PAR1` is a Parquet file (feature `parquet`), anything else JSON Lines with lines of at most 64 MiB.
     ///
     /// # Errors
-    /// As from [`JsonLines::open`]. A line longer than 64 MiB is refused even where bad lines are skipped.
+    /// As from [`JsonLines::open`] and `Parquet::open`. A row group that cannot be decoded is refused even where bad lines
+    /// are skipped.
     pub fn open(path: impl AsRef<Path>, format: PromptFormat, bad_lines: BadLines) -> Result<Self, Error> {
-        let options = JsonLinesOptions { bad_lines: BadLines::RefuseOnRead, ..JsonLinesOptions::default() };
-        let lines = JsonLines::open(path, options)?;
-        let mut dataset = Self { lines, format, good: None, skipped: Skipped::default() };
-        let all = dataset.lines.len();
+        let path = path.as_ref();
+        if is_parquet(path) {
+            return Self::of_rows(path, format, bad_lines);
+        }
+        let options = JsonLinesOptions { bad_lines, ..JsonLinesOptions::default() };
+        Self::of_lines(path, format, options)
+    }
+
+    /// As [`open`](Self::open), of a Parquet file that was opened with options of its own.
+    ///
+    /// # Errors
+    /// As there.
+    #[cfg(feature = "parquet")]
+    pub fn from_parquet(
+        file: crate::Parquet,
+        format: PromptFormat,
+        bad_lines: BadLines,
+    ) -> Result<Self, Error> {
+        Self::checked(Records::Rows(file), format, bad_lines, Skipped::default())
+    }
+
+    #[cfg(feature = "parquet")]
+    fn of_rows(path: &Path, format: PromptFormat, bad_lines: BadLines) -> Result<Self, Error> {
+        Self::from_parquet(crate::Parquet::open(path, crate::ParquetOptions::default())?, format, bad_lines)
+    }
+
+    #[cfg(not(feature = "parquet"))]
+    fn of_rows(path: &Path, _: PromptFormat, _: BadLines) -> Result<Self, Error> {
+        let message = "it is read only with the crate's feature `parquet`".to_owned();
+        Err(Error::Parquet { path: path.to_owned(), row_group: None, row: None, column: None, message })
+    }
+
+    fn of_lines(path: &Path, format: PromptFormat, options: JsonLinesOptions) -> Result<Self, Error> {
+        let bad_lines = options.bad_lines;
+        let mut lines = JsonLines::found(path, options)?;
+        let too_long = lines.take_skipped();
+        Self::checked(Records::Lines(lines), format, bad_lines, too_long)
+    }
+
+    /// Formats every record, where that is asked for. `skipped` are lines that no record was made of.
+    fn checked(
+        records: Records,
+        format: PromptFormat,
+        bad_lines: BadLines,
+        mut skipped: Skipped,
+    ) -> Result<Self, Error> {
+        let all = records.len();
+        let mut good = None;
         match bad_lines {
             BadLines::RefuseOnRead => {}
-            BadLines::Refuse => (0..all).try_for_each(|index| dataset.read(index).map(drop))?,
+            BadLines::Refuse => (0..all).try_for_each(|index| records.read(index, &format).map(drop))?,
             BadLines::Skip => {
-                let mut good = Vec::new();
-                let mut skipped = Skipped::default();
+                let mut samples = Vec::new();
                 for index in 0..all {
-                    match dataset.read(index) {
-                        Ok(_) => good.push(index),
-                        Err(Error::BadLine(bad)) => {
-                            skipped.count += 1;
-                            if skipped.first.len() < Skipped::KEPT {
-                                skipped.first.push(bad);
-                            }
-                        }
+                    match records.read(index, &format) {
+                        Ok(_) => samples.push(index),
+                        Err(Error::BadLine(bad)) => skipped.push(bad),
                         Err(other) => return Err(other),
                     }
                 }
-                if good.is_empty() {
-                    let path = dataset.lines.path().to_owned();
+                // Each kind came in order; the first of both are the first of the file.
+                skipped.first.sort_by_key(|bad| bad.line);
+                if samples.is_empty() {
+                    let path = records.path().to_owned();
                     return Err(Error::NoSamples { path, bad_lines: skipped.count });
                 }
-                if skipped.count > 0 {
-                    tracing::warn!(path = %dataset.lines.path().display(), lines = skipped.count, "bad lines skipped");
-                }
-                (dataset.good, dataset.skipped) = (Some(good), skipped);
+                skipped.warn(records.path());
+                good = Some(samples);
             }
         }
-        Ok(dataset)
+        Ok(Self { records, format, good, skipped })
     }
 
-    /// The bad lines that were left out, under [`BadLines::Skip`].
+    /// The bad lines, or rows, that were left out, under [`BadLines::Skip`].
     pub fn skipped(&self) -> &Skipped {
         &self.skipped
     }
 
-    fn read(&self, line_index: usize) -> Result<PromptRecord, Error> {
-        let (line, bytes) = self.lines.line_bytes(line_index)?;
-        self.format.read(&bytes).map_err(|problem| {
-            let path = self.lines.path().to_owned();
-            BadLine { path, line, problem }.into()
-        })
-    }
-
-    fn line_index(&self, index: usize) -> Option<usize> {
+    fn record_index(&self, index: usize) -> Option<usize> {
         match &self.good {
             Some(good) => good.get(index).copied(),
-            None => Some(index).filter(|index| *index < self.lines.len()),
+            None => Some(index).filter(|index| *index < self.records.len()),
+        }
+    }
+}
+
+/// Whether a file says that it is one. What cannot be asked is left to whoever opens it as lines, and says so.
+fn is_parquet(path: &Path) -> bool {
+    // Opening a pipe would wait for its writer.
+    let regular = std::fs::metadata(path).is_ok_and(|kind| kind.is_file());
+    let begins = || {
+        let mut begins = [0; PARQUET_MAGIC.len()];
+        File::open(path)?.read_exact(&mut begins)?;
+        Ok::<_, std::io::Error>(begins)
+    };
+    regular && begins().is_ok_and(|begins| begins == *PARQUET_MAGIC)
+}
+
+const PARQUET_MAGIC: &[u8; 4] = b"PAR1";
+
+impl Records {
+    fn len(&self) -> usize {
+        match self {
+            Records::Lines(lines) => lines.len(),
+            #[cfg(feature = "parquet")]
+            Records::Rows(file) => file.len(),
+        }
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Records::Lines(lines) => lines.path(),
+            #[cfg(feature = "parquet")]
+            Records::Rows(file) => file.path(),
+        }
+    }
+
+    fn locate(&self, index: usize) -> String {
+        match self {
+            Records::Lines(lines) => lines.locate(index),
+            #[cfg(feature = "parquet")]
+            Records::Rows(file) => file.locate(index),
+        }
+    }
+
+    fn read(&self, index: usize, format: &PromptFormat) -> Result<PromptRecord, Error> {
+        let bad = |line, row_group, problem| {
+            let path = self.path().to_owned();
+            BadLine { path, line, row_group, problem }.into()
+        };
+        match self {
+            Records::Lines(lines) => {
+                let (line, bytes) = lines.line_bytes(index)?;
+                format.read(&bytes).map_err(|problem| bad(line, None, problem))
+            }
+            #[cfg(feature = "parquet")]
+            Records::Rows(file) => {
+                let fields = file.get(index)?;
+                let text = || {
+                    let text = file.with_row(index, |row| serde_json::to_string(row));
+                    text.map(Cow::Owned)
+                        .map_err(|error| LineProblem::Json { column: 0, message: error.to_string() })
+                };
+                let group = file.row_group(index);
+                format.record(fields, text).map_err(|problem| bad(index as u64, group, problem))
+            }
         }
     }
 }
@@ -346,15 +463,47 @@ impl Dataset for PromptDataset {
     type Item = PromptRecord;
 
     fn len(&self) -> usize {
-        self.good.as_ref().map_or(self.lines.len(), Vec::len)
+        self.good.as_ref().map_or(self.records.len(), Vec::len)
     }
 
     fn get(&self, index: usize) -> Result<PromptRecord, Error> {
-        let line_index = self.line_index(index).ok_or(Error::IndexOutOfRange { index, len: self.len() })?;
-        self.read(line_index)
+        let record = self.record_index(index).ok_or(Error::IndexOutOfRange { index, len: self.len() })?;
+        self.records.read(record, &self.format)
     }
 
     fn locate(&self, index: usize) -> String {
-        self.lines.locate(self.line_index(index).unwrap_or(usize::MAX))
+        self.records.locate(self.record_index(index).unwrap_or(usize::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::{PromptDataset, PromptFormat};
+    use crate::{BadLines, Dataset, Error, JsonLinesOptions, LineProblem};
+
+    #[test]
+    fn lines_that_are_too_long_are_bad_lines_like_any_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p.jsonl");
+        let line = |prompt: &str| format!("{{\"prompt\": \"{prompt}\", \"label\": 1}}\n");
+        let lines =
+            [line("a"), line(&"b".repeat(100)), "nonsense\n".into(), line(&"c".repeat(99)), line("d")];
+        std::fs::write(&path, lines.concat()).unwrap();
+        let open = |bad_lines| {
+            let options = JsonLinesOptions { bad_lines, max_line_bytes: 60, ..JsonLinesOptions::default() };
+            PromptDataset::of_lines(&path, PromptFormat::default(), options)
+        };
+        let skipping = open(BadLines::Skip).unwrap();
+        assert_eq!((skipping.len(), skipping.skipped().count), (2, 3));
+        let lines: Vec<_> = skipping.skipped().first.iter().map(|bad| bad.line).collect();
+        assert_eq!(lines, [2, 3, 4]);
+        assert_eq!(skipping.skipped().first[0].problem, LineProblem::TooLong { limit: 60 });
+        assert_eq!(skipping.get(1).unwrap().text, "d");
+        assert!(skipping.locate(1).ends_with("p.jsonl:5"));
+        for refusing in [BadLines::Refuse, BadLines::RefuseOnRead] {
+            assert!(matches!(open(refusing), Err(Error::BadLine(bad)) if bad.line == 2));
+        }
     }
 }

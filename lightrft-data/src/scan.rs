@@ -30,6 +30,16 @@ const LINES_BETWEEN_LOOKS: u64 = 1024;
 pub(crate) struct Scan<'a> {
     pub(crate) path: &'a Path,
     pub(crate) options: &'a JsonLinesOptions,
+    pub(crate) lines: Lines,
+}
+
+/// What is done with lines that are short enough and not blank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lines {
+    /// They are parsed; those that are no samples are bad.
+    Checked,
+    /// They are only found.
+    Found,
 }
 
 /// What was found in a file or a part of it.
@@ -105,20 +115,18 @@ impl Scan<'_> {
             let problem = match line.bytes {
                 None => Some(LineProblem::TooLong { limit: self.options.max_line_bytes }),
                 Some(text) if text.trim_ascii().is_empty() => continue,
-                Some(_) if self.options.bad_lines == BadLines::RefuseOnRead => None,
+                Some(_) if self.lines == Lines::Found => None,
                 Some(text) => Prompt::parse(text, &self.options.keys).err(),
             };
             match problem {
                 None => found.index.push(line.number, line.range),
                 Some(problem) => {
-                    let bad = BadLine { path: self.path.to_owned(), line: line.number, problem };
+                    let (path, line) = (self.path.to_owned(), line.number);
+                    let bad = BadLine { path, line, row_group: None, problem };
                     if self.options.bad_lines != BadLines::Skip {
                         found.error = Some(bad.into());
                     } else {
-                        found.skipped.count += 1;
-                        if found.skipped.first.len() < Skipped::KEPT {
-                            found.skipped.first.push(bad);
-                        }
+                        found.skipped.push(bad);
                     }
                 }
             }
@@ -196,7 +204,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{Scan, line_starts};
+    use super::{Lines, Scan, line_starts};
     use crate::positioned::PositionedFile;
     use crate::{BadLines, Error, JsonLinesOptions, Keys};
 
@@ -216,7 +224,8 @@ mod tests {
             let keys = Keys { label: None, ..Keys::default() };
             let options = JsonLinesOptions { keys, bad_lines, max_line_bytes, threads };
             let text = lines.join("\n");
-            let scan = Scan { path: "prompts.jsonl".as_ref(), options: &options };
+            let lines = if bad_lines == BadLines::RefuseOnRead { Lines::Found } else { Lines::Checked };
+            let scan = Scan { path: "prompts.jsonl".as_ref(), options: &options, lines };
             let whole = scan.stream(text.as_bytes());
             let in_parts = scan.parts(&file(text.as_bytes()), text.len() as u64, parts);
             match (whole, in_parts) {
