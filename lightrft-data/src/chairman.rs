@@ -8,10 +8,14 @@
 //! Weights are whole numbers and so is all arithmetic, so the turns are the same everywhere. They repeat after as many
 //! turns as the weights sum to, when each has had exactly its share; one such period is kept as a table.
 
-/// One period of turns.
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
+
+/// One period of turns, or the beginning of it.
 #[derive(Debug)]
 pub(crate) struct Turns {
     weights: Vec<u32>,
+    period: u64,
     /// Whose turn it is, at each place of the period.
     who: Vec<u32>,
     /// How many turns the same one had in the period before.
@@ -20,62 +24,108 @@ pub(crate) struct Turns {
     places: Vec<Vec<u32>>,
 }
 
+/// The next turn of one of them that is due. Which of two is more urgent never changes, so a heap holds them.
+#[derive(PartialEq, Eq)]
+struct Due {
+    who: usize,
+    weight: u32,
+    /// By `weight` the place, up to a constant, at which it would be too far behind.
+    latest: u64,
+}
+
+impl Ord for Due {
+    /// By place; of two with the same one, the first goes first.
+    fn cmp(&self, other: &Self) -> Ordering {
+        let scaled = |a: &Self, b: &Self| u128::from(a.latest) * u128::from(b.weight);
+        scaled(self, other).cmp(&scaled(other, self)).then(self.who.cmp(&other.who))
+    }
+}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
 impl Turns {
-    /// Weights are positive and sum to less than 2^31.
+    /// A whole period. Weights are positive and sum to less than 2^31.
     pub(crate) fn new(weights: Vec<u32>) -> Self {
-        let period: u32 = weights.iter().sum();
-        let slots = weights.len() as i128;
-        // All deviations below are multiplied by `period` and by `scale`, so that they are whole numbers.
-        let scale = (2 * slots - 2).max(1);
-        let total = i128::from(period);
+        Self::up_to(weights, |_, _| false)
+    }
+
+    /// A period up to the turn at which somebody has had as many turns as stand here, which comes perhaps before its end:
+    /// what would follow is never asked for.
+    pub(crate) fn until_one_has(weights: Vec<u32>, turns: &[u64]) -> Self {
+        Self::up_to(weights, |who, had| turns.get(who) == Some(&had))
+    }
+
+    fn up_to(weights: Vec<u32>, is_last: impl Fn(usize, u64) -> bool) -> Self {
+        let period: u64 = weights.iter().map(|&weight| u64::from(weight)).sum();
+        // Whoever has had `k` turns out of its share at a place is ahead or behind by some deviation. It is due once the
+        // next turn would leave it ahead by no more than the bound, and must go before it is behind by more than that.
+        // All of this is multiplied by `scale`, so that the bound is a whole number.
+        let scale = (2 * weights.len() as u64).saturating_sub(2).max(1);
+        let due_from = |weight: u32, had: u64| -> u64 {
+            if weights.len() == 1 {
+                return had;
+            }
+            let turns = u128::from(period) * u128::from(had * scale + 1);
+            // A place of the period, or the first of the next one: it fits.
+            (turns.div_ceil(u128::from(weight) * u128::from(scale)) - 1) as u64
+        };
+        let mut waiting: BinaryHeap<Reverse<(u64, usize)>> =
+            weights.iter().enumerate().map(|(who, &weight)| Reverse((due_from(weight, 0), who))).collect();
+        let mut due: BinaryHeap<Reverse<Due>> = BinaryHeap::new();
         let mut places: Vec<Vec<u32>> = weights.iter().map(|_| Vec::new()).collect();
         let (mut who, mut earlier) = (Vec::new(), Vec::new());
         for place in 0..period {
-            let mut next: Option<(usize, i128, i128)> = None;
-            for (i, &weight) in weights.iter().enumerate() {
-                let weight = i128::from(weight);
-                let behind = (i128::from(place) + 1) * weight - total * places[i].len() as i128;
-                // Not due yet: with this turn it would be too far ahead.
-                if behind * scale < total && slots > 1 {
-                    continue;
-                }
-                // Turns until it would be too far behind, as a fraction; the most urgent one goes.
-                let (room, per_turn) = (total * (scale - 1) - behind * scale, weight);
-                if next.is_none_or(|(_, least, per)| room * per < least * per_turn) {
-                    next = Some((i, room, per_turn));
-                }
+            while let Some(&Reverse((from, who))) = waiting.peek()
+                && from <= place
+            {
+                waiting.pop();
+                let latest = scale - 1 + places[who].len() as u64 * scale;
+                due.push(Reverse(Due { who, weight: weights[who], latest }));
             }
             // Tijdeman shows that somebody is always due.
-            let (i, ..) = next.unwrap_or_default();
-            who.push(i as u32);
-            earlier.push(places[i].len() as u32);
-            places[i].push(place);
+            let next = due.pop().map_or(0, |Reverse(due)| due.who);
+            who.push(next as u32);
+            earlier.push(places[next].len() as u32);
+            places[next].push(place as u32);
+            let had = places[next].len() as u64;
+            if is_last(next, had) {
+                break;
+            }
+            waiting.push(Reverse((due_from(weights[next], had), next)));
         }
-        Self { weights, who, earlier, places }
+        Self { weights, period, who, earlier, places }
+    }
+
+    /// How many turns are in the table.
+    pub(crate) fn len(&self) -> usize {
+        self.who.len()
     }
 
     /// Whose turn it is, and how many the same one had before.
     pub(crate) fn at(&self, turn: u64) -> (usize, u64) {
-        let period = self.who.len() as u64;
-        let (round, place) = (turn / period, (turn % period) as usize);
+        let (round, place) = (turn / self.period, (turn % self.period) as usize);
         let who = self.who[place] as usize;
         (who, round * u64::from(self.weights[who]) + u64::from(self.earlier[place]))
     }
 
-    /// How many turns there are until `who` has had `count` of them; `None` above what a u64 can count.
+    /// How many turns there are until `who` has had `count` of them; `None` above what a u64 can count, and beyond the
+    /// end of the table where that is no whole period.
     pub(crate) fn until(&self, who: usize, count: u64) -> Option<u64> {
         let Some(last) = count.checked_sub(1) else { return Some(0) };
         let weight = u64::from(self.weights[who]);
-        let place = u64::from(self.places[who][(last % weight) as usize]);
-        (last / weight).checked_mul(self.who.len() as u64)?.checked_add(place + 1)
+        let place = u64::from(*self.places[who].get((last % weight) as usize)?);
+        (last / weight).checked_mul(self.period)?.checked_add(place + 1)
     }
 
     /// How many turns `who` had in the first `turns`.
     pub(crate) fn count(&self, who: usize, turns: u64) -> u64 {
-        let period = self.who.len() as u64;
-        let within = (turns % period) as u32;
+        let within = (turns % self.period) as u32;
         let rest = self.places[who].partition_point(|&place| place < within) as u64;
-        turns / period * u64::from(self.weights[who]) + rest
+        turns / self.period * u64::from(self.weights[who]) + rest
     }
 }
 
@@ -84,7 +134,57 @@ mod tests {
     use super::Turns;
     use proptest::prelude::*;
 
+    /// The rule as it is stated: of those that are due, the one that must go first.
+    fn by_the_rule(weights: &[u32]) -> Vec<u32> {
+        let total: i128 = weights.iter().map(|&weight| i128::from(weight)).sum();
+        let scale = (2 * weights.len() as i128 - 2).max(1);
+        let mut had = vec![0i128; weights.len()];
+        let mut turns = Vec::new();
+        for place in 0..total {
+            let mut next: Option<(usize, i128, i128)> = None;
+            for (i, &weight) in weights.iter().enumerate() {
+                let weight = i128::from(weight);
+                let behind = (place + 1) * weight - total * had[i];
+                // Not due yet: with this turn it would be too far ahead.
+                if behind * scale < total && weights.len() > 1 {
+                    continue;
+                }
+                // Turns until it would be too far behind, as a fraction.
+                let (room, per_turn) = (total * (scale - 1) - behind * scale, weight);
+                if next.is_none_or(|(_, least, per)| room * per < least * per_turn) {
+                    next = Some((i, room, per_turn));
+                }
+            }
+            let (i, ..) = next.expect("somebody is always due");
+            had[i] += 1;
+            turns.push(i as u32);
+        }
+        turns
+    }
+
     proptest! {
+        #[test]
+        fn turns_are_those_of_the_rule_as_it_is_stated(weights in proptest::collection::vec(1u32..60, 1..12)) {
+            prop_assert_eq!(Turns::new(weights.clone()).who, by_the_rule(&weights));
+        }
+
+        #[test]
+        fn a_table_that_ends_with_somebodys_last_turn_is_the_beginning_of_the_whole_one(
+            parts in proptest::collection::vec((1u32..60, 1u64..80), 1..12),
+        ) {
+            let (weights, ends): (Vec<u32>, Vec<u64>) = parts.into_iter().unzip();
+            let (whole, part) = (Turns::new(weights.clone()), Turns::until_one_has(weights.clone(), &ends));
+            let first = (0..ends.len()).filter_map(|who| whole.until(who, ends[who])).min();
+            let found = (0..ends.len()).filter_map(|who| part.until(who, ends[who])).min();
+            prop_assert_eq!(found, first);
+            let sum: u64 = weights.iter().map(|&weight| u64::from(weight)).sum();
+            prop_assert_eq!(part.len() as u64, sum.min(first.unwrap_or(sum)));
+            prop_assert_eq!(&part.who[..], &whole.who[..part.len()]);
+            for who in 0..ends.len() {
+                prop_assert_eq!(part.count(who, first.unwrap_or(sum)), whole.count(who, first.unwrap_or(sum)));
+            }
+        }
+
         #[test]
         fn nobody_is_further_from_their_share_than_tijdemans_bound(
             weights in proptest::collection::vec(1u32..60, 1..12),

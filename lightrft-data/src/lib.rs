@@ -92,6 +92,8 @@ mod reader;
 mod row_groups;
 mod sampler;
 mod scan;
+#[cfg(feature = "parquet")]
+mod schema_depth;
 mod sequence_parallel;
 mod shuffle;
 mod staging;

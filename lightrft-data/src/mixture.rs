@@ -103,6 +103,16 @@ pub enum MixtureProblem {
         /// Samples of the data set, as the sampler was told.
         len: usize,
     },
+    /// Each part that ends under [`Exhausted::Drop`] begins a table of turns anew, and together they are too large.
+    #[error(
+        "{parts} of its parts end one after the other, and the tables of turns of those that are left hold more than {}: \
+         have fewer parts, or round their weights",
+        Mixture::MOST_TURNS
+    )]
+    TooManyTurns {
+        /// How many had ended when the tables were full.
+        parts: usize,
+    },
     /// An epoch longer than a number can count.
     #[error("its epoch is too long to be counted")]
     TooLong,
@@ -114,6 +124,43 @@ pub enum MixtureProblem {
 impl Mixture {
     /// The largest sum of weights, once they are divided by what they have in common.
     pub const FINEST: u64 = 1 << 16;
+
+    /// Most turns in the tables of a mixture, 12 bytes each. One table holds no more than the sum of weights, so this many
+    /// are needed only where many parts end one after the other under [`Exhausted::Drop`].
+    pub const MOST_TURNS: usize = 1 << 20;
+
+    /// Data sets of these lengths, each with its length as its weight: all come to their end together, as in one shuffled
+    /// data set, but each keeps its share at every moment.
+    ///
+    /// Where the lengths are finer than [`FINEST`](Self::FINEST) the weights are rounded to that, and a small part has at
+    /// least weight 1: they then end at about the same time, and under [`Exhausted::Drop`] every sample still comes exactly
+    /// once. [`Exhausted::Stop`] is not meant for this: the last turn of a part of few samples may come long before the end.
+    ///
+    /// ```
+    /// use lightrft_data::{Exhausted, Mixture};
+    ///
+    /// let weights = |lengths: [usize; 3]| {
+    ///     let mixture = Mixture::proportional(lengths, Exhausted::Drop);
+    ///     mixture.parts.iter().map(|part| part.weight).collect::<Vec<_>>()
+    /// };
+    /// assert_eq!(weights([6000, 4000, 500]), [12, 8, 1]);
+    /// assert_eq!(weights([20_000_000, 10_000_001, 3]), [43_689, 21_844, 1]);
+    /// ```
+    pub fn proportional(lengths: impl IntoIterator<Item = usize>, exhausted: Exhausted) -> Self {
+        let lengths: Vec<usize> = lengths.into_iter().collect();
+        let total: u128 = lengths.iter().map(|&len| len as u128).sum();
+        let common = lengths.iter().fold(0, |common, &len| gcd(common, len as u64)).max(1);
+        let exact = total / u128::from(common) <= u128::from(Self::FINEST);
+        // Rounded up or to 1, each adds less than 1 to this.
+        let room = u128::from(Self::FINEST).saturating_sub(lengths.len() as u128);
+        let weight = |len: usize| match exact {
+            true => len as u64 / common,
+            false => (((len as u128 * room + total / 2) / total) as u64).max(1),
+        };
+        // Each is at most `FINEST`.
+        let parts = lengths.iter().map(|&len| (len, weight(len) as u32));
+        Self::new(parts.collect::<Vec<_>>(), exhausted)
+    }
 
     /// Data sets of these lengths with these weights.
     pub fn new(parts: impl IntoIterator<Item = (usize, u32)>, exhausted: Exhausted) -> Self {
@@ -170,9 +217,21 @@ impl Schedule {
         let mut phases: Vec<Phase> = Vec::new();
         let mut active: Vec<usize> = (0..parts.len()).collect();
         let mut drawn = vec![0u64; parts.len()];
-        let mut start = 0u64;
+        let (mut start, mut table) = (0u64, 0usize);
         loop {
-            let turns = Turns::new(reduced(parts, &active)?);
+            let weights = reduced(parts, &active)?;
+            let turns = match mixture.exhausted {
+                Exhausted::Cycle => Turns::new(weights),
+                Exhausted::Stop | Exhausted::Drop => {
+                    let left: Vec<u64> =
+                        active.iter().map(|&part| parts[part].len as u64 - drawn[part]).collect();
+                    Turns::until_one_has(weights, &left)
+                }
+            };
+            table += turns.len();
+            if table > Mixture::MOST_TURNS {
+                return Err(MixtureProblem::TooManyTurns { parts: parts.len() - active.len() });
+            }
             // When each part will have given its last sample. Parts whose end nobody can count never end first.
             let ends = active.iter().enumerate().map(|(slot, &part)| {
                 turns.until(slot, parts[part].len as u64 - drawn[part]).unwrap_or(u64::MAX)

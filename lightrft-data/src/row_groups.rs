@@ -17,6 +17,7 @@ use parquet::file::reader::{ChunkReader, Length};
 
 use crate::positioned::PositionedFile;
 use crate::reader::panic_message;
+use crate::schema_depth;
 
 /// Bytes that are decoded before the limit is looked at again, about.
 const CHUNK_BYTES: u64 = 4 << 20;
@@ -80,6 +81,7 @@ fn guarded<T>(decode: impl FnOnce() -> ParquetResult<T>) -> Result<T, String> {
 
 /// Reads the footer.
 pub(crate) fn footer(file: &SharedFile) -> Result<ArrowReaderMetadata, String> {
+    schema_depth::check(file)?;
     // What some writer noted of its own types is left aside: one file then reads as another of the same values.
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     guarded(|| ArrowReaderMetadata::load(file, options))

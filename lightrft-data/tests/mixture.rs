@@ -230,6 +230,65 @@ fn what_cannot_be_mixed_is_named() {
     assert_eq!(sampler(&coarse, 0, 1).per_rank(), 6);
 }
 
+proptest! {
+    #[test]
+    fn in_a_proportional_mixture_all_parts_come_to_their_end_together(
+        lengths in proptest::collection::vec(1usize..300, 1..8),
+    ) {
+        let total: usize = lengths.iter().sum();
+        let cycling = epoch(&Mixture::proportional(lengths.clone(), Exhausted::Cycle), 2);
+        let mut had = vec![0usize; lengths.len()];
+        for (count, &(part, _)) in cycling.iter().enumerate() {
+            had[part] += 1;
+            for (had, len) in had.iter().zip(&lengths) {
+                let share = (count + 1) as f64 * *len as f64 / total as f64;
+                prop_assert!((*had as f64 - share).abs() <= bound(lengths.len()));
+            }
+        }
+        prop_assert_eq!(had, lengths.clone(), "every sample comes once");
+        let dropping = epoch(&Mixture::proportional(lengths.clone(), Exhausted::Drop), 2);
+        prop_assert_eq!(dropping.len(), total);
+    }
+
+    #[test]
+    fn weights_of_any_lengths_are_in_proportion_as_far_as_weights_can_be(
+        lengths in proptest::collection::vec(1usize..1 << 40, 1..20),
+    ) {
+        let mixture = Mixture::proportional(lengths.clone(), Exhausted::Stop);
+        let sum: u64 = mixture.parts.iter().map(|part| u64::from(part.weight)).sum();
+        prop_assert!(sum <= Mixture::FINEST);
+        let total: f64 = lengths.iter().map(|&len| len as f64).sum();
+        for (part, len) in mixture.parts.iter().zip(&lengths) {
+            let (share, exact) = (f64::from(part.weight) / sum as f64, *len as f64 / total);
+            let off = (lengths.len() as f64 + 2.0) / Mixture::FINEST as f64;
+            prop_assert!((share - exact).abs() <= off, "{} for {}", share, exact);
+        }
+    }
+}
+
+#[test]
+fn many_parts_that_are_dropped_one_by_one_cost_no_more_than_said() {
+    // Of a thousand parts in proportion the first ends nearly when the last one does, and what is left is short.
+    let lengths: Vec<usize> = (0..1000).map(|part| 10 + part * 7919 % 500).collect();
+    let total: u64 = lengths.iter().map(|&len| len as u64).sum();
+    let mixture = Mixture::proportional(lengths, Exhausted::Drop);
+    assert_eq!(sampler(&mixture, 0, 1).per_rank(), total);
+    // With weights that have nothing to do with their lengths, each leaves a table behind.
+    let apart = (0..400).map(|part| (1_000_000 + part * 100_000, 150 + (part % 7) as u32));
+    let apart = Mixture::new(apart, Exhausted::Drop);
+    let len = apart.parts.iter().map(|part| part.len).sum();
+    let config =
+        SamplerConfig { len, rank: 0, world: 1, seed: 0, shuffle: Shuffle::Seekable, tail: Tail::Drop };
+    match DistributedSampler::new(config.clone()).unwrap().mixing(apart.clone()) {
+        Err(Error::Mixture(MixtureProblem::TooManyTurns { parts })) => {
+            assert!((10..30).contains(&parts), "{parts}");
+        }
+        other => panic!("{other:?}"),
+    }
+    let stopping = Mixture { exhausted: Exhausted::Stop, ..apart };
+    assert!(DistributedSampler::new(config).unwrap().mixing(stopping).is_ok());
+}
+
 #[test]
 fn a_position_with_other_weights_is_refused() {
     let mut one = sampler(&Mixture::new([(5, 1), (5, 1)], Exhausted::Stop), 0, 1);

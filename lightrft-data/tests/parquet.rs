@@ -221,6 +221,27 @@ fn what_is_no_parquet_file_is_refused() {
     assert!(matches!(Parquet::open(none, ParquetOptions::default()), Err(Error::NoSamples { .. })));
 }
 
+#[test]
+fn columns_nested_without_end_are_refused_before_they_are_followed() {
+    // As Thrift writes a footer: a version, and a schema of groups of one child each.
+    let groups = 100_000u32;
+    let mut footer = vec![0x15, 2, 0x19, 0xfc];
+    footer.extend([groups as u8 & 0x7f | 0x80, (groups >> 7) as u8 & 0x7f | 0x80, (groups >> 14) as u8]);
+    (0..groups).for_each(|_| footer.extend([0x35, 0, 0x18, 1, b'a', 0x15, 2, 0]));
+    footer.push(0);
+    let mut bytes = b"PAR1".to_vec();
+    bytes.extend(&footer);
+    bytes.extend((footer.len() as u32).to_le_bytes());
+    bytes.extend(b"PAR1");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("deep.parquet");
+    fs::write(&path, bytes).unwrap();
+    match Parquet::open(&path, ParquetOptions::default()) {
+        Err(Error::Parquet { message, .. }) => assert!(message.contains("nested"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+}
+
 /// Reads all that can be read, which must end and never panic.
 fn read_all(bytes: &[u8]) -> (usize, usize) {
     let folder = tempfile::tempdir().unwrap();

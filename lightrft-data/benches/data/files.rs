@@ -56,7 +56,7 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
 }
 
 /// Writes about so many bytes of prompts, of 100 to 1200 bytes a line, and says how many it were.
-fn write(path: &Path, about: usize) -> Result<usize, Box<dyn Error>> {
+pub(crate) fn write(path: &Path, about: usize) -> Result<usize, Box<dyn Error>> {
     let mut file = BufWriter::new(std::fs::File::create(path)?);
     let mut written = 0;
     let words = "Natalia sold clips to forty-eight of her friends in April, and then half as many in May. "

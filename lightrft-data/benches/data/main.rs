@@ -1,4 +1,4 @@
-//! Orders, samplers and JSON Lines, beside LightRFT's sampler over torch and plain Python
+//! Orders, samplers, JSON Lines and loaders, beside LightRFT's sampler over torch, torch's loader and plain Python
 //!
 //! ```text
 //! cargo xtask bench data [--peers] [--quick] [--what TEXT,..] [--rounds N] [--json FILE] [--check]
@@ -14,6 +14,7 @@
 //! little.
 
 mod files;
+mod loader;
 mod orders;
 mod peer;
 mod prompts;
@@ -52,7 +53,7 @@ impl Options {
 /// Measures some rows, or none where none is wanted.
 type Case = fn(&Options) -> Result<Vec<Row>, Box<dyn Error>>;
 
-const CASES: [Case; 3] = [orders::measure, files::measure, prompts::measure];
+const CASES: [Case; 4] = [orders::measure, files::measure, loader::measure, prompts::measure];
 
 fn main() -> ExitCode {
     let done = options().and_then(|options| match options.child {

@@ -48,6 +48,8 @@ pub(crate) enum Unit {
     NanosecondsEach(usize),
     /// Of so many bytes.
     GigabytesPerSecond(usize),
+    /// Of so many.
+    SamplesPerSecond(usize),
 }
 
 impl Unit {
@@ -57,6 +59,7 @@ impl Unit {
             Unit::Milliseconds => "ms",
             Unit::NanosecondsEach(_) => "ns",
             Unit::GigabytesPerSecond(_) => "GB/s",
+            Unit::SamplesPerSecond(_) => "samples/s",
         }
     }
 
@@ -66,6 +69,7 @@ impl Unit {
             Unit::Milliseconds => seconds * 1e3,
             Unit::NanosecondsEach(count) => seconds * 1e9 / count as f64,
             Unit::GigabytesPerSecond(bytes) => bytes as f64 / seconds / 1e9,
+            Unit::SamplesPerSecond(samples) => samples as f64 / seconds,
         }
     }
 }
