@@ -233,7 +233,7 @@ fn what_cannot_be_mixed_is_named() {
 proptest! {
     #[test]
     fn in_a_proportional_mixture_all_parts_come_to_their_end_together(
-        lengths in proptest::collection::vec(1usize..300, 1..8),
+        lengths in proptest::collection::vec(1usize..100, 1..8),
     ) {
         let total: usize = lengths.iter().sum();
         let cycling = epoch(&Mixture::proportional(lengths.clone(), Exhausted::Cycle), 2);
