@@ -188,8 +188,20 @@ pub enum Error {
         /// What was expected.
         expected: &'static str,
     },
+    /// What an engine has after an update is not what was sent; the engine is stale.
+    #[error("{engine}: `{name}` after the update to {version}: {what}")]
+    Unequal {
+        /// Which engine.
+        engine: &'static str,
+        /// The parameter, by the engine's name.
+        name: String,
+        /// The version that was to be committed.
+        version: crate::Version,
+        /// What differs.
+        what: String,
+    },
     /// An inference server: its process, the connection to it, its replies.
-    #[cfg(feature = "vllm")]
+    #[cfg(any(feature = "sglang", feature = "vllm"))]
     #[error(transparent)]
     Server(Box<crate::ServerError>),
     /// The engine itself failed.
@@ -205,7 +217,7 @@ pub enum Error {
     },
 }
 
-#[cfg(feature = "vllm")]
+#[cfg(any(feature = "sglang", feature = "vllm"))]
 impl From<crate::ServerError> for Error {
     fn from(error: crate::ServerError) -> Self {
         Error::Server(Box::new(error))

@@ -31,6 +31,7 @@
 //! |---|---|
 //! | `embedded` | `embedded::EmbeddedEngine`: Llama and Qwen2 folders on candle, in this process |
 //! | `vllm` | `vllm::VllmEngine`: drives a vLLM server that it starts or is pointed at |
+//! | `sglang` | `sglang::SglangEngine`: drives an `SGLang` server that it starts or is pointed at |
 //! | `testing` | `testing::ScriptedEngine`, and `testing::conformance` for any engine |
 //! | `wire` | `wire`: the bytes of vLLM's and `SGLang`'s weight messages, without torch |
 //!
@@ -42,7 +43,7 @@ mod generate;
 mod lifecycle;
 mod media;
 mod names;
-#[cfg(feature = "vllm")]
+#[cfg(any(feature = "sglang", feature = "vllm"))]
 mod server;
 mod transfer;
 mod update;
@@ -51,6 +52,8 @@ pub mod vllm;
 
 #[cfg(feature = "embedded")]
 pub mod embedded;
+#[cfg(feature = "sglang")]
+pub mod sglang;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(feature = "wire")]
@@ -65,8 +68,8 @@ pub use lifecycle::{Cache, Event, Level, Parts, Refusal, State};
 pub use media::{Media, MediaKind};
 pub use names::{Identity, NameMap, Prefixes, Table, engine_names};
 pub use safetensors::Dtype;
-#[cfg(feature = "vllm")]
-pub use server::{ApiKey, Call, ServerError, StartProgress};
+#[cfg(any(feature = "sglang", feature = "vllm"))]
+pub use server::{ApiKey, Call, Metrics, ServerError, StartProgress};
 pub use transfer::{HfFolder, Staging, TensorSlice, UpdateReport, WeightSource};
 pub use update::{NamedTensor, TensorInfo, Update, Version};
 

@@ -3,7 +3,7 @@
 mod conformance;
 mod scripted;
 
-pub use conformance::{Subject, conformance};
+pub use conformance::{Subject, conformance, conformance_without_seeds};
 pub use scripted::ScriptedEngine;
 
 use safetensors::Dtype;

@@ -9,7 +9,8 @@ use crate::steps::command_line;
 use crate::workspace::Workspace;
 
 /// Servers that can be had, the test program for each, and a file by which a folder is known to be ready.
-const SERVERS: [(&str, &str, &str); 1] = [("vllm", "live_vllm", "models/vl-b/expected.json")];
+const SERVERS: [(&str, &str, &str); 2] =
+    [("vllm", "live_vllm", "models/vl-b/expected.json"), ("sglang", "live_sglang", "sg/sglang/__init__.py")];
 
 /// Runs the tests of the server that the first argument names, in the folder that the second names. A folder that is
 /// not ready is a failure: nobody shall take tests for passed that did not run.

@@ -2,6 +2,8 @@
 
 mod error;
 mod http;
+mod metrics;
+mod model;
 mod parallel;
 mod process;
 
@@ -9,6 +11,9 @@ pub(crate) use error::shortened;
 pub use error::{Call, ServerError};
 pub use http::ApiKey;
 pub(crate) use http::{Http, Reply};
+pub(crate) use metrics::MetricNames;
+pub use metrics::Metrics;
+pub(crate) use model::Model;
 pub(crate) use parallel::in_parallel;
 pub use process::StartProgress;
 pub(crate) use process::{ServerCommand, ServerProcess, free_port};

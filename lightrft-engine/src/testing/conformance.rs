@@ -26,9 +26,18 @@ pub struct Subject {
 /// # Panics
 /// Where an engine breaks the contract; the message says which promise.
 pub fn conformance(make: impl Fn() -> Subject) {
-    completions_are_complete_and_in_order(make());
-    requests_end_as_they_ask(make());
+    requests_end_as_they_ask(make(), sampled(5));
     a_seed_decides_whatever_the_company(make());
+    conformance_without_seeds(make);
+}
+
+/// The same for an engine whose draws no seed decides, as some servers are: all but what seeds promise.
+///
+/// # Panics
+/// As there.
+pub fn conformance_without_seeds(make: impl Fn() -> Subject) {
+    completions_are_complete_and_in_order(make());
+    requests_end_as_they_ask(make(), greedy());
     bad_requests_are_refused_whole(make());
     a_deadline_ends_a_call_and_not_the_engine(make());
     the_state_follows_the_table(make());
@@ -103,26 +112,27 @@ fn completions_are_complete_and_in_order(mut subject: Subject) {
     assert!(subject.engine.complete(&[]).expect("no request is no work").is_empty());
 }
 
-fn requests_end_as_they_ask(mut subject: Subject) {
+/// `request` draws the same tokens every time.
+fn requests_end_as_they_ask(mut subject: Subject, mut request: Request) {
     let engine = subject.engine.as_mut();
-    let free = tokens(engine, sampled(5)).remove(0);
+    let free = tokens(engine, request.clone()).remove(0);
     let stop = free[free.len() / 2];
     let at = free.iter().position(|t| *t == stop).expect("it was drawn");
-    let mut request = sampled(5);
     request.sampling.stop_tokens = vec![stop];
     let stopped = engine.complete(&[request.clone()]).expect("generates").remove(0);
     assert_eq!(stopped.tokens, free[..=at], "the stop token is the last token");
     assert_eq!(stopped.finish, FinishReason::Stop(stop));
     assert_eq!(stopped.log_probs.len(), stopped.tokens.len());
 
+    request.sampling.log_probs = LogProbs::None;
+    assert!(engine.complete(&[request.clone()]).expect("generates").remove(0).log_probs.is_empty());
+
+    // Without log-probabilities: not every engine has the model's own where it bans tokens.
     request.sampling.min_new_tokens = request.sampling.max_new_tokens;
     let longer = engine.complete(&[request.clone()]).expect("generates").remove(0);
     assert_eq!(longer.finish, FinishReason::Length, "no stop before min_new_tokens");
     assert_eq!(longer.tokens.len(), request.sampling.max_new_tokens);
     assert!(!longer.tokens.contains(&stop), "no stop token before min_new_tokens");
-
-    request.sampling.log_probs = LogProbs::None;
-    assert!(engine.complete(&[request]).expect("generates").remove(0).log_probs.is_empty());
 
     let mut request = greedy();
     request.sampling.log_probs = LogProbs::Processed;

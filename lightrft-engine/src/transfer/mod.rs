@@ -8,6 +8,8 @@
 //! The source stays on the caller's thread, since gathering shards is a collective that belongs to the trainer's own
 //! order of operations; it is the engine that moves to another thread for the length of the update.
 
+#[cfg(feature = "sglang")]
+mod checksums;
 mod folder;
 mod pipeline;
 mod plan;
@@ -17,6 +19,8 @@ pub use folder::HfFolder;
 pub use pipeline::UpdateReport;
 pub use staging::Staging;
 
+#[cfg(feature = "sglang")]
+pub(crate) use checksums::Checksums;
 pub(crate) use pipeline::run;
 pub(crate) use plan::Plan;
 

@@ -1,0 +1,245 @@
+//! Control calls of an `SGLang` server: what it is, sleep, caches, pauses, weight updates.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::settings::MemorySaver;
+use crate::server::Http;
+use crate::{Level, Parts, ServerError, Version};
+
+type Result<T> = std::result::Result<T, ServerError>;
+
+/// Minor and patch numbers of the oldest and the newest 0.x that are known to work.
+const OLDEST: (u64, u64) = (5, 23);
+const NEWEST: (u64, u64) = (5, 23);
+
+/// A server's control routes.
+#[derive(Debug)]
+pub(super) struct Control {
+    pub(super) http: Http,
+    within: Duration,
+}
+
+/// What a server says of itself, as far as the driver needs it.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct ServerInfo {
+    version: String,
+    #[serde(default)]
+    pub(super) enable_deterministic_inference: bool,
+    #[serde(default)]
+    enable_memory_saver: bool,
+    #[serde(default)]
+    enable_weights_cpu_backup: bool,
+    /// `cuda`, `cpu`, ...
+    pub(super) device: Option<String>,
+    pub(super) tp_size: Option<usize>,
+    /// The longest prompt that its scheduler takes, in tokens.
+    pub(super) max_req_input_len: Option<usize>,
+}
+
+impl ServerInfo {
+    pub(super) fn memory_saver(&self) -> MemorySaver {
+        match (self.enable_memory_saver, self.enable_weights_cpu_backup) {
+            (false, _) => MemorySaver::Off,
+            (true, false) => MemorySaver::DropsWeights,
+            (true, true) => MemorySaver::KeepsWeights,
+        }
+    }
+}
+
+/// What a server says of its model.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct ModelInfo {
+    /// Where it was loaded from.
+    pub(super) model_path: Option<String>,
+    pub(super) weight_version: Option<String>,
+}
+
+/// Checksums of a server's parameters and buffers, by its own names: the first sixteen hexadecimal digits of SHA-256 on a
+/// CPU.
+#[derive(Debug, Deserialize)]
+pub(super) struct RankChecksums {
+    pub(super) checksums: std::collections::BTreeMap<String, String>,
+}
+
+impl Control {
+    pub(super) fn new(http: Http, within: Duration) -> Self {
+        Self { http, within }
+    }
+
+    fn post(&self, path: &str, body: &Value) -> Result<()> {
+        self.http.post(path, body, self.within).map(drop)
+    }
+
+    /// Whether it answers that it is up. `/health` would draw a token for that, and cannot while it sleeps.
+    pub(super) fn is_up(&self, within: Duration) -> bool {
+        self.http.get("/model_info", within).is_ok()
+    }
+
+    /// Whether it draws tokens.
+    pub(super) fn is_healthy(&self, within: Duration) -> bool {
+        self.http.get("/health", within).is_ok()
+    }
+
+    /// Refuses versions that are too old, warns of those that are newer than what was tried.
+    pub(super) fn server_info(&self) -> Result<ServerInfo> {
+        let reply = self.http.get("/server_info", self.within)?;
+        let info: ServerInfo = reply.json()?;
+        match minor_patch(&info.version) {
+            Some(found) if found < OLDEST => {
+                let what = format!("SGLang {} is too old: 0.5.23 or newer was expected", info.version);
+                Err(reply.unexpected(&what))
+            }
+            Some(found) if found <= NEWEST => Ok(info),
+            _ => {
+                tracing::warn!(
+                    version = info.version,
+                    "this SGLang is newer than what is known to work (0.5.23)"
+                );
+                Ok(info)
+            }
+        }
+    }
+
+    pub(super) fn model_info(&self) -> Result<ModelInfo> {
+        self.http.get("/model_info", self.within)?.json()
+    }
+
+    pub(super) fn metrics(&self) -> Result<String> {
+        let reply = self.http.get("/metrics", self.within)?;
+        String::from_utf8(reply.bytes.clone()).map_err(|_| reply.unexpected("metrics that are no text"))
+    }
+
+    /// Gives memory back. Nothing may be under way.
+    pub(super) fn release(&self, tags: &[&str]) -> Result<()> {
+        self.post("/release_memory_occupation", &json!({"tags": tags}))
+    }
+
+    /// Takes memory again. Only what was released: `SGLang` dies of anything else.
+    pub(super) fn resume_memory(&self, tags: &[&str]) -> Result<()> {
+        self.post("/resume_memory_occupation", &json!({"tags": tags}))
+    }
+
+    /// Stops drawing, and puts what is under way back into the queue, without its cache.
+    pub(super) fn pause(&self) -> Result<()> {
+        self.post("/pause_generation", &json!({"mode": "retract"}))
+    }
+
+    pub(super) fn go_on(&self) -> Result<()> {
+        self.post("/continue_generation", &json!({}))
+    }
+
+    /// Drops cached prefixes, which former weights computed.
+    pub(super) fn flush_cache(&self) -> Result<()> {
+        self.post("/flush_cache", &json!({}))
+    }
+
+    /// Opens a session of updates. One that somebody left open is closed first.
+    pub(super) fn begin_update(&self) -> Result<()> {
+        match self.post("/begin_weight_update", &json!({})) {
+            Err(ServerError::Status { status: 400, .. }) => {
+                self.end_update()?;
+                self.post("/begin_weight_update", &json!({}))
+            }
+            result => result,
+        }
+    }
+
+    pub(super) fn end_update(&self) -> Result<()> {
+        self.post("/end_weight_update", &json!({}))
+    }
+
+    /// Sends a bucket, in the form of [`flattened_bucket`](crate::wire::sglang::flattened_bucket), to each of `shards`
+    /// workers.
+    pub(super) fn update_from_tensor(&self, bucket: &str, shards: usize) -> Result<()> {
+        #[derive(serde::Serialize)]
+        struct Body<'a> {
+            serialized_named_tensors: Vec<&'a str>,
+            load_format: &'static str,
+            flush_cache: bool,
+        }
+        let serialized_named_tensors = vec![bucket; shards.max(1)];
+        let body = Body { serialized_named_tensors, load_format: "flattened_bucket", flush_cache: false };
+        self.http.post("/update_weights_from_tensor", &body, self.within).map(drop)
+    }
+
+    pub(super) fn update_from_disk(&self, folder: &Path, to: Version) -> Result<()> {
+        let body = json!({"model_path": folder, "weight_version": to.0.to_string(), "flush_cache": true});
+        self.post("/update_weights_from_disk", &body)
+    }
+
+    /// Tells the server which weights it has.
+    pub(super) fn name_weights(&self, version: Version) -> Result<()> {
+        let body = json!({"new_version": version.0.to_string(), "abort_all_requests": false});
+        self.post("/update_weight_version", &body)
+    }
+
+    /// Checksums of each worker's weights.
+    pub(super) fn checksums(&self) -> Result<Vec<RankChecksums>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            ranks: Vec<RankChecksums>,
+        }
+        let reply = self.http.post("/weights_checker", &json!({"action": "checksum"}), self.within)?;
+        Ok(reply.json::<Answer>()?.ranks)
+    }
+}
+
+/// The tags of what sleeps or wakes.
+pub(super) fn tags(saver: MemorySaver, level: Level) -> &'static [&'static str] {
+    match (saver, level) {
+        (MemorySaver::KeepsWeights, _) | (_, Level::Two) => &["kv_cache", "cuda_graph", "weights"],
+        // Its weights would be lost: they stay where they are.
+        (MemorySaver::Off | MemorySaver::DropsWeights, Level::One) => &["kv_cache", "cuda_graph"],
+    }
+}
+
+/// What of `asleep` a wake of `parts` brings back.
+pub(super) fn woken(asleep: &[&'static str], parts: Parts) -> Vec<&'static str> {
+    let wanted = |tag: &&'static str| match parts {
+        Parts::All => true,
+        Parts::Weights => *tag == "weights",
+        Parts::Cache => *tag != "weights",
+    };
+    asleep.iter().copied().filter(wanted).collect()
+}
+
+fn minor_patch(version: &str) -> Option<(u64, u64)> {
+    let mut parts = version.trim_start_matches('v').split(|c: char| !c.is_ascii_digit());
+    match parts.next()?.parse::<u64>().ok()? {
+        0 => Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_as_sglang_writes_them() {
+        assert_eq!(minor_patch("0.5.23"), Some((5, 23)));
+        assert_eq!(minor_patch("0.5.24rc1.dev3+g12"), Some((5, 24)));
+        assert_eq!(minor_patch("1.0.0"), None);
+        assert_eq!(minor_patch("dev"), None);
+    }
+
+    #[test]
+    fn what_sleeps_is_what_wakes() {
+        use MemorySaver::{DropsWeights, KeepsWeights, Off};
+        for saver in [Off, DropsWeights, KeepsWeights] {
+            for level in [Level::One, Level::Two] {
+                let asleep = tags(saver, level);
+                let [weights, cache] = [Parts::Weights, Parts::Cache].map(|parts| woken(asleep, parts));
+                assert_eq!(woken(asleep, Parts::All).len(), asleep.len());
+                assert_eq!(weights.len() + cache.len(), asleep.len());
+                assert!(weights.iter().all(|tag| !cache.contains(tag)));
+            }
+        }
+        assert!(!tags(DropsWeights, Level::One).contains(&"weights"), "they could not come back");
+        assert!(tags(KeepsWeights, Level::One).contains(&"weights"));
+    }
+}

@@ -1,0 +1,418 @@
+//! The `SGLang` engine: the seam's contract over a server.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::control::{Control, ServerInfo, tags, woken};
+use super::flight::{Flight, Requests, call_id};
+use super::settings::{Attach, Driver, MemorySaver, Seeds, Start, Verify, bad};
+use super::update::SglangUpdate;
+use super::wire::{Ask, Asked, Job, ask, body, check, completions, jobs};
+use crate::generate::check_fields;
+use crate::server::{Http, MetricNames, Model, ServerProcess, free_port, in_parallel};
+use crate::transfer::Checksums;
+use crate::{
+    Completion, Engine, Error, Event, HfFolder, Level, Limits, MemoryBytes, Metrics, Parts, Progress,
+    Request, Result, ServerError, StartProgress, State, Update, Version, Watch, WeightSource,
+};
+
+const NAMES: MetricNames = MetricNames {
+    running: "sglang:num_running_reqs",
+    waiting: "sglang:num_queue_reqs",
+    cache_share: &["sglang:token_usage"],
+    prompt_tokens: "sglang:prompt_tokens_total",
+    generated_tokens: "sglang:generation_tokens_total",
+};
+
+/// A limit that is not known: no request reaches it.
+const UNKNOWN: usize = u32::MAX as usize;
+
+/// How long a server that seems to have died may take to be gone.
+const LAST_BREATH: Duration = Duration::from_secs(5);
+
+/// An `SGLang` server.
+#[derive(Debug)]
+pub struct SglangEngine {
+    control: Control,
+    requests: Requests,
+    flight: Arc<Flight>,
+    model: Model,
+    limits: Limits,
+    driver: Driver,
+    seeds: Seeds,
+    saver: MemorySaver,
+    shards: usize,
+    state: State,
+    version: Version,
+    /// Nothing is drawn until it is told to go on.
+    paused: bool,
+    /// What was released and not taken again. Anything else must not be asked for.
+    asleep: Vec<&'static str>,
+    /// Last, so that it ends when nothing calls it any more.
+    process: Option<ServerProcess>,
+}
+
+impl SglangEngine {
+    /// Starts a server and waits until it is ready; `tell` hears of it meanwhile. It ends when the engine is dropped, or
+    /// with this process.
+    ///
+    /// # Errors
+    /// [`Error::Settings`]; those of a broken model folder; [`Error::Server`] if it does not start, ends, or is not
+    /// ready in time, with the last lines of its log.
+    pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
+        start.check()?;
+        let folder = Path::new(&start.model);
+        let model = if folder.is_dir() { Model::from_folder(folder)? } else { Model::default() };
+        let port = match start.port {
+            Some(port) => port,
+            None => free_port().map_err(|source| Error::Backend {
+                engine: "SGLang",
+                operation: "find a free port",
+                source: Box::new(source),
+            })?,
+        };
+        let url = format!("http://127.0.0.1:{port}");
+        let connect = || Http::new("SGLang", &url, None);
+        let control = Control::new(connect()?, start.driver.control_within);
+        let mut process = ServerProcess::start(&start.command(port))?;
+        // It answers before it can draw; it is ready once it has drawn.
+        let ready = |within: Duration| control.is_up(within) && control.is_healthy(LAST_BREATH);
+        process.wait_until_ready(start.ready_within, ready, tell)?;
+        let info = control.server_info()?;
+        Self::assemble(control, connect()?, &info, model, start.driver.clone(), Some(process))
+    }
+
+    /// Takes a running server, which must be awake.
+    ///
+    /// # Errors
+    /// [`Error::Settings`]; [`Error::Server`] if it does not answer or is too old; those of a broken model folder.
+    pub fn attach(attach: &Attach) -> Result<Self> {
+        attach.driver.check()?;
+        let connect = || Http::new("SGLang", &attach.url, attach.key.clone());
+        let control = Control::new(connect()?, attach.driver.control_within);
+        let info = control.server_info()?;
+        let named = control.model_info()?.model_path.map(PathBuf::from);
+        // Its folder may be on another machine, and one here of the same name is no weights of ours.
+        let named = named.filter(|folder| folder.join("config.json").is_file());
+        let model = match attach.model.as_ref().or(named.as_ref()) {
+            Some(folder) => Model::from_folder(folder)?,
+            None => Model::default(),
+        };
+        Self::assemble(control, connect()?, &info, model, attach.driver.clone(), None)
+    }
+
+    fn assemble(
+        control: Control,
+        second: Http,
+        info: &ServerInfo,
+        model: Model,
+        driver: Driver,
+        process: Option<ServerProcess>,
+    ) -> Result<Self> {
+        let Some(vocabulary) = model.vocabulary else {
+            let expected = "a folder of this machine with its config.json was expected: SGLang dies of token ids                             outside of the vocabulary";
+            return bad("model", "unknown", expected);
+        };
+        let shards = info.tp_size.unwrap_or(1);
+        if driver.verify == Verify::Checksums && (shards > 1 || info.device.as_deref() != Some("cpu")) {
+            let value = format!("Checksums, on {} x {}", shards, info.device.as_deref().unwrap_or("?"));
+            return bad(
+                "verify",
+                value,
+                "only a server on a CPU, of one shard, takes checksums that can be compared",
+            );
+        }
+        // A prompt of this length and one token are taken, whatever else the scheduler keeps for itself.
+        let context_tokens = info.max_req_input_len.map_or(UNKNOWN, |longest| longest.saturating_add(1));
+        let limits = Limits { vocabulary, context_tokens };
+        let named = control.model_info()?.weight_version.and_then(|version| version.parse().ok());
+        let flight = Arc::new(Flight::default());
+        Ok(Self {
+            requests: Requests::new(Arc::clone(&flight), second),
+            control,
+            flight,
+            model,
+            limits,
+            seeds: if info.enable_deterministic_inference { Seeds::Honoured } else { Seeds::Ignored },
+            saver: info.memory_saver(),
+            shards,
+            state: State::READY,
+            version: named.map_or(driver.version, Version),
+            driver,
+            paused: false,
+            asleep: Vec::new(),
+            process,
+        })
+    }
+
+    /// A handle by which another thread ends the requests of a call that is under way.
+    pub fn requests(&self) -> Requests {
+        self.requests.clone()
+    }
+
+    /// The server's counters (`--enable-metrics`, which servers started here have).
+    ///
+    /// # Errors
+    /// [`Error::Server`].
+    pub fn metrics(&mut self) -> Result<Metrics> {
+        let text = self.told(|control| control.metrics())?;
+        Ok(Metrics::parse(&text, &NAMES))
+    }
+
+    /// Whether the server decides its draws by [`Sampling::seed`](crate::Sampling::seed).
+    pub fn seeds(&self) -> Seeds {
+        self.seeds
+    }
+
+    /// Where the server is, without its key.
+    pub fn url(&self) -> &str {
+        self.control.http.base()
+    }
+
+    /// The server's process group and its log, if it was started here.
+    pub fn process(&self) -> Option<(u32, &Path)> {
+        self.process.as_ref().map(|process| (process.group(), process.log()))
+    }
+
+    /// A whole update from a folder that the server reads itself, as on a shared file system: nothing is sent.
+    ///
+    /// # Errors
+    /// Before the server is asked: [`Error::Refused`], those of a broken folder, and those of parameters that are not
+    /// the model's. [`Error::Server`] then leaves the engine stale.
+    pub fn load_folder(&mut self, folder: &Path, to: Version) -> Result<()> {
+        self.state_after(Event::BeginUpdate)?;
+        let source = HfFolder::open(folder)?;
+        crate::transfer::Plan::new(source.tensors(), &crate::Identity, self.parameters().as_ref(), to)?;
+        let loaded = self.pause().and_then(|()| self.told(|control| control.update_from_disk(folder, to)));
+        self.step(Event::BeginUpdate)?;
+        match loaded.and_then(|()| self.committed(to)) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.step(Event::Abandon).ok();
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn driver(&self) -> &Driver {
+        &self.driver
+    }
+
+    pub(super) fn model(&self) -> &Model {
+        &self.model
+    }
+
+    pub(super) fn shards(&self) -> usize {
+        self.shards
+    }
+
+    pub(super) fn state_after(&self, event: Event) -> Result<State> {
+        Ok(self.state.after(event)?)
+    }
+
+    pub(super) fn step(&mut self, event: Event) -> Result<()> {
+        self.state = self.state.after(event)?;
+        Ok(())
+    }
+
+    /// A control call. Where it fails because the server is gone, the engine is dead.
+    pub(super) fn told<T>(&mut self, call: impl FnOnce(&Control) -> Result<T, ServerError>) -> Result<T> {
+        call(&self.control).map_err(|error| self.bury(error))
+    }
+
+    pub(super) fn pause(&mut self) -> Result<()> {
+        if !self.paused {
+            self.told(|control| control.pause())?;
+            self.paused = true;
+        }
+        Ok(())
+    }
+
+    /// Holds what was pushed against what the server has.
+    pub(super) fn compare(&mut self, pushed: Checksums, to: Version) -> Result<()> {
+        let ranks = self.told(|control| control.checksums())?;
+        match ranks.as_slice() {
+            [only] => pushed.compare("SGLang", to, &only.checksums),
+            _ => Err(Error::Unequal {
+                engine: "SGLang",
+                name: "weights".to_owned(),
+                version: to,
+                what: format!("{} workers gave checksums, one was expected", ranks.len()),
+            }),
+        }
+    }
+
+    /// The server has whole weights, of this version.
+    pub(super) fn committed(&mut self, to: Version) -> Result<()> {
+        if !self.asleep.contains(&"kv_cache") {
+            self.told(|control| control.flush_cache())?;
+        }
+        let next = self.state.after(Event::Commit)?;
+        self.go_on_if(next)?;
+        (self.state, self.version) = (next, to);
+        Ok(())
+    }
+
+    fn go_on_if(&mut self, state: State) -> Result<()> {
+        if self.paused && state.can_generate() {
+            self.told(|control| control.go_on())?;
+            self.paused = false;
+        }
+        Ok(())
+    }
+
+    /// What a failed call means: the server may be gone, and then so is the engine.
+    fn bury(&mut self, error: ServerError) -> Error {
+        if !error.may_be_the_end() {
+            return error.into();
+        }
+        let Some(process) = self.process.as_mut() else {
+            if !self.control.is_up(LAST_BREATH) {
+                self.state = State::Dead;
+            }
+            return error.into();
+        };
+        let start = Instant::now();
+        loop {
+            if let Err(ended) = process.alive() {
+                self.state = State::Dead;
+                return ended.into();
+            }
+            if start.elapsed() > LAST_BREATH || self.control.is_up(Duration::from_millis(500)) {
+                return error.into();
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn asked(&self, requests: &[Request]) -> Result<Vec<Ask>> {
+        check_fields(requests, self.limits)?;
+        let each = |(index, request): (usize, &Request)| {
+            check(index, request, &self.model)?;
+            ask(index, &request.sampling, self.driver.log_probs)
+        };
+        requests.iter().enumerate().map(each).collect()
+    }
+}
+
+impl Engine for SglangEngine {
+    fn generate(&mut self, requests: &[Request], watch: &mut Watch<'_>) -> Result<Vec<Completion>> {
+        self.state.after(Event::Generate)?;
+        let asks = self.asked(requests)?;
+        let jobs = jobs(requests, self.driver.samples_per_request);
+        let mut progress =
+            Progress { total: requests.iter().map(|r| r.samples).sum(), ..Progress::default() };
+        watch.report(progress)?;
+        let within = watch.left();
+        let started = Instant::now();
+        let id = call_id();
+        self.flight.begin();
+        let run = |job: &Job| -> Result<Vec<Completion>> {
+            let (request, ask) = (&requests[job.request], asks[job.request]);
+            let rid = |at| format!("{id}-{}-{}", job.request, job.first + at);
+            let rids: Vec<String> = (0..job.drawn).map(rid).collect();
+            if !self.flight.takes_off(&rids) {
+                return Ok(unbegun(*job, self.version));
+            }
+            let body = body(request, *job, rids.clone(), ask, self.seeds);
+            let left = within.saturating_sub(started.elapsed());
+            let reply = self.control.http.post("/generate", &body, left)?;
+            self.flight.lands(&rids);
+            let vocabulary = self.limits.vocabulary;
+            completions(&reply, Asked { request, job: *job, ask, vocabulary, version: self.version })
+        };
+        let mut report = |completions: &Vec<Completion>| {
+            progress.done += completions.len();
+            progress.tokens += completions.iter().map(|c| c.tokens.len()).sum::<usize>();
+            watch.report(progress)
+        };
+        let width = self.driver.requests_at_once;
+        let done = in_parallel(width, &jobs, run, &mut report, || self.control.http.interrupt());
+        let unanswered = self.flight.end();
+        match done {
+            Ok(completions) => Ok(completions.into_iter().flatten().collect()),
+            Err(error) => {
+                if let Err(also) = self.requests.give_up(&unanswered, LAST_BREATH) {
+                    tracing::debug!(%also, "requests given up");
+                }
+                Err(match error {
+                    Error::Server(error) => match *error {
+                        ServerError::Timeout { .. } if watch.left().is_zero() => {
+                            watch.report(progress).err().unwrap_or(Error::Server(error))
+                        }
+                        error => self.bury(error),
+                    },
+                    error => error,
+                })
+            }
+        }
+    }
+
+    fn sleep(&mut self, level: Level) -> Result<()> {
+        let next = self.state.after(Event::Sleep(level))?;
+        // Nothing may be under way, not even what a call that failed has left.
+        self.pause()?;
+        let wanted = tags(self.saver, level).iter().copied();
+        let release: Vec<&str> = wanted.filter(|tag| !self.asleep.contains(tag)).collect();
+        if !release.is_empty() {
+            self.told(|control| control.release(&release))?;
+            self.asleep.extend(tags(self.saver, level).iter().filter(|tag| release.contains(tag)));
+        }
+        self.state = next;
+        Ok(())
+    }
+
+    fn wake(&mut self, parts: Parts) -> Result<()> {
+        let next = self.state.after(Event::Wake(parts))?;
+        let back = woken(&self.asleep, parts);
+        if !back.is_empty() {
+            self.told(|control| control.resume_memory(&back))?;
+            self.asleep.retain(|tag| !back.contains(tag));
+        }
+        self.go_on_if(next)?;
+        self.state = next;
+        Ok(())
+    }
+
+    fn begin_update(&mut self, to: Version) -> Result<Box<dyn Update + '_>> {
+        Ok(Box::new(SglangUpdate::begin(self, to)?))
+    }
+
+    fn state(&self) -> State {
+        self.state
+    }
+
+    fn version(&self) -> Option<Version> {
+        self.state.has_weights().then_some(self.version)
+    }
+
+    fn memory_bytes(&self) -> Option<MemoryBytes> {
+        None
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
+        let known = &self.model.parameters;
+        let shapes = known.iter().map(|(name, (_, shape))| (name.clone(), shape.clone()));
+        (!known.is_empty()).then(|| shapes.collect())
+    }
+}
+
+/// Completions of a job that was aborted before it was sent.
+fn unbegun(job: Job, version: Version) -> Vec<Completion> {
+    let empty = |at| Completion {
+        request: job.request,
+        sample: job.first + at,
+        tokens: Vec::new(),
+        log_probs: Vec::new(),
+        finish: crate::FinishReason::Aborted,
+        version,
+    };
+    (0..job.wanted).map(empty).collect()
+}

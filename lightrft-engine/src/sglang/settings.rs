@@ -1,0 +1,316 @@
+//! What a caller can decide: about a server to start, about one to attach to, and about the driver of either.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::server::{ApiKey, ServerCommand};
+use crate::{Error, LogProbs, Result, Version};
+
+/// A server to start, on 127.0.0.1.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Start {
+    /// The model: a folder, or a name that `SGLang` looks up. Only of a folder are the vocabulary, the pads and the
+    /// parameters known.
+    pub model: String,
+    /// The Python that has `SGLang`; `python3` by default.
+    pub program: PathBuf,
+    /// Type of the weights and of the arithmetic, as `--dtype` takes it; the model's own by default.
+    pub dtype: Option<String>,
+    /// GPUs that the model is cut over; 1 by default.
+    pub tensor_parallel: usize,
+    /// Indices of the GPUs to use, as many as `tensor_parallel` asks for; empty leaves it to the environment.
+    pub gpus: Vec<u32>,
+    /// Share of a GPU's memory for weights and cache, in (0, 1); `SGLang`'s own default if it is not said.
+    pub memory_share: Option<f64>,
+    /// What memory is given back while asleep.
+    pub memory_saver: MemorySaver,
+    /// Whether seeds decide the draws.
+    pub seeds: Seeds,
+    /// Longest prompt plus completion, in tokens; the model's own by default. A few of them `SGLang` keeps for itself.
+    pub context_tokens: Option<usize>,
+    /// Most sequences that are drawn at once; `SGLang`'s own default if it is not said.
+    pub max_sequences: Option<usize>,
+    /// More arguments of `sglang.launch_server`.
+    pub args: Vec<OsString>,
+    /// More variables of its environment.
+    pub variables: BTreeMap<OsString, OsString>,
+    /// The port of 127.0.0.1 that it listens on; one that is free by default.
+    pub port: Option<u16>,
+    /// Where its output goes; by default a file in the system's temporary folder, kept if the server fails.
+    pub log: Option<PathBuf>,
+    /// How long it may take to be ready; 10 minutes by default.
+    pub ready_within: Duration,
+    /// What does not depend on who started the server.
+    pub driver: Driver,
+}
+
+/// What a server that was started here gives back while asleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemorySaver {
+    /// Nothing: sleeping stops generation and drops cached prefixes. All that a machine without a GPU can do.
+    Off,
+    /// The cache at [`Level::One`](crate::Level::One), the weights as well at [`Level::Two`](crate::Level::Two).
+    DropsWeights,
+    /// Cache and weights at both levels; the weights are copied to host memory, from where level one brings them back.
+    KeepsWeights,
+}
+
+/// Whether [`Sampling::seed`](crate::Sampling::seed) decides what a server draws.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seeds {
+    /// Same seed, same tokens, whatever the batch: `--enable-deterministic-inference`, which costs speed and needs a
+    /// GPU.
+    Honoured,
+    /// Draws differ from call to call.
+    Ignored,
+}
+
+/// Whether a server's weights are held against those that were sent, before an update is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verify {
+    /// `SGLang`'s word is taken.
+    Nothing,
+    /// SHA-256 of every parameter, those that `SGLang` fuses as it fuses them. Only for servers on a CPU, which hash in
+    /// that way, with unquantised weights of one shard in the type that they are sent in.
+    Checksums,
+}
+
+impl Start {
+    /// A server of `model`, everything else by default.
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            model: model.into(),
+            program: PathBuf::from("python3"),
+            dtype: None,
+            tensor_parallel: 1,
+            gpus: Vec::new(),
+            memory_share: None,
+            memory_saver: MemorySaver::KeepsWeights,
+            seeds: Seeds::Honoured,
+            context_tokens: None,
+            max_sequences: None,
+            args: Vec::new(),
+            variables: BTreeMap::new(),
+            port: None,
+            log: None,
+            ready_within: Duration::from_secs(600),
+            driver: Driver::default(),
+        }
+    }
+
+    /// Checks what `SGLang` would only find when it has started, or never.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.tensor_parallel == 0 {
+            return bad("tensor_parallel", "0", "at least 1 was expected");
+        }
+        if !self.gpus.is_empty() && self.gpus.len() != self.tensor_parallel {
+            let value = format!("{:?} and {}", self.gpus, self.tensor_parallel);
+            return bad(
+                "gpus and tensor_parallel",
+                value,
+                "as many GPUs as the model is cut over were expected",
+            );
+        }
+        let mut sorted = self.gpus.clone();
+        sorted.sort_unstable();
+        if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
+            return bad("gpus", format!("{:?}", self.gpus), "each GPU may stand there once");
+        }
+        if let Some(share) = self.memory_share.filter(|share| !(*share > 0.0 && *share < 1.0)) {
+            return bad("memory_share", share.to_string(), "a number in (0, 1) was expected");
+        }
+        if self.max_sequences == Some(0) {
+            return bad("max_sequences", "0", "at least 1 was expected");
+        }
+        if let Some(tokens) = self.context_tokens.filter(|tokens| *tokens < 16) {
+            return bad("context_tokens", tokens.to_string(), "at least 16 were expected");
+        }
+        self.driver.check()
+    }
+
+    /// The command line of a server on `port`.
+    pub(super) fn command(&self, port: u16) -> ServerCommand {
+        let mut command = ServerCommand::new("SGLang", &self.program);
+        command.log.clone_from(&self.log);
+        command.arg("-m").arg("sglang.launch_server").arg("--model-path").arg(&self.model);
+        command.arg("--host").arg("127.0.0.1").arg("--port").arg(port.to_string()).arg("--enable-metrics");
+        let mut option = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                command.arg(name).arg(value);
+            }
+        };
+        option("--dtype", self.dtype.clone());
+        option("--tp-size", (self.tensor_parallel > 1).then(|| self.tensor_parallel.to_string()));
+        option("--mem-fraction-static", self.memory_share.map(|share| share.to_string()));
+        option("--context-length", self.context_tokens.map(|tokens| tokens.to_string()));
+        option("--max-running-requests", self.max_sequences.map(|sequences| sequences.to_string()));
+        match self.memory_saver {
+            MemorySaver::Off => {}
+            MemorySaver::DropsWeights => {
+                command.arg("--enable-memory-saver");
+            }
+            MemorySaver::KeepsWeights => {
+                command.arg("--enable-memory-saver").arg("--enable-weights-cpu-backup");
+            }
+        }
+        if self.seeds == Seeds::Honoured {
+            command.arg("--enable-deterministic-inference");
+        }
+        for arg in &self.args {
+            command.arg(arg);
+        }
+        if self.driver.log_probs == LogProbs::Raw {
+            command.variable("SGLANG_RETURN_ORIGINAL_LOGPROB", "1");
+        }
+        if !self.gpus.is_empty() {
+            let gpus: Vec<String> = self.gpus.iter().map(u32::to_string).collect();
+            command.variable("CUDA_VISIBLE_DEVICES", gpus.join(","));
+        }
+        for (name, value) in &self.variables {
+            command.variable(name, value);
+        }
+        command
+    }
+}
+
+/// A server that somebody else has started.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Attach {
+    /// Its address, such as `http://10.0.0.7:30000`.
+    pub url: String,
+    /// The key that it asks for.
+    pub key: Option<ApiKey>,
+    /// A folder of its model on this machine, which tells the vocabulary and the parameters. By default the one that the
+    /// server names, if it is there.
+    pub model: Option<PathBuf>,
+    /// What does not depend on who started the server.
+    pub driver: Driver,
+}
+
+impl Attach {
+    /// A server at `url`, everything else by default.
+    pub fn new(url: impl Into<String>) -> Self {
+        Self { url: url.into(), key: None, model: None, driver: Driver::default() }
+    }
+}
+
+/// How the driver of a server works.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Driver {
+    /// Which log-probabilities the server computes: [`LogProbs::Raw`] with `SGLANG_RETURN_ORIGINAL_LOGPROB=1`, else
+    /// [`LogProbs::Processed`]. A server started here is told, one that is attached to must have been.
+    pub log_probs: LogProbs,
+    /// Whether weights are read back.
+    pub verify: Verify,
+    /// The version of the weights that the server has at the beginning, unless it names one itself.
+    pub version: Version,
+    /// Most prompts that wait for their reply at once; 256 by default.
+    pub requests_at_once: usize,
+    /// Most samples asked for in one call; 64 by default.
+    pub samples_per_request: usize,
+    /// How long a control call may take (sleep, wake, each bucket of an update, its end); 10 minutes by default.
+    pub control_within: Duration,
+}
+
+impl Default for Driver {
+    fn default() -> Self {
+        Self {
+            log_probs: LogProbs::Raw,
+            verify: Verify::Nothing,
+            version: Version(0),
+            requests_at_once: 256,
+            samples_per_request: 64,
+            control_within: Duration::from_secs(600),
+        }
+    }
+}
+
+impl Driver {
+    pub(super) fn check(&self) -> Result<()> {
+        if self.log_probs == LogProbs::None {
+            return bad("log_probs", "none", "raw or processed was expected: a request may ask for none");
+        }
+        if self.requests_at_once == 0 {
+            return bad("requests_at_once", "0", "at least 1 was expected");
+        }
+        if self.samples_per_request == 0 {
+            return bad("samples_per_request", "0", "at least 1 was expected");
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn bad<T>(field: &'static str, value: impl Into<String>, expected: &'static str) -> Result<T> {
+    Err(Error::Settings { engine: "SGLang", field, value: value.into(), expected })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(start: &Start) -> String {
+        format!("{:?}", start.command(30_000))
+    }
+
+    #[test]
+    fn every_setting_reaches_the_command_line() {
+        let mut start = Start::new("/models/a b");
+        start.dtype = Some("bfloat16".to_owned());
+        (start.tensor_parallel, start.gpus) = (2, vec![3, 1]);
+        (start.memory_share, start.context_tokens, start.max_sequences) = (Some(0.5), Some(4096), Some(64));
+        start.args = vec!["--trust-remote-code".into()];
+        let found = line(&start);
+        for expected in [
+            r#""-m", "sglang.launch_server", "--model-path", "/models/a b""#,
+            r#""--host", "127.0.0.1", "--port", "30000""#,
+            r#""--dtype", "bfloat16""#,
+            r#""--tp-size", "2""#,
+            r#""--mem-fraction-static", "0.5""#,
+            r#""--context-length", "4096""#,
+            r#""--max-running-requests", "64""#,
+            r#""--enable-memory-saver", "--enable-weights-cpu-backup""#,
+            "--enable-deterministic-inference",
+            "--trust-remote-code",
+            "CUDA_VISIBLE_DEVICES",
+            "SGLANG_RETURN_ORIGINAL_LOGPROB",
+        ] {
+            assert!(found.contains(expected), "{expected} in {found}");
+        }
+        (start.memory_saver, start.seeds) = (MemorySaver::Off, Seeds::Ignored);
+        start.driver.log_probs = LogProbs::Processed;
+        let found = line(&start);
+        for unexpected in ["memory-saver", "backup", "deterministic", "ORIGINAL"] {
+            assert!(!found.contains(unexpected), "{unexpected} in {found}");
+        }
+        start.memory_saver = MemorySaver::DropsWeights;
+        assert!(line(&start).contains("--enable-memory-saver") && !line(&start).contains("backup"));
+    }
+
+    #[test]
+    fn settings_that_cannot_work_are_refused_with_their_field() {
+        type Change = fn(&mut Start);
+        let changes: [(&str, Change); 9] = [
+            ("tensor_parallel", |s| s.tensor_parallel = 0),
+            ("gpus and tensor_parallel", |s| s.gpus = vec![0, 1]),
+            ("gpus", |s| (s.gpus, s.tensor_parallel) = (vec![0, 0], 2)),
+            ("memory_share", |s| s.memory_share = Some(1.0)),
+            ("max_sequences", |s| s.max_sequences = Some(0)),
+            ("context_tokens", |s| s.context_tokens = Some(15)),
+            ("log_probs", |s| s.driver.log_probs = LogProbs::None),
+            ("requests_at_once", |s| s.driver.requests_at_once = 0),
+            ("samples_per_request", |s| s.driver.samples_per_request = 0),
+        ];
+        Start::new("m").check().unwrap();
+        for (field, change) in changes {
+            let mut start = Start::new("m");
+            change(&mut start);
+            let error = start.check().unwrap_err();
+            assert!(matches!(&error, Error::Settings { field: found, .. } if *found == field), "{error:?}");
+        }
+    }
+}
