@@ -19,10 +19,8 @@ const LONG: Duration = Duration::from_secs(120);
 
 /// What the set-up left in the folder that the variable names.
 fn folder() -> PathBuf {
-    let variable = "LIGHTRFT_LIVE_SGLANG";
-    PathBuf::from(
-        std::env::var_os(variable).expect("LIGHTRFT_LIVE_SGLANG: run `cargo xtask live sglang DIR`"),
-    )
+    let variable = "LIGHTRFT_LIVE";
+    PathBuf::from(std::env::var_os(variable).expect("LIGHTRFT_LIVE: run `cargo xtask live sglang DIR`"))
 }
 
 fn model(name: &str) -> PathBuf {
@@ -56,7 +54,7 @@ fn weights(name: &str) -> Vec<TensorBytes> {
 }
 
 fn start(name: &str) -> Start {
-    let mut start = Start::new(model(name).to_str().unwrap());
+    let mut start = Start::new(model(name));
     start.program = folder().join("venv/bin/python");
     start.dtype = Some("float32".into());
     start.memory_saver = MemorySaver::Off; // a CPU has none

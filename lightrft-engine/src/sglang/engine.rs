@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, ServerInfo, tags, woken};
@@ -30,8 +29,11 @@ const NAMES: MetricNames = MetricNames {
 /// A limit that is not known: no request reaches it.
 const UNKNOWN: usize = u32::MAX as usize;
 
+/// How long a look at a server's health may take.
+const PROBE: Duration = Duration::from_secs(5);
+
 /// How long a server that seems to have died may take to be gone.
-const LAST_BREATH: Duration = Duration::from_secs(5);
+const LAST_BREATH: Duration = Duration::from_secs(10);
 
 /// An `SGLang` server.
 #[derive(Debug)]
@@ -64,25 +66,14 @@ impl SglangEngine {
     /// ready in time, with the last lines of its log.
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
-        let folder = Path::new(&start.model);
-        let model = if folder.is_dir() { Model::from_folder(folder)? } else { Model::default() };
-        let port = match start.port {
-            Some(port) => port,
-            None => free_port().map_err(|source| Error::Backend {
-                engine: "SGLang",
-                operation: "find a free port",
-                source: Box::new(source),
-            })?,
+        let model = Model::from_folder(&start.model)?;
+        let (process, control) = match start.port {
+            Some(port) => launch(start, port, tell)?,
+            None => launch_on_a_free_port(start, tell)?,
         };
-        let url = format!("http://127.0.0.1:{port}");
-        let connect = || Http::new("SGLang", &url, None);
-        let control = Control::new(connect()?, start.driver.control_within);
-        let mut process = ServerProcess::start(&start.command(port))?;
-        // It answers before it can draw; it is ready once it has drawn.
-        let ready = |within: Duration| control.is_up(within) && control.is_healthy(LAST_BREATH);
-        process.wait_until_ready(start.ready_within, ready, tell)?;
+        let second = Http::new("SGLang", control.http.base(), None)?;
         let info = control.server_info()?;
-        Self::assemble(control, connect()?, &info, model, start.driver.clone(), Some(process))
+        Self::assemble(control, second, &info, model, start.driver.clone(), Some(process))
     }
 
     /// Takes a running server, which must be awake.
@@ -269,23 +260,20 @@ impl SglangEngine {
         if !error.may_be_the_end() {
             return error.into();
         }
-        let Some(process) = self.process.as_mut() else {
-            if !self.control.is_up(LAST_BREATH) {
-                self.state = State::Dead;
-            }
+        if self.control.is_up(PROBE) {
             return error.into();
-        };
-        let start = Instant::now();
-        loop {
-            if let Err(ended) = process.alive() {
+        }
+        // A server of ours that does not answer and does not end has no more than a bad time.
+        let ended = self.process.as_mut().map(|process| process.ends_within(LAST_BREATH));
+        match ended {
+            Some(Ok(())) => return error.into(),
+            Some(Err(ended)) => {
                 self.state = State::Dead;
                 return ended.into();
             }
-            if start.elapsed() > LAST_BREATH || self.control.is_up(Duration::from_millis(500)) {
-                return error.into();
-            }
-            thread::sleep(Duration::from_millis(50));
+            None => self.state = State::Dead,
         }
+        error.into()
     }
 
     fn asked(&self, requests: &[Request]) -> Result<Vec<Ask>> {
@@ -335,7 +323,7 @@ impl Engine for SglangEngine {
         match done {
             Ok(completions) => Ok(completions.into_iter().flatten().collect()),
             Err(error) => {
-                if let Err(also) = self.requests.give_up(&unanswered, LAST_BREATH) {
+                if let Err(also) = self.requests.give_up(&unanswered, PROBE) {
                     tracing::debug!(%also, "requests given up");
                 }
                 Err(match error {
@@ -401,6 +389,41 @@ impl Engine for SglangEngine {
         let known = &self.model.parameters;
         let shapes = known.iter().map(|(name, (_, shape))| (name.clone(), shape.clone()));
         (!known.is_empty()).then(|| shapes.collect())
+    }
+}
+
+fn launch(
+    start: &Start,
+    port: u16,
+    tell: &mut dyn FnMut(&StartProgress),
+) -> Result<(ServerProcess, Control)> {
+    let mut process = ServerProcess::start(&start.command(port))?;
+    let http = Http::new("SGLang", &format!("http://127.0.0.1:{port}"), None)?;
+    let control = Control::new(http, start.driver.control_within);
+    // It answers before it can draw; it is ready once it has drawn.
+    let ready = |within: Duration| control.is_up(within) && control.is_healthy(PROBE);
+    process.wait_until_ready(start.ready_within, ready, tell)?;
+    Ok((process, control))
+}
+
+/// Somebody else may take a port between the moment it is found free and the server's own taking it.
+fn launch_on_a_free_port(
+    start: &Start,
+    tell: &mut dyn FnMut(&StartProgress),
+) -> Result<(ServerProcess, Control)> {
+    let mut attempts = 3;
+    loop {
+        attempts -= 1;
+        let port = free_port().map_err(|source| Error::Backend {
+            engine: "SGLang",
+            operation: "find a free port",
+            source: Box::new(source),
+        })?;
+        let result = launch(start, port, tell);
+        let taken = matches!(&result, Err(Error::Server(error)) if error.is_of_a_taken_port());
+        if !taken || attempts == 0 {
+            return result;
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! use lightrft_engine::sglang::{SglangEngine, Start};
 //! use lightrft_engine::{Engine, EngineExt, HfFolder, Identity, Level, Parts, Request, Sampling, Version};
 //!
-//! let mut start = Start::new("Qwen/Qwen2.5-VL-7B-Instruct");
+//! let mut start = Start::new("/models/Qwen2.5-VL-7B-Instruct");
 //! start.gpus = vec![0];
 //! let mut engine = SglangEngine::start(&start, &mut |progress| println!("{}", progress.last_line))?;
 //! let completions = engine.complete(&[Request::new([1, 2, 3], Sampling::default()).samples(8)])?;

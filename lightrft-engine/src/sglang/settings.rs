@@ -12,9 +12,8 @@ use crate::{Error, LogProbs, Result, Version};
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Start {
-    /// The model: a folder, or a name that `SGLang` looks up. Only of a folder are the vocabulary, the pads and the
-    /// parameters known.
-    pub model: String,
+    /// The model's folder, which tells the driver the vocabulary, the pads and the parameters too.
+    pub model: PathBuf,
     /// The Python that has `SGLang`; `python3` by default.
     pub program: PathBuf,
     /// Type of the weights and of the arithmetic, as `--dtype` takes it; the model's own by default.
@@ -79,8 +78,8 @@ pub enum Verify {
 }
 
 impl Start {
-    /// A server of `model`, everything else by default.
-    pub fn new(model: impl Into<String>) -> Self {
+    /// A server of the model in this folder, everything else by default.
+    pub fn new(model: impl Into<PathBuf>) -> Self {
         Self {
             model: model.into(),
             program: PathBuf::from("python3"),

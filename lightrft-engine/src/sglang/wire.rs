@@ -206,10 +206,13 @@ struct Drawn {
     meta_info: MetaInfo,
 }
 
+/// Log-probability, token and its text; `SGLang` writes NaN and infinities as nothing.
+type TokenLogProb = (Option<f32>, u32, Option<String>);
+
 #[derive(Deserialize)]
 struct MetaInfo {
     finish_reason: Option<Finish>,
-    output_token_logprobs: Option<Vec<(Option<f32>, u32, Option<String>)>>,
+    output_token_logprobs: Option<Vec<TokenLogProb>>,
     weight_version: Option<String>,
     /// Spans of the completion by the weights that drew them.
     weight_versions: Option<Vec<Span>>,
@@ -304,7 +307,7 @@ fn completion(reply: &Reply, at: usize, drawn: Drawn, asked: Asked<'_>) -> Resul
                 position,
                 reason: "its log-probability is NaN or -inf".to_owned(),
             };
-            let finite = |(position, (log_prob, _, _)): (usize, &(Option<f32>, u32, Option<String>))| {
+            let finite = |(position, (log_prob, _, _)): (usize, &TokenLogProb)| {
                 log_prob.filter(|l| l.is_finite()).ok_or_else(|| broken(position))
             };
             found.iter().enumerate().map(finite).collect::<Result<_>>()?
@@ -327,3 +330,7 @@ fn completion(reply: &Reply, at: usize, drawn: Drawn, asked: Asked<'_>) -> Resul
     let (request, sample) = (asked.job.request, asked.job.first + at);
     Ok(Completion { request, sample, tokens, log_probs, finish, version })
 }
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;

@@ -1,8 +1,7 @@
-//! The `SGLang` driver against a server that behaves as the real one was seen to, and against its recorded replies.
+//! The `SGLang` driver against a server that behaves as the real one was seen to.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod fake;
-mod recorded;
 
 use std::time::{Duration, Instant};
 
