@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use safetensors::Dtype;
 use serde::Deserialize;
 
 use crate::{Error, HfFolder, MediaKind, Result, WeightSource};
@@ -14,8 +13,8 @@ pub(crate) struct Model {
     pub(crate) vocabulary: Option<usize>,
     pub(crate) image_pad: Option<u32>,
     pub(crate) video_pad: Option<u32>,
-    /// Type and shape of each parameter, by name; empty if they are not known.
-    pub(crate) parameters: BTreeMap<String, (Dtype, Vec<usize>)>,
+    /// Shape of each parameter, by name; empty if they are not known.
+    pub(crate) parameters: BTreeMap<String, Vec<usize>>,
 }
 
 #[derive(Deserialize)]
@@ -43,8 +42,8 @@ impl Model {
         let names = ["model.safetensors", "model.safetensors.index.json"];
         if names.iter().any(|name| folder.join(name).exists()) {
             let weights = HfFolder::open(folder)?;
-            let described = weights.tensors().iter().map(|t| (t.name.clone(), (t.dtype, t.shape.clone())));
-            parameters = described.collect();
+            let infos = weights.tensors().iter();
+            parameters = infos.map(|t| (t.name.clone(), t.shape.clone())).collect();
         }
         if config.tie_word_embeddings == Some(true) {
             // Stored twice by some, and one parameter all the same.
@@ -71,6 +70,8 @@ impl Model {
 mod tests {
     use std::fs;
 
+    use safetensors::Dtype;
+
     use super::*;
 
     fn write(folder: &Path, name: &str, text: &str) {
@@ -92,7 +93,7 @@ mod tests {
         let model = Model::from_folder(path).unwrap();
         assert_eq!(model.vocabulary, Some(320));
         assert_eq!((model.pad(MediaKind::Image), model.pad(MediaKind::Video)), (Some(5), Some(6)));
-        let expected = [("a", (Dtype::F32, vec![2, 3])), ("lm_head.weight", (Dtype::F32, vec![6]))];
+        let expected = [("a", vec![2, 3]), ("lm_head.weight", vec![6])];
         assert!(model.parameters.iter().map(|(n, p)| (n.as_str(), p.clone())).eq(expected));
 
         write(path, "config.json", r#"{"vocab_size":9,"tie_word_embeddings":true}"#);

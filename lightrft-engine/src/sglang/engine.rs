@@ -116,8 +116,8 @@ impl SglangEngine {
                 "only a server on a CPU, of one shard, takes checksums that can be compared",
             );
         }
-        // A prompt of this length and one token are taken, whatever else the scheduler keeps for itself.
-        let context_tokens = info.max_req_input_len.map_or(UNKNOWN, |longest| longest.saturating_add(1));
+        // Shorter prompts than this are taken, whatever else the scheduler keeps for itself.
+        let context_tokens = info.max_req_input_len.unwrap_or(UNKNOWN);
         let limits = Limits { vocabulary, context_tokens };
         let named = control.model_info()?.weight_version.and_then(|version| version.parse().ok());
         let flight = Arc::new(Flight::default());
@@ -387,8 +387,7 @@ impl Engine for SglangEngine {
 
     fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
         let known = &self.model.parameters;
-        let shapes = known.iter().map(|(name, (_, shape))| (name.clone(), shape.clone()));
-        (!known.is_empty()).then(|| shapes.collect())
+        (!known.is_empty()).then(|| known.clone())
     }
 }
 

@@ -41,7 +41,7 @@ impl<'a> SglangUpdate<'a> {
             if !known.is_empty() {
                 match known.get(tensor.name()) {
                     None => return Err(Error::UnknownTensor { name: name() }),
-                    Some((_, expected)) if expected != tensor.shape() => {
+                    Some(expected) if expected != tensor.shape() => {
                         let (got, expected) = (tensor.shape().to_vec(), expected.clone());
                         return Err(Error::Shape { name: name(), got, expected });
                     }

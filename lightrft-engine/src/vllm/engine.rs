@@ -7,14 +7,12 @@ use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::flight::{Flight, Requests};
-use super::metrics::Metrics;
-use super::model::Model;
 use super::settings::{Attach, Driver, Start};
 use super::transfer::{Transport, transport};
 use super::update::VllmUpdate;
 use super::wire::{self, Asked, Job};
 use crate::generate::check_fields;
-use crate::server::{Http, ServerProcess, free_port, in_parallel};
+use crate::server::{Http, MetricNames, Metrics, Model, ServerProcess, free_port, in_parallel};
 use crate::{
     ApiKey, Cache, Completion, Engine, Error, Event, FinishReason, Level, Limits, MediaKind, MemoryBytes,
     Parts, Progress, Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
@@ -22,6 +20,15 @@ use crate::{
 
 /// The plug-in of the server's workers.
 const PLUGIN: &str = include_str!("lightrft_vllm.py");
+
+/// How vLLM calls its counters; older ones speak of a GPU's cache.
+const COUNTERS: MetricNames = MetricNames {
+    running: "vllm:num_requests_running",
+    waiting: "vllm:num_requests_waiting",
+    cache_share: &["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"],
+    prompt_tokens: "vllm:prompt_tokens_total",
+    generated_tokens: "vllm:generation_tokens_total",
+};
 
 /// How long a look at a server's health may take.
 const PROBE: Duration = Duration::from_secs(5);
@@ -153,7 +160,7 @@ impl VllmEngine {
     /// [`Error::Server`].
     pub fn metrics(&self) -> Result<Metrics> {
         let reply = self.control.http.get("/metrics", self.driver.control_within)?;
-        Ok(Metrics::parse(&String::from_utf8_lossy(&reply.bytes)))
+        Ok(Metrics::parse(&String::from_utf8_lossy(&reply.bytes), &COUNTERS))
     }
 
     pub(super) fn model(&self) -> &Model {

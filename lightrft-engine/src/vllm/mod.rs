@@ -26,8 +26,6 @@
 mod control;
 mod engine;
 mod flight;
-mod metrics;
-mod model;
 mod settings;
 mod staging;
 mod transfer;
@@ -36,5 +34,4 @@ mod wire;
 
 pub use engine::VllmEngine;
 pub use flight::Requests;
-pub use metrics::Metrics;
 pub use settings::{Attach, Driver, Start, Transfer};

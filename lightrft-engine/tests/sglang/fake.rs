@@ -340,7 +340,7 @@ fn tensor_in(payload: &[u8], name: &str) -> Option<Vec<u8>> {
     let at = find(&[&(name.len() as u32).to_le_bytes(), name.as_bytes()].concat(), metadata)?;
     let (start, end) = (number(b"start_idx", at)?, number(b"end_idx", at)?);
     // After the last of torch's five pickles, a list of one key, and the count of bytes.
-    let data = find(b"](X\x01\0\0\00e.", 0)? + 8;
+    let data = find(b"](X\x01\x00\x00\x000e.", 0)? + 8;
     Some(payload[data + start..data + end].to_vec())
 }
 

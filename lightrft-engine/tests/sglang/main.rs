@@ -230,7 +230,7 @@ fn a_request_is_sent_as_sglang_reads_it() {
     };
     let media = [Media::image_at("data:a"), Media::video_at("data:b"), Media::image_at("data:c")];
     let request = Request::new([1, 5, 6, 5], sampling).samples(2).with_media(media);
-    engine.complete(&[request.clone()]).unwrap();
+    engine.complete(std::slice::from_ref(&request)).unwrap();
     let (path, body) = fake.calls().remove(0);
     assert_eq!(path, "/generate");
     assert_eq!(body["input_ids"], serde_json::json!([[1, 5, 6, 5], [1, 5, 6, 5]]));
