@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::python_json::{self, Layout};
+use crate::small_object::{Json, object};
 
 /// JSON whose objects keep the order of their keys, which templates print: messages, tools, documents.
 ///
@@ -35,7 +36,7 @@ impl OrderedJson {
 
 impl<'de> Deserialize<'de> for OrderedJson {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Value::deserialize(deserializer).map(Self)
+        Json::deserialize(deserializer).map(|Json(value)| Self(value))
     }
 }
 
@@ -86,6 +87,8 @@ pub struct ChatOptions {
 pub struct ChatTemplate {
     env: Environment<'static>,
     variables: Vec<(String, Value)>,
+    /// Renders conversations with tools, where a model has a template of its own for them.
+    tool_use: Option<Box<ChatTemplate>>,
 }
 
 const NAME: &str = "chat_template";
@@ -113,16 +116,14 @@ impl io::Write for Capped {
     }
 }
 
-/// Tokens of `tokenizer_config.json` that templates use by name.
-const SPECIAL_TOKENS: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-
 impl ChatTemplate {
     /// Compiles a template.
     ///
     /// # Errors
     /// [`Error::Template`] with the line that is wrong.
     pub fn new(source: &str) -> Result<Self, Error> {
+        // Jinja2 takes every kind of line end for this one.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let mut env = Environment::new();
         env.set_syntax(
             SyntaxConfig::builder()
@@ -140,47 +141,21 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         env.add_function("strftime_now", |format: &str| strftime(format, jiff::Zoned::now().datetime()));
-        env.add_template_owned(NAME, without_generation_tags(source)).map_err(failed("compile"))?;
-        Ok(Self { env, variables: Vec::new() })
-    }
-
-    /// Takes the template and the special tokens out of the text of a `tokenizer_config.json`.
-    ///
-    /// `name` chooses one of several templates; `default` is taken where it is `None`.
-    ///
-    /// # Errors
-    /// [`Error::Template`] where the file has no template (of this name).
-    pub fn from_tokenizer_config(json: &str, name: Option<&str>) -> Result<Self, Error> {
-        let config = OrderedJson::parse(json)?.0;
-        let field =
-            |value: &Value, key: &str| value.get_attr(key).ok().filter(|v| !v.is_undefined() && !v.is_none());
-        let wanted = name.unwrap_or("default");
-        let found = field(&config, "chat_template").and_then(|template| {
-            if template.as_str().is_some() {
-                return Some(template).filter(|_| name.is_none());
-            }
-            let is_wanted = |one: &Value| field(one, "name").is_some_and(|n| n.as_str() == Some(wanted));
-            template.try_iter().ok()?.find(is_wanted).and_then(|one| field(&one, "template"))
-        });
-        let source = found.as_ref().and_then(Value::as_str).ok_or_else(|| Error::Template {
-            action: "find",
-            message: format!("no `{wanted}` under `chat_template` in the tokenizer's configuration"),
-        })?;
-        let mut template = Self::new(source)?;
-        for token in SPECIAL_TOKENS {
-            let Some(value) = field(&config, token) else { continue };
-            // A token with its flags is an object, with the text under `content`.
-            let text = if value.as_str().is_some() { Some(value) } else { field(&value, "content") };
-            template.variables.extend(text.map(|text| (token.to_owned(), text)));
-        }
-        Ok(template)
+        env.add_template_owned(NAME, without_generation_tags(&source)).map_err(failed("compile"))?;
+        Ok(Self { env, variables: Vec::new(), tool_use: None })
     }
 
     /// Sets a variable for every rendering: `bos_token`, for example.
     #[must_use]
     pub fn with_variable(mut self, name: &str, value: &str) -> Self {
         self.variables.push((name.to_owned(), value.into()));
+        self.tool_use = self.tool_use.map(|tool_use| Box::new(tool_use.with_variable(name, value)));
         self
+    }
+
+    /// Has conversations with tools rendered by another template.
+    pub(crate) fn with_tool_use(self, template: Self) -> Self {
+        Self { tool_use: Some(Box::new(template)), ..self }
     }
 
     /// Lets `strftime_now` give this day instead of today's, so that a run can be repeated.
@@ -192,6 +167,7 @@ impl ChatTemplate {
             .map_err(|e| Error::Template { action: "set the day", message: e.to_string() })?;
         let midnight = date.to_datetime(jiff::civil::Time::midnight());
         self.env.add_function("strftime_now", move |format: &str| strftime(format, midnight));
+        self.tool_use = self.tool_use.map(|t| t.with_date(year, month, day).map(Box::new)).transpose()?;
         Ok(self)
     }
 
@@ -201,6 +177,9 @@ impl ChatTemplate {
     /// [`Error::Template`] with what the template said through `raise_exception`, or with what failed and in which of
     /// its lines.
     pub fn render(&self, messages: &OrderedJson, options: &ChatOptions) -> Result<String, Error> {
+        if let (Some(tool_use), Some(_)) = (&self.tool_use, &options.tools) {
+            return tool_use.render(messages, options);
+        }
         let or_none =
             |json: &Option<OrderedJson>| json.as_ref().map_or(Value::from(()), |json| json.0.clone());
         let given = [
@@ -211,7 +190,8 @@ impl ChatTemplate {
         ];
         let variables = self.variables.iter().map(|(name, value)| (name.as_str(), value.clone()));
         let more = options.variables.iter().map(|(name, json)| (name.as_str(), json.0.clone()));
-        let context = Value::from_pairs(variables.chain(given).chain(more));
+        let all = variables.chain(given).chain(more);
+        let context = object(all.map(|(name, value)| (name.into(), value)));
         let template = self.env.get_template(NAME).map_err(failed("find"))?;
         let mut text = Capped { bytes: Vec::new(), is_full: false };
         let rendered = template.render_captured_to(context, &mut text).map(drop);

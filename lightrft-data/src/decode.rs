@@ -1,20 +1,20 @@
-//! Images and videos to pixels: late, in parallel, and only within limits that are checked before anything is decoded.
+//! Images and videos to pixels, and sounds to their bytes, one at a time, and only within limits that are checked before
+//! anything is decoded.
 
 use std::borrow::Cow;
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fmt, thread};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader};
 
 use crate::Error;
 use crate::jpeg;
-use crate::media::{MediaSource, MediumProblem, Pixels, shorten};
+use crate::media::{Audio, MediaSource, MediumProblem, Pixels, shorten};
 use crate::media_bytes;
-use crate::multimodal::{Media, MediaKind, MultimodalInput};
 
 /// Which files may be read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub enum PathPolicy {
 /// What a [`MediaDecoder`] accepts, and how many threads it takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecodeConfig {
-    /// Most encoded bytes of one image or frame.
+    /// Most encoded bytes of one image, frame or sound.
     pub max_bytes: usize,
     /// Most pixels of one image or frame, by its header.
     pub max_pixels: u64,
@@ -39,7 +39,7 @@ pub struct DecodeConfig {
     /// Most pixels of all media of a batch together, which [`MediaDecoder::decode`] holds at 3 bytes each. They are
     /// counted by each header, before it is decoded.
     pub max_batch_pixels: u64,
-    /// Most images and frames of one prompt; they are counted before anything is opened.
+    /// Most images, frames and sounds of one prompt; they are counted before anything is opened.
     pub max_media: usize,
     /// Which files may be read.
     pub paths: PathPolicy,
@@ -48,8 +48,8 @@ pub struct DecodeConfig {
 }
 
 impl Default for DecodeConfig {
-    /// 32 MiB encoded, Pillow's 89,478,485 pixels an image, four times that a video, 2^30 (3 GiB) a batch, 4,096 images
-    /// and frames a prompt, any path, as many threads as there are processors but at most 8.
+    /// 32 MiB encoded, Pillow's 89,478,485 pixels an image, four times that a video, 2^30 (3 GiB) a batch, 4,096 images,
+    /// frames and sounds a prompt, any path, as many threads as there are processors but at most 8.
     fn default() -> Self {
         let max_pixels = 89_478_485;
         let threads = thread::available_parallelism().map_or(1, |n| n.get().min(8));
@@ -83,7 +83,8 @@ pub trait Fetch: fmt::Debug + Send + Sync {
 /// dropped, grey is tripled, of an animation the first picture is taken, and a rotation
 /// that metadata ask for is not done. Values of 16 bits are scaled to 8 (Pillow does so for colours, but cuts 16-bit grey
 /// off at 255). A file that is cut short is an error; its end is
-/// never made up. Damage inside is an error where the format shows it: PNG has checksums, JPEG's scans have none.
+/// never made up. Damage inside is an error where the format shows it: PNG has checksums, JPEG's scans have none. Sounds are
+/// read within the same limits and handed on as they are.
 ///
 /// ```
 /// use lightrft_data::{DecodeConfig, Media, MediaDecoder, MediaSource, MultimodalInput};
@@ -91,17 +92,18 @@ pub trait Fetch: fmt::Debug + Send + Sync {
 /// let dot = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC";
 /// let input = MultimodalInput {
 ///     prompt: "<|vision_start|><|image_pad|><|vision_end|>Which colour?".into(),
-///     images: vec![Media::One(MediaSource::parse(dot)?)],
-///     videos: vec![],
+///     images: vec![Media::One(MediaSource::parse(dot)?)].into(),
+///     videos: vec![].into(),
+///     audios: vec![].into(),
 /// };
 /// let decoded = MediaDecoder::new(DecodeConfig::default())?.decode(&[input])?;
-/// let Media::One(pixels) = &decoded[0].images[0] else { unreachable!() };
+/// let pixels = &decoded[0].images[0];
 /// assert_eq!((pixels.height(), pixels.width(), pixels.rgb()), (1, 1, &[255, 0, 0][..]));
 /// # Ok::<_, Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct MediaDecoder {
-    config: DecodeConfig,
+    pub(crate) config: DecodeConfig,
     fetch: Option<Arc<dyn Fetch>>,
 }
 
@@ -131,43 +133,6 @@ impl MediaDecoder {
         Self { fetch: Some(Arc::new(fetch)), ..self }
     }
 
-    /// Decodes all media of a batch. Order and numbers are kept; at most `threads` media are decoded at a time.
-    ///
-    /// # Errors
-    /// [`Error::Medium`] with prompt, kind and place; of several, the first in the order of the batch. Where the pixels of
-    /// the batch are too many, it names one of those that were too much.
-    pub fn decode(
-        &self,
-        inputs: &[MultimodalInput<MediaSource>],
-    ) -> Result<Vec<MultimodalInput<Pixels>>, Error> {
-        let mut jobs = Vec::new();
-        let limit = self.config.max_media;
-        for (prompt, input) in inputs.iter().enumerate() {
-            let mut found = 0usize;
-            for (kind, media) in [(MediaKind::Image, &input.images), (MediaKind::Video, &input.videos)] {
-                for (place, medium) in media.iter().enumerate() {
-                    let job = Job { prompt, kind, place, medium };
-                    found = found.saturating_add(match medium {
-                        Media::One(MediaSource::Frames(frames)) => frames.len(),
-                        Media::One(MediaSource::Pixels(pixels)) => pixels.frames(),
-                        _ => 1,
-                    });
-                    if found > limit {
-                        return Err(job.failed(MediumProblem::TooManyMedia { limit }));
-                    }
-                    jobs.push(job);
-                }
-            }
-        }
-        let mut pixels = self.run(&jobs)?.into_iter().map(Media::One);
-        let decoded = inputs.iter().map(|input| MultimodalInput {
-            prompt: input.prompt.clone(),
-            images: pixels.by_ref().take(input.images.len()).collect(),
-            videos: pixels.by_ref().take(input.videos.len()).collect(),
-        });
-        Ok(decoded.collect())
-    }
-
     /// Decodes one image.
     ///
     /// # Errors
@@ -176,14 +141,19 @@ impl MediaDecoder {
         self.image_within(source, &Budget::new(u64::MAX))
     }
 
-    fn image_within(&self, source: &MediaSource, budget: &Budget) -> Result<Pixels, MediumProblem> {
+    pub(crate) fn image_within(
+        &self,
+        source: &MediaSource,
+        budget: &Budget,
+    ) -> Result<Pixels, MediumProblem> {
         match source {
             MediaSource::Frames(frames) => Err(MediumProblem::NotAnImage { frames: frames.len() }),
             MediaSource::Pixels(pixels) => match pixels.frames() {
                 1 => self.checked(pixels, budget),
                 frames => Err(MediumProblem::NotAnImage { frames }),
             },
-            encoded => self.decode_bytes(&self.bytes(encoded)?, budget),
+            MediaSource::Audio(_) => Err(MediumProblem::NotPixels),
+            encoded => self.decode_bytes(&self.bytes(encoded, "image/")?, budget),
         }
     }
 
@@ -195,10 +165,15 @@ impl MediaDecoder {
         self.video_within(source, &Budget::new(u64::MAX))
     }
 
-    fn video_within(&self, source: &MediaSource, budget: &Budget) -> Result<Pixels, MediumProblem> {
+    pub(crate) fn video_within(
+        &self,
+        source: &MediaSource,
+        budget: &Budget,
+    ) -> Result<Pixels, MediumProblem> {
         let frames = match source {
             MediaSource::Frames(frames) => frames,
             MediaSource::Pixels(pixels) => return self.checked(pixels, budget),
+            MediaSource::Audio(_) => return Err(MediumProblem::NotPixels),
             _ => return Err(MediumProblem::NotAVideo),
         };
         let mut rgb = Vec::new();
@@ -229,6 +204,23 @@ impl MediaDecoder {
         Pixels::new(frames.len(), height, width, rgb)
     }
 
+    /// Reads a sound. A file is handed on whole, and says its rate itself.
+    ///
+    /// # Errors
+    /// [`MediumProblem`], [`MediumProblem::NotAudio`] for frames and tensors.
+    pub fn audio(&self, source: &MediaSource) -> Result<Audio, MediumProblem> {
+        let limit = self.config.max_bytes;
+        match source {
+            MediaSource::Frames(_) | MediaSource::Pixels(_) => Err(MediumProblem::NotAudio),
+            MediaSource::Audio(audio) if audio.bytes().len() > limit => {
+                Err(MediumProblem::TooManyBytes { limit })
+            }
+            MediaSource::Audio(audio) => Ok(audio.clone()),
+            MediaSource::Bytes(bytes) if bytes.len() <= limit => Audio::of_file(Arc::clone(bytes)),
+            encoded => Audio::of_file(self.bytes(encoded, "audio/")?.into_owned()),
+        }
+    }
+
     /// Frames, height and width of an image or a video, from the header of its first image: what
     /// [`VisionTokens`](crate::VisionTokens) needs, without decoding. The file is read, or the address fetched, whole, and
     /// again when it is decoded; where that is slow, decode first and take the size of the [`Pixels`].
@@ -254,64 +246,21 @@ impl MediaDecoder {
         match source {
             MediaSource::Frames(frames) => Err(MediumProblem::NotAnImage { frames: frames.len() }),
             MediaSource::Pixels(pixels) => Ok((pixels.frames(), pixels.height(), pixels.width())),
+            MediaSource::Audio(_) => Err(MediumProblem::NotPixels),
             encoded => guarded(|| {
-                let bytes = self.bytes(encoded)?;
+                let bytes = self.bytes(encoded, "image/")?;
                 let (width, height) = self.decoder(&bytes)?.dimensions();
                 Ok((1, height, width))
             }),
         }
     }
 
-    fn run(&self, jobs: &[Job<'_>]) -> Result<Vec<Pixels>, Error> {
-        let budget = Budget::new(self.config.max_batch_pixels);
-        let (next, failed) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
-        // Jobs are taken in order, so every job before the first that fails is taken and brought to its end.
-        let work = || {
-            let mut done = Vec::new();
-            loop {
-                let at = next.fetch_add(1, Ordering::Relaxed);
-                let Some(job) = jobs.get(at).filter(|_| at < failed.load(Ordering::Relaxed)) else {
-                    return done;
-                };
-                let result = job.decode(self, &budget);
-                if result.is_err() {
-                    failed.fetch_min(at, Ordering::Relaxed);
-                }
-                done.push((at, result));
-            }
-        };
-        let mut done = thread::scope(|scope| {
-            let others = self.config.threads.min(jobs.len()).saturating_sub(1);
-            // Where no further thread can be had, those that there are do the work.
-            let others: Vec<_> = (0..others)
-                .map_while(|_| thread::Builder::new().name("media".into()).spawn_scoped(scope, work).ok())
-                .collect();
-            let mut done = work();
-            for other in others {
-                // Jobs catch panics. Should a thread be lost all the same, its jobs are missed below.
-                done.extend(other.join().unwrap_or_default());
-            }
-            done
-        });
-        done.sort_unstable_by_key(|(at, _)| *at);
-        let mut pixels = Vec::with_capacity(jobs.len());
-        let mut done = done.into_iter().peekable();
-        for (at, job) in jobs.iter().enumerate() {
-            // Places are matched one by one: no medium may slide into the place of one that was lost.
-            let Some((_, result)) = done.next_if(|(found, _)| *found == at) else {
-                let message = "the thread that decoded it is gone".to_owned();
-                return Err(job.failed(MediumProblem::Panicked { message }));
-            };
-            pixels.push(result?);
-        }
-        Ok(pixels)
-    }
-
-    fn bytes<'a>(&self, source: &'a MediaSource) -> Result<Cow<'a, [u8]>, MediumProblem> {
+    /// The encoded bytes; a data URL must be of this type (`image/`, `audio/`).
+    fn bytes<'a>(&self, source: &'a MediaSource, kind: &'static str) -> Result<Cow<'a, [u8]>, MediumProblem> {
         let limit = self.config.max_bytes;
         let bytes: Cow<'a, [u8]> = match source {
             MediaSource::Path(path) => media_bytes::read(path, &self.config.paths, limit)?.into(),
-            MediaSource::DataUrl(url) => media_bytes::from_data_url(url, limit)?.into(),
+            MediaSource::DataUrl(url) => media_bytes::from_data_url(url, kind, limit)?.into(),
             MediaSource::Bytes(bytes) => bytes.as_ref().into(),
             MediaSource::Url(url) => match &self.fetch {
                 Some(fetch) => fetch.fetch(url, limit)?.into(),
@@ -319,6 +268,7 @@ impl MediaDecoder {
             },
             // The caller has taken these apart.
             MediaSource::Frames(_) | MediaSource::Pixels(_) => return Err(MediumProblem::NotAVideo),
+            MediaSource::Audio(_) => return Err(MediumProblem::NotPixels),
         };
         match bytes.len() {
             0 => Err(MediumProblem::Empty),
@@ -395,13 +345,13 @@ fn is_whole_webp(bytes: &[u8]) -> bool {
 }
 
 /// The pixels that a batch may still have. Threads take from it before they decode.
-struct Budget {
+pub(crate) struct Budget {
     left: AtomicU64,
     limit: u64,
 }
 
 impl Budget {
-    fn new(limit: u64) -> Self {
+    pub(crate) fn new(limit: u64) -> Self {
         Self { left: AtomicU64::new(limit), limit }
     }
 
@@ -418,7 +368,7 @@ impl Budget {
 
 /// The decoders read what strangers wrote, and fetching is the caller's code; should one have a defect, an image is lost
 /// and not the run.
-fn guarded<T>(decode: impl FnOnce() -> Result<T, MediumProblem>) -> Result<T, MediumProblem> {
+pub(crate) fn guarded<T>(decode: impl FnOnce() -> Result<T, MediumProblem>) -> Result<T, MediumProblem> {
     catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|panic| {
         let message = match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
             (Some(text), _) => (*text).to_owned(),
@@ -427,30 +377,4 @@ fn guarded<T>(decode: impl FnOnce() -> Result<T, MediumProblem>) -> Result<T, Me
         };
         Err(MediumProblem::Panicked { message })
     })
-}
-
-#[derive(Clone, Copy)]
-struct Job<'a> {
-    prompt: usize,
-    kind: MediaKind,
-    place: usize,
-    medium: &'a Media<MediaSource>,
-}
-
-impl Job<'_> {
-    fn decode(&self, decoder: &MediaDecoder, budget: &Budget) -> Result<Pixels, Error> {
-        // All of it is guarded: fetching is the caller's code, and may panic as well.
-        let pixels = guarded(|| match (self.medium, self.kind) {
-            (Media::One(source), MediaKind::Image) => decoder.image_within(source, budget),
-            (Media::One(source), MediaKind::Video) => decoder.video_within(source, budget),
-            (Media::Missing, _) => Err(MediumProblem::NotAMedium { found: "nothing" }),
-            (Media::Group(_), _) => Err(MediumProblem::NotAMedium { found: "a list" }),
-        });
-        pixels.map_err(|problem| self.failed(problem))
-    }
-
-    fn failed(&self, problem: MediumProblem) -> Error {
-        let Job { prompt, kind, place, .. } = *self;
-        Error::Medium { prompt, kind, place, problem: Box::new(problem) }
-    }
 }

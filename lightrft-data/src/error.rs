@@ -204,25 +204,27 @@ pub enum Error {
     /// Data sets that cannot be mixed.
     #[error("the mixture cannot be drawn from: {0}")]
     Mixture(#[from] MixtureProblem),
-    /// Images or videos that cannot be matched with their prompts.
+    /// Images, videos or sounds that cannot be matched with their prompts.
     #[error("prompt {prompt}: {kind}: {problem}")]
     Media {
         /// The prompt's place in the batch, from 0.
         prompt: usize,
-        /// Images or videos.
+        /// Images, videos or sounds.
         kind: MediaKind,
         /// What does not match.
         problem: MediaProblem,
     },
-    /// An image or a video of a prompt that cannot be had.
-    #[error("prompt {prompt}: {kind}: number {place}: {problem}")]
+    /// An image, a video or a sound of a prompt that cannot be had.
+    #[error("prompt {prompt}: {kind}: number {place} ({at}): {problem}")]
     Medium {
         /// The prompt's place in the batch, from 0.
         prompt: usize,
-        /// Images or videos.
+        /// Images, videos or sounds.
         kind: MediaKind,
-        /// Which of the prompt's images or videos, from 0.
+        /// Which of the prompt's images, videos or sounds, from 0.
         place: usize,
+        /// Where it, or its frame that is at fault, comes from: a path, the beginning of an address, a number of bytes.
+        at: String,
         /// Why.
         problem: Box<MediumProblem>,
     },
@@ -377,20 +379,20 @@ pub enum LineProblem {
         /// What should be there.
         expected: &'static str,
     },
-    /// The messages have another number of places for images or videos than the record has of them.
+    /// The messages have another number of places for images, videos or sounds than the record has of them.
     #[error("{kind}: {media} in the record, {parts} places for them in its messages")]
     MediaParts {
-        /// Images or videos.
+        /// Images, videos or sounds.
         kind: MediaKind,
         /// In the record.
         media: usize,
         /// In its messages.
         parts: usize,
     },
-    /// Something that is neither an image nor a video, nor a way to one.
+    /// Something that is no image, no video and no sound, nor a way to one.
     #[error("{kind}: number {place}: {message}")]
     Medium {
-        /// Images or videos.
+        /// Images, videos or sounds.
         kind: MediaKind,
         /// Which one, from 0.
         place: usize,

@@ -55,8 +55,11 @@ mod collate;
 mod concat;
 mod cursor;
 mod dataset;
+mod deal;
 #[cfg(feature = "images")]
 mod decode;
+#[cfg(feature = "images")]
+mod decode_batch;
 mod draws;
 mod error;
 mod groups;
@@ -96,7 +99,11 @@ mod scan;
 mod schema_depth;
 mod sequence_parallel;
 mod shuffle;
+#[cfg(feature = "templates")]
+mod small_object;
 mod staging;
+#[cfg(feature = "templates")]
+mod template_files;
 #[cfg(feature = "tokenizer")]
 mod tokenize;
 mod torch_exact;
@@ -113,6 +120,8 @@ pub use cursor::{Resume, SamplerState};
 pub use dataset::{Dataset, InMemory, Map};
 #[cfg(feature = "images")]
 pub use decode::{DecodeConfig, Fetch, MediaDecoder, PathPolicy};
+#[cfg(feature = "images")]
+pub use decode_batch::DecodedInput;
 pub use draws::{Draws, Indices};
 pub use error::{BadLine, Error, LineProblem};
 pub use groups::{Draw, GroupPlacement, Groups};
@@ -123,8 +132,8 @@ pub use loader::{BadSamples, DataLoader, LoaderConfig};
 pub use media::{Audio, MediaSource, MediumProblem, Pixels};
 pub use mixture::{Exhausted, Mixture, MixturePart, MixtureProblem};
 pub use multimodal::{
-    Media, MediaColumn, MediaKind, MediaProblem, Mode, MultimodalInput, build_multimodal_inputs,
-    is_multimodal,
+    Media, MediaColumn, MediaColumns, MediaKind, MediaProblem, Mode, MultimodalInput,
+    build_multimodal_inputs, is_multimodal,
 };
 pub use pack::{PackConfig, PackedBatch, pack};
 #[cfg(feature = "parquet")]

@@ -1,29 +1,32 @@
 //! Where an image, a video or a sound comes from, and what its pixels are once it is decoded.
 
 use std::fmt;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::Value;
 
-/// Where the pixels of an image or of a video come from; nothing is opened before it is decoded.
+/// Where an image, a video or a sound comes from; nothing is opened before it is decoded.
 ///
 /// Cloning is cheap: payloads are shared.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MediaSource {
-    /// A file of one image.
+    /// A file of one image or sound.
     Path(PathBuf),
-    /// `data:image/png;base64,...`, whole.
+    /// `data:image/png;base64,...` or `data:audio/...`, whole.
     DataUrl(Arc<str>),
     /// `http://...` or `https://...`.
     Url(Arc<str>),
-    /// The bytes of an image file.
+    /// The bytes of an image or sound file.
     Bytes(Arc<[u8]>),
     /// Pixels that are decoded already: a tensor.
     Pixels(Pixels),
     /// The frames of a video, in order; each is one image.
     Frames(Vec<MediaSource>),
+    /// A sound that is read already.
+    Audio(Audio),
 }
 
 impl MediaSource {
@@ -47,9 +50,9 @@ impl MediaSource {
         }
     }
 
-    /// Reads what a record holds for one image: a string as in [`parse`](Self::parse), or an object with it under
-    /// `bytes` (as a data URL), `image`, `url`, `path` or `image_url` (`{"url": ...}` inside that), the first that is not
-    /// null. A list is a video of such frames.
+    /// Reads what a record holds for one image or sound: a string as in [`parse`](Self::parse), or an object with it under
+    /// `bytes` (as a data URL), `image`, `audio`, `url`, `path`, `image_url` or `audio_url` (`{"url": ...}` inside of
+    /// these), the first that is not null. A list is a video of such frames.
     ///
     /// # Errors
     /// [`MediumProblem::NotAMedium`] for anything else, and those of [`parse`](Self::parse).
@@ -65,7 +68,7 @@ impl MediaSource {
     fn one_from_json(value: &Value) -> Result<Self, MediumProblem> {
         let found = crate::prompt::type_name(value);
         let inner = match value {
-            Value::Object(fields) => ["bytes", "image", "url", "path", "image_url"]
+            Value::Object(fields) => ["bytes", "image", "audio", "url", "path", "image_url", "audio_url"]
                 .iter()
                 .find_map(|key| fields.get(*key).filter(|inner| !inner.is_null()))
                 .map(|inner| inner.get("url").unwrap_or(inner)),
@@ -74,6 +77,22 @@ impl MediaSource {
         match inner {
             Some(Value::String(text)) => Self::parse(text),
             _ => Err(MediumProblem::NotAMedium { found }),
+        }
+    }
+}
+
+impl MediaSource {
+    /// A name for messages.
+    #[cfg(feature = "images")]
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            MediaSource::Path(path) => path.display().to_string(),
+            MediaSource::DataUrl(url) => format!("data URL of {} bytes", url.len()),
+            MediaSource::Url(url) => shorten(url),
+            MediaSource::Bytes(bytes) => format!("{} bytes", bytes.len()),
+            MediaSource::Pixels(_) => "pixels".to_owned(),
+            MediaSource::Frames(frames) => format!("{} frames", frames.len()),
+            MediaSource::Audio(audio) => format!("sound of {} bytes", audio.bytes().len()),
         }
     }
 }
@@ -88,6 +107,7 @@ impl fmt::Debug for MediaSource {
             MediaSource::Bytes(bytes) => write!(f, "Bytes({} bytes)", bytes.len()),
             MediaSource::Pixels(pixels) => pixels.fmt(f),
             MediaSource::Frames(frames) => f.debug_tuple("Frames").field(frames).finish(),
+            MediaSource::Audio(audio) => audio.fmt(f),
         }
     }
 }
@@ -161,25 +181,32 @@ impl fmt::Debug for Pixels {
     }
 }
 
-/// A sound as an engine takes it: bytes that this crate does not look into, and their sample rate.
+/// A sound as an engine takes it: bytes that this crate does not look into, and their sample rate where the bytes do not say
+/// it themselves.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Audio {
     bytes: Arc<[u8]>,
-    sample_rate: u32,
+    sample_rate: Option<NonZeroU32>,
 }
 
 impl Audio {
-    /// Wraps the bytes of a sound with its samples a second.
+    /// Wraps samples, with how many of them there are a second.
     ///
     /// # Errors
     /// [`MediumProblem::Empty`] without bytes, [`MediumProblem::SampleRate`] for a rate of 0.
     pub fn new(bytes: impl Into<Arc<[u8]>>, sample_rate: u32) -> Result<Self, MediumProblem> {
+        let sample_rate = NonZeroU32::new(sample_rate);
+        let audio = Self { sample_rate, ..Self::of_file(bytes)? };
+        if sample_rate.is_none() { Err(MediumProblem::SampleRate) } else { Ok(audio) }
+    }
+
+    /// Wraps the bytes of a file (WAV, FLAC, MP3), which says its rate itself.
+    ///
+    /// # Errors
+    /// [`MediumProblem::Empty`] without bytes.
+    pub fn of_file(bytes: impl Into<Arc<[u8]>>) -> Result<Self, MediumProblem> {
         let bytes = bytes.into();
-        match (bytes.is_empty(), sample_rate) {
-            (true, _) => Err(MediumProblem::Empty),
-            (_, 0) => Err(MediumProblem::SampleRate),
-            _ => Ok(Self { bytes, sample_rate }),
-        }
+        if bytes.is_empty() { Err(MediumProblem::Empty) } else { Ok(Self { bytes, sample_rate: None }) }
     }
 
     /// The bytes, as they came.
@@ -187,16 +214,19 @@ impl Audio {
         &self.bytes
     }
 
-    /// Samples a second, in Hz.
-    pub fn sample_rate(&self) -> u32 {
-        self.sample_rate
+    /// Samples a second, in Hz; `None` for a file, which says it itself.
+    pub fn sample_rate(&self) -> Option<u32> {
+        self.sample_rate.map(NonZeroU32::get)
     }
 }
 
 impl fmt::Debug for Audio {
     /// Length and rate.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Audio({} bytes, {} Hz)", self.bytes.len(), self.sample_rate)
+        match self.sample_rate {
+            Some(rate) => write!(f, "Audio({} bytes, {rate} Hz)", self.bytes.len()),
+            None => write!(f, "Audio({} bytes, a file)", self.bytes.len()),
+        }
     }
 }
 
@@ -217,7 +247,7 @@ pub enum MediumProblem {
     },
     /// A record holds something else where an image should be.
     #[error(
-        "expected a path, an address or an object with one under `image`, `url` or `path`, found {found}"
+        "expected a path, an address or an object with one under `image`, `audio`, `url` or `path`, found {found}"
     )]
     NotAMedium {
         /// The JSON type that stands there.
@@ -286,8 +316,8 @@ pub enum MediumProblem {
         /// The limit that was set.
         limit: u64,
     },
-    /// More images and frames in one prompt than allowed; nothing was opened.
-    #[error("the prompt has more than {limit} images and frames")]
+    /// More images, frames and sounds in one prompt than allowed; nothing was opened.
+    #[error("the prompt has more than {limit} images, frames and sounds")]
     TooManyMedia {
         /// The limit that was set.
         limit: usize,
@@ -326,6 +356,12 @@ pub enum MediumProblem {
     /// A single image where a video is expected.
     #[error("one image where the frames of a video are expected")]
     NotAVideo,
+    /// A sound where an image or a video is expected.
+    #[error("a sound where pixels are expected")]
+    NotPixels,
+    /// Frames or a tensor where a sound is expected.
+    #[error("pixels where a sound is expected")]
+    NotAudio,
     /// Too long and narrow for the vision encoder.
     #[error("{height} x {width} pixels (height x width): one side is more than {limit} times the other")]
     AspectRatio {

@@ -1,4 +1,4 @@
-//! The bytes of an image file, from a path or a data URL, never more than asked for.
+//! The bytes of an image or a sound, from a path or a data URL, never more than asked for.
 
 use std::fs::File;
 use std::io::Read;
@@ -59,15 +59,15 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// The payload of `data:image/...;base64,...`.
-pub(crate) fn from_data_url(url: &str, limit: usize) -> Result<Vec<u8>, MediumProblem> {
+/// The payload of `data:image/...;base64,...`; `wanted` is the type's beginning, such as `image/`.
+pub(crate) fn from_data_url(url: &str, wanted: &'static str, limit: usize) -> Result<Vec<u8>, MediumProblem> {
     let broken = |expected| MediumProblem::DataUrl { expected };
     let rest = url.split_once(':').map(|(_, rest)| rest).ok_or(broken("`data:`"))?;
     let (kind, payload) = rest.split_once(',').ok_or(broken("a comma before the data"))?;
     let mut attributes = kind.split(';').map(str::trim);
     let kind = attributes.next().unwrap_or_default().to_ascii_lowercase();
-    if !kind.is_empty() && !kind.starts_with("image/") {
-        return Err(broken("a type `image/...`"));
+    if !kind.is_empty() && !kind.starts_with(wanted) {
+        return Err(broken(if wanted == "audio/" { "a type `audio/...`" } else { "a type `image/...`" }));
     }
     if !attributes.any(|attribute| attribute.eq_ignore_ascii_case("base64")) {
         return Err(broken("`;base64`"));

@@ -1,28 +1,31 @@
-//! Images and videos to the prompts they belong to, for engines that take both together.
+//! Images, videos and sounds to the prompts they belong to, for engines that take them together.
 //!
 //! A batch brings its media as one list for all prompts, in either of two forms, and the number that belongs to each
 //! prompt. LightRFT guesses the form per prompt and carries on when the numbers do not fit, so images drift to other
 //! prompts or vanish with their placeholders. [`Mode::Strict`] settles the form for the whole batch and refuses what
 //! does not fit; [`Mode::LightRft`] gives what LightRFT gives.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 
 use crate::Error;
-use crate::placeholders::{self, Placeholders};
+use crate::deal::Dealer;
+use crate::placeholders::{self, Found, Places, Stripped};
 
-/// One entry of a list of media. `M` is whatever stands for an image or a video: a path, bytes, a tensor.
+/// One entry of a list of media. `M` is whatever stands for an image, a video or a sound: a path, bytes, a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Media<M> {
     /// Nothing, Python's `None`.
     Missing,
-    /// One image or video: an entry of the flat form.
+    /// One image, video or sound: an entry of the flat form.
     One(M),
     /// The media of one prompt: an entry of the nested form.
     Group(Vec<Media<M>>),
 }
 
 /// The media of one kind that come with a batch of prompts.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct MediaColumn<'a, M> {
     /// Flat (all media of all prompts in order) or nested (one [`Media::Group`] a prompt). `None`: this kind is absent.
     pub entries: Option<&'a [Media<M>]>,
@@ -35,6 +38,41 @@ impl<M> MediaColumn<'_, M> {
     pub const ABSENT: Self = Self { entries: None, counts: None };
 }
 
+// References to media, copied whether or not the media themselves can be.
+impl<M> Clone for MediaColumn<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M> Copy for MediaColumn<'_, M> {}
+
+/// All media that come with a batch of prompts.
+#[derive(Debug)]
+pub struct MediaColumns<'a, M> {
+    /// Images.
+    pub images: MediaColumn<'a, M>,
+    /// Videos.
+    pub videos: MediaColumn<'a, M>,
+    /// Sounds.
+    pub audios: MediaColumn<'a, M>,
+}
+
+impl<M> Clone for MediaColumns<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M> Copy for MediaColumns<'_, M> {}
+
+impl<M> Default for MediaColumns<'_, M> {
+    /// No media.
+    fn default() -> Self {
+        Self { images: MediaColumn::ABSENT, videos: MediaColumn::ABSENT, audios: MediaColumn::ABSENT }
+    }
+}
+
 /// What happens where media and prompts do not fit together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
@@ -45,24 +83,45 @@ pub enum Mode {
     LightRft,
 }
 
-/// A prompt with its media, as an engine takes it.
+/// A prompt with its media, as an engine takes it. Text and lists are the caller's own, not copies of them, wherever
+/// nothing had to be changed; [`into_owned`](Self::into_owned) makes it independent of the batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MultimodalInput<M> {
+pub struct MultimodalInput<'a, M: Clone> {
     /// The text. Without any media its vision blocks have been taken out.
-    pub prompt: String,
-    /// Images in the order of their placeholders; in strict mode each is [`Media::One`].
-    pub images: Vec<Media<M>>,
+    pub prompt: Cow<'a, str>,
+    /// Images in the order of their places in the text; in strict mode each is [`Media::One`].
+    pub images: Cow<'a, [Media<M>]>,
     /// Videos, likewise.
-    pub videos: Vec<Media<M>>,
+    pub videos: Cow<'a, [Media<M>]>,
+    /// Sounds, likewise.
+    pub audios: Cow<'a, [Media<M>]>,
 }
 
-/// Images or videos.
+impl<M: Clone> MultimodalInput<'_, M> {
+    /// The same with a text and lists of its own.
+    pub fn into_owned(self) -> MultimodalInput<'static, M> {
+        MultimodalInput {
+            prompt: Cow::Owned(self.prompt.into_owned()),
+            images: Cow::Owned(self.images.into_owned()),
+            videos: Cow::Owned(self.videos.into_owned()),
+            audios: Cow::Owned(self.audios.into_owned()),
+        }
+    }
+}
+
+/// Images, videos or sounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MediaKind {
     /// Images.
     Image,
     /// Videos.
     Video,
+    /// Sounds.
+    Audio,
+}
+
+impl MediaKind {
+    pub(crate) const ALL: [Self; 3] = [MediaKind::Image, MediaKind::Video, MediaKind::Audio];
 }
 
 impl fmt::Display for MediaKind {
@@ -70,6 +129,7 @@ impl fmt::Display for MediaKind {
         f.write_str(match self {
             MediaKind::Image => "images",
             MediaKind::Video => "videos",
+            MediaKind::Audio => "audios",
         })
     }
 }
@@ -152,7 +212,7 @@ pub enum MediaProblem {
     Placeholders {
         /// Media of the prompt.
         media: usize,
-        /// Vision blocks of this kind in its text.
+        /// Vision blocks, or runs of audio tokens, of this kind in its text.
         blocks: usize,
     },
     /// A block that is neither one pad, to be expanded, nor as many as its medium takes.
@@ -182,8 +242,8 @@ pub enum MediaProblem {
 }
 
 /// Whether a batch brings any media at all; without, an engine is given token ids instead of text.
-pub fn is_multimodal<M>(images: &MediaColumn<'_, M>, videos: &MediaColumn<'_, M>) -> bool {
-    [images, videos]
+pub fn is_multimodal<M>(media: &MediaColumns<'_, M>) -> bool {
+    [media.images, media.videos, media.audios]
         .into_iter()
         .filter_map(|column| column.entries)
         .flatten()
@@ -193,188 +253,85 @@ pub fn is_multimodal<M>(images: &MediaColumn<'_, M>, videos: &MediaColumn<'_, M>
 /// Gives every prompt its media.
 ///
 /// In strict mode a prompt with media keeps its text and has exactly one vision block
-/// (`<|vision_start|><|image_pad|>...<|vision_end|>`, Qwen2-VL's) for each of them; a prompt without any loses its
-/// blocks, for the engine would look for media behind them.
+/// (`<|vision_start|><|image_pad|>...<|vision_end|>`, Qwen2-VL's) for each image and video, and one run of `<|AUDIO|>`
+/// (Qwen2-Audio's) for each sound. A prompt without any media loses its vision blocks, for the engine would look for media
+/// behind them; places for sounds that are not there are refused.
 ///
 /// ```
-/// use lightrft_data::{Media, MediaColumn, Mode, build_multimodal_inputs};
+/// use lightrft_data::{Media, MediaColumn, MediaColumns, Mode, build_multimodal_inputs};
 ///
-/// let prompts = ["<|vision_start|><|image_pad|><|vision_end|>What is it?".to_owned(), "Hello".to_owned()];
+/// let prompts = ["<|vision_start|><|image_pad|><|vision_end|>What is it?", "Hello"];
 /// let cats = [Media::One("cat.png")];
 /// let images = MediaColumn { entries: Some(&cats), counts: Some(&[Some(1), Some(0)]) };
 ///
-/// let inputs = build_multimodal_inputs(&prompts, images, MediaColumn::ABSENT, Mode::Strict)?;
-/// assert_eq!(inputs[0].images, [Media::One("cat.png")]);
+/// let media = MediaColumns { images, ..MediaColumns::default() };
+/// let inputs = build_multimodal_inputs(&prompts, media, Mode::Strict)?;
+/// assert_eq!(*inputs[0].images, [Media::One("cat.png")]);
 /// assert!(inputs[1].images.is_empty());
 /// # Ok::<_, lightrft_data::Error>(())
 /// ```
 ///
+/// LightRFT itself knows images and videos; in [`Mode::LightRft`] sounds are dealt by the same rules, and their tokens stay
+/// in the text.
+///
 /// # Errors
 /// [`Error::Media`] with the prompt. In [`Mode::LightRft`] only for counts that are missing, where LightRFT raises
 /// `IndexError` or `TypeError`.
-pub fn build_multimodal_inputs<M: Clone>(
-    prompts: &[String],
-    images: MediaColumn<'_, M>,
-    videos: MediaColumn<'_, M>,
+pub fn build_multimodal_inputs<'a, M: Clone>(
+    prompts: &'a [impl AsRef<str>],
+    media: MediaColumns<'a, M>,
     mode: Mode,
-) -> Result<Vec<MultimodalInput<M>>, Error> {
-    let deal = |kind, column| match mode {
-        Mode::Strict => deal_strictly(kind, column, prompts.len()),
-        Mode::LightRft => deal_as_lightrft(kind, column, prompts.len()),
-    };
-    // LightRFT looks at both kinds of one prompt before the next prompt; which error comes first is all that differs.
-    let images = deal(MediaKind::Image, images)?;
-    let videos = deal(MediaKind::Video, videos)?;
+) -> Result<Vec<MultimodalInput<'a, M>>, Error> {
+    let dealer = |kind, column| Dealer::new(kind, column, prompts.len(), mode);
+    let mut images = dealer(MediaKind::Image, media.images)?;
+    let mut videos = dealer(MediaKind::Video, media.videos)?;
+    let mut audios = dealer(MediaKind::Audio, media.audios)?;
     let mut inputs = Vec::with_capacity(prompts.len());
-    for (place, ((text, images), videos)) in prompts.iter().zip(images).zip(videos).enumerate() {
+    for (place, prompt) in prompts.iter().enumerate() {
+        let (images, videos, audios) = (images.deal(place)?, videos.deal(place)?, audios.deal(place)?);
+        let (text, media) = (prompt.as_ref(), [images.len(), videos.len(), audios.len()]);
         let prompt = match mode {
-            Mode::LightRft if images.is_empty() && videos.is_empty() => {
-                placeholders::strip_in_two_passes(text)
-            }
-            Mode::LightRft => text.clone(),
-            Mode::Strict => check_text(place, text, images.len(), videos.len())?,
+            Mode::Strict => text_for(place, text, media)?,
+            Mode::LightRft if media == [0; 3] => placeholders::strip_in_two_passes(text),
+            Mode::LightRft => Cow::Borrowed(text),
         };
-        inputs.push(MultimodalInput { prompt, images, videos });
+        let (images, videos, audios) = (images.into(), videos.into(), audios.into());
+        inputs.push(MultimodalInput { prompt, images, videos, audios });
+    }
+    for dealer in [images, videos, audios] {
+        dealer.finish()?;
     }
     Ok(inputs)
 }
 
-/// The text to send with so many media, or what is wrong with it.
-fn check_text(prompt: usize, text: &str, images: usize, videos: usize) -> Result<String, Error> {
-    let found = Placeholders::find(text);
-    if let Some((byte, kind)) = found.stray {
-        return Err(Error::Media { prompt, kind, problem: MediaProblem::StrayTokens { byte } });
-    }
-    if images == 0 && videos == 0 {
-        if found.first().is_none() {
-            return Ok(text.to_owned());
-        }
-        let stripped = found.without_blocks(text);
-        // Taking a block out of the middle of a word can spell a token.
-        if let Some((byte, kind)) = Placeholders::find(&stripped).first() {
-            return Err(Error::Media { prompt, kind, problem: MediaProblem::StrayTokens { byte } });
-        }
-        return Ok(stripped);
-    }
-    for (kind, media) in [(MediaKind::Image, images), (MediaKind::Video, videos)] {
-        let blocks = found.count(kind);
-        if media != blocks {
-            return Err(Error::Media { prompt, kind, problem: MediaProblem::Placeholders { media, blocks } });
-        }
-    }
-    Ok(text.to_owned())
-}
-
-/// Strict: one form for the whole batch, and everything given is used exactly once.
-fn deal_strictly<M: Clone>(
-    kind: MediaKind,
-    column: MediaColumn<'_, M>,
-    prompts: usize,
-) -> Result<Vec<Vec<Media<M>>>, Error> {
-    let problem = |prompt, problem| Error::Media { prompt, kind, problem };
-    let last = prompts.saturating_sub(1);
-    let entries = column.entries.unwrap_or_default();
-    let Some(counts) = column.counts else {
-        return match entries.iter().position(|entry| !matches!(entry, Media::Missing)) {
-            None => Ok((0..prompts).map(|_| Vec::new()).collect()),
-            // Flat or nested, the entry's own number is the nearest there is to a prompt's.
-            Some(entry) => Err(problem(entry.min(last), MediaProblem::NoCounts { entries: entries.len() })),
-        };
-    };
-    if counts.len() != prompts {
-        let shorter = counts.len().min(last);
-        return Err(problem(shorter, MediaProblem::CountsLength { counts: counts.len(), prompts }));
-    }
-    let mut wanted = Vec::with_capacity(prompts);
-    for (prompt, count) in counts.iter().enumerate() {
-        let count = count.ok_or_else(|| problem(prompt, MediaProblem::MissingCount))?;
-        // A count that no usize holds cannot be met either; the list is looked at next.
-        let width =
-            usize::try_from(count).map_err(|_| problem(prompt, MediaProblem::NegativeCount { count }))?;
-        wanted.push((width, count));
-    }
-
-    let first_group = entries.iter().position(|entry| matches!(entry, Media::Group(_)));
-    let first_one = entries.iter().position(|entry| matches!(entry, Media::One(_)));
-    if let (Some(group), Some(one)) = (first_group, first_one) {
-        let (entry, found) = if group > one { (group, "a group") } else { (one, "a single medium") };
-        return Err(problem(entry.min(last), MediaProblem::MixedForms { entry, found }));
-    }
-    // Without a single medium, one `Missing` a prompt is how a batch says that there is none.
-    let nested = first_group.is_some() || (first_one.is_none() && entries.len() == prompts);
-    if nested && entries.len() != prompts {
-        let shorter = entries.len().min(last);
-        return Err(problem(shorter, MediaProblem::GroupsLength { groups: entries.len(), prompts }));
-    }
-
-    let mut dealt = Vec::with_capacity(prompts);
-    let mut rest = entries;
-    for (prompt, &(width, count)) in wanted.iter().enumerate() {
-        let mine = if nested {
-            match entries.get(prompt) {
-                Some(Media::Group(group)) => group.as_slice(),
-                _ => &[],
-            }
-        } else {
-            let (mine, after) = rest.split_at(width.min(rest.len()));
-            rest = after;
-            mine
-        };
-        if mine.len() != width {
-            return Err(problem(prompt, MediaProblem::WrongCount { count, found: mine.len() }));
-        }
-        for (place, medium) in mine.iter().enumerate() {
-            match medium {
-                Media::One(_) => {}
-                Media::Missing => return Err(problem(prompt, MediaProblem::Missing { place, count: width })),
-                Media::Group(_) => return Err(problem(prompt, MediaProblem::Nested { place })),
+/// The text to send with so many media (in the order of [`MediaKind::ALL`]), or what is wrong with it.
+pub(crate) fn text_for(prompt: usize, text: &str, media: [usize; 3]) -> Result<Cow<'_, str>, Error> {
+    let refuse = |kind, problem| Err(Error::Media { prompt, kind, problem });
+    let text_only = media == [0; 3];
+    let mut places = [0; 3];
+    let mut stripped = None;
+    for found in Places::of(text) {
+        match found {
+            Found::Stray(kind, byte) => return refuse(kind, MediaProblem::StrayTokens { byte }),
+            Found::Place(kind, block) => {
+                places[kind as usize] += 1;
+                if text_only && kind != MediaKind::Audio {
+                    stripped.get_or_insert_with(|| Stripped::new(text)).take_out(block);
+                }
             }
         }
-        dealt.push(mine.to_vec());
     }
-    if !nested && !rest.is_empty() {
-        let (left, entries) = (rest.len(), entries.len());
-        return Err(problem(last, MediaProblem::LeftOver { left, entries }));
+    for ((kind, media), blocks) in MediaKind::ALL.into_iter().zip(media).zip(places) {
+        let is_stripped = text_only && kind != MediaKind::Audio;
+        if media != blocks && !is_stripped {
+            return refuse(kind, MediaProblem::Placeholders { media, blocks });
+        }
     }
-    Ok(dealt)
-}
-
-/// LightRFT: the form is guessed for each prompt, and slices are cut as Python cuts them.
-fn deal_as_lightrft<M: Clone>(
-    kind: MediaKind,
-    column: MediaColumn<'_, M>,
-    prompts: usize,
-) -> Result<Vec<Vec<Media<M>>>, Error> {
-    let mut dealt = Vec::with_capacity(prompts);
-    let mut start = 0i64;
-    for prompt in 0..prompts {
-        let problem = |problem| Error::Media { prompt, kind, problem };
-        let count = match column.counts {
-            None => 0,
-            Some(counts) => {
-                let too_short = MediaProblem::CountsLength { counts: counts.len(), prompts };
-                let count = counts.get(prompt).ok_or_else(|| problem(too_short))?;
-                count.ok_or_else(|| problem(MediaProblem::MissingCount))?
-            }
-        };
-        let entries = column.entries.unwrap_or_default();
-        let mine = match entries.get(prompt) {
-            Some(Media::Group(group)) if usize::try_from(count) == Ok(group.len()) => group.as_slice(),
-            _ => python_slice(entries, start, start.saturating_add(count)),
-        };
-        start = start.saturating_add(count);
-        // A leading `None` makes LightRFT take the whole group for absent; a later one it does not see.
-        let absent = matches!(mine.first(), None | Some(Media::Missing));
-        dealt.push(if absent { Vec::new() } else { mine.to_vec() });
+    match stripped.map(Stripped::finish) {
+        None => Ok(Cow::Borrowed(text)),
+        Some((text, None)) => Ok(Cow::Owned(text)),
+        Some((_, Some(Found::Place(kind, Range { start: byte, .. }) | Found::Stray(kind, byte)))) => {
+            refuse(kind, MediaProblem::StrayTokens { byte })
+        }
     }
-    Ok(dealt)
-}
-
-/// `list[start:stop]`: negative bounds count from the end, and both are cut to the list.
-fn python_slice<T>(list: &[T], start: i64, stop: i64) -> &[T] {
-    let bound = |index: i64| {
-        let from_end = usize::try_from(index.unsigned_abs()).unwrap_or(usize::MAX);
-        if index < 0 { list.len().saturating_sub(from_end) } else { from_end.min(list.len()) }
-    };
-    list.get(bound(start)..bound(stop)).unwrap_or_default()
 }

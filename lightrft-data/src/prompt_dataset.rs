@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use crate::error::{BadLine, LineProblem};
 use crate::jsonl::{BadLines, JsonLines, JsonLinesOptions, Skipped};
 use crate::media::MediaSource;
-use crate::multimodal::{Media, MediaColumn, MediaKind, Mode, MultimodalInput, build_multimodal_inputs};
+use crate::multimodal::{Media, MediaKind, MultimodalInput, text_for};
 use crate::prompt::{missing_key, object, type_name};
 use crate::{Dataset, Error};
 
@@ -29,12 +29,20 @@ pub struct PromptKeys {
     pub images: String,
     /// Key of the videos: a list of lists of frames, or of paths that an engine opens itself.
     pub videos: String,
+    /// Key of the sounds: one, or a list.
+    pub audios: String,
 }
 
 impl Default for PromptKeys {
-    /// `input` or `prompt`, `label`, `images`, `videos`.
+    /// `input` or `prompt`, `label`, `images`, `videos`, `audios`.
     fn default() -> Self {
-        Self { input: None, label: Some("label".into()), images: "images".into(), videos: "videos".into() }
+        Self {
+            input: None,
+            label: Some("label".into()),
+            images: "images".into(),
+            videos: "videos".into(),
+            audios: "audios".into(),
+        }
     }
 }
 
@@ -100,7 +108,7 @@ impl InputTemplate {
 /// Without a chat template the prompt is the string under the input key, in the input template if there is one. With
 /// one, a string becomes the message of a user (in the input template), messages in the form `{"from": "human",
 /// "value": ...}` get roles, the system prompt is put in front unless the conversation has its own, and images and
-/// videos get a part each: where the marks `<image>` and `<video>` stand in the user's messages, which must be as many as
+/// videos get a part each (sounds as well): where the marks `<image>`, `<video>` and `<audio>` stand in the user's messages, which must be as many as
 /// the record has of that kind, or in front of the first user's text where there is no mark. Messages that have such parts
 /// already must have as many as the record has media.
 ///
@@ -134,6 +142,8 @@ pub struct PromptRecord {
     pub images: Vec<MediaSource>,
     /// Videos, likewise.
     pub videos: Vec<MediaSource>,
+    /// Sounds, likewise.
+    pub audios: Vec<MediaSource>,
     /// All that the record holds.
     pub fields: Map<String, Value>,
 }
@@ -161,7 +171,8 @@ impl PromptFormat {
         };
         let images = media_at(&fields, &self.keys.images, MediaKind::Image)?;
         let videos = media_at(&fields, &self.keys.videos, MediaKind::Video)?;
-        let text = self.text(json, &fields, key, images.len(), videos.len())?;
+        let audios = media_at(&fields, &self.keys.audios, MediaKind::Audio)?;
+        let text = self.text(json, &fields, key, [images.len(), videos.len(), audios.len()])?;
         let label = match &self.keys.label {
             None => Value::Null,
             Some(key) => {
@@ -176,7 +187,7 @@ impl PromptFormat {
             .or_else(|| inside(&fields, "reward_model", "ground_truth"))
             .or_else(|| fields.get("ground_truth"));
         let reference = reference.cloned().unwrap_or_default();
-        Ok(PromptRecord { text, label, reference, images, videos, fields })
+        Ok(PromptRecord { text, label, reference, images, videos, audios, fields })
     }
 
     #[cfg_attr(
@@ -188,8 +199,7 @@ impl PromptFormat {
         json: impl Fn() -> Result<Cow<'a, str>, LineProblem>,
         fields: &Map<String, Value>,
         key: &str,
-        images: usize,
-        videos: usize,
+        media: [usize; 3],
     ) -> Result<String, LineProblem> {
         let filled = |text: &str| match &self.input_template {
             Some(template) => template.fill(text),
@@ -207,7 +217,7 @@ impl PromptFormat {
                     return Err(LineProblem::WrongType { key, expected, found: type_name(other) });
                 }
             };
-            let messages = messages::complete(messages, self.system_prompt.as_deref(), images, videos)?;
+            let messages = messages::complete(messages, self.system_prompt.as_deref(), media)?;
             return chat
                 .render(&messages, &crate::ChatOptions::default())
                 .map_err(|e| LineProblem::Template { message: e.to_string() });
@@ -253,19 +263,20 @@ fn media_at(
 /// The inputs of an engine for a batch of records: each prompt with its own media, checked strictly.
 ///
 /// # Errors
-/// [`Error::Media`], as from [`build_multimodal_inputs`].
-pub fn inputs_of(records: &[PromptRecord]) -> Result<Vec<MultimodalInput<MediaSource>>, Error> {
-    let prompts: Vec<_> = records.iter().map(|record| record.text.clone()).collect();
-    let column = |media: fn(&PromptRecord) -> &Vec<MediaSource>| {
-        let counts: Vec<_> = records.iter().map(|record| i64::try_from(media(record).len()).ok()).collect();
-        let groups = records.iter().map(|record| media(record).iter().cloned().map(Media::One).collect());
-        (groups.map(Media::Group).collect::<Vec<_>>(), counts)
-    };
-    let (images, images_num) = column(|record| &record.images);
-    let (videos, videos_num) = column(|record| &record.videos);
-    let images = MediaColumn { entries: Some(&images), counts: Some(&images_num) };
-    let videos = MediaColumn { entries: Some(&videos), counts: Some(&videos_num) };
-    build_multimodal_inputs(&prompts, images, videos, Mode::Strict)
+/// [`Error::Media`], as from [`build_multimodal_inputs`](crate::build_multimodal_inputs).
+pub fn inputs_of(records: &[PromptRecord]) -> Result<Vec<MultimodalInput<'_, MediaSource>>, Error> {
+    let ones = |sources: &[MediaSource]| Cow::Owned(sources.iter().cloned().map(Media::One).collect());
+    let mut inputs = Vec::with_capacity(records.len());
+    for (place, record) in records.iter().enumerate() {
+        let media = [record.images.len(), record.videos.len(), record.audios.len()];
+        inputs.push(MultimodalInput {
+            prompt: text_for(place, &record.text, media)?,
+            images: ones(&record.images),
+            videos: ones(&record.videos),
+            audios: ones(&record.audios),
+        });
+    }
+    Ok(inputs)
 }
 
 /// A JSON Lines or Parquet file read through a [`PromptFormat`]. The same records give the same prompts, whichever file

@@ -38,6 +38,14 @@ pub struct PromptTokenizer {
 }
 
 impl PromptTokenizer {
+    /// Reads the `tokenizer.json` of a checkpoint's folder, as [`from_file`](Self::from_file).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_folder(folder: impl AsRef<Path>, config: TokenizeConfig) -> Result<Self, Error> {
+        Self::from_file(folder.as_ref().join("tokenizer.json"), config)
+    }
+
     /// Reads a `tokenizer.json`. Truncation and padding that it asks for are left aside.
     ///
     /// # Errors
@@ -49,7 +57,12 @@ impl PromptTokenizer {
             path: path.to_owned(),
             source,
         })?;
-        Self::from_bytes(&bytes, config)
+        Self::from_bytes(&bytes, config).map_err(|error| match error {
+            Error::Tokenizer { message } => {
+                Error::Tokenizer { message: format!("{}: {message}", path.display()) }
+            }
+            other => other,
+        })
     }
 
     /// As [`from_file`](Self::from_file), from its content.

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::Error;
 use crate::media::MediumProblem;
 use crate::multimodal::{MediaKind, MediaProblem};
-use crate::placeholders::{Placeholders, pad_of};
+use crate::placeholders::{Found, Places, pad_of, pads_of};
 
 /// Bounds on the pixels of one image, or of one frame, after resizing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +140,7 @@ impl VisionTokens {
     /// tokenizes. Engines do that themselves; training needs it. A block that has the right number of pads already
     /// stays as it is.
     ///
-    /// `prompt` is the prompt's place in the batch, for the error.
+    /// `prompt` is the prompt's place in the batch, for the error. Audio tokens stay as they are.
     ///
     /// ```
     /// use lightrft_data::VisionTokens;
@@ -164,20 +164,26 @@ impl VisionTokens {
         videos: &[Grid],
     ) -> Result<String, Error> {
         let problem = |kind, problem| Error::Media { prompt, kind, problem };
-        let found = Placeholders::find(text);
-        if let Some((byte, kind)) = found.stray {
-            return Err(problem(kind, MediaProblem::StrayTokens { byte }));
+        let mut blocks = Vec::new();
+        for found in Places::of(text) {
+            match found {
+                Found::Place(MediaKind::Audio, _) => {}
+                Found::Place(kind, block) => blocks.push((kind, block)),
+                Found::Stray(kind, byte) => return Err(problem(kind, MediaProblem::StrayTokens { byte })),
+            }
         }
         for (kind, grids) in [(MediaKind::Image, images), (MediaKind::Video, videos)] {
-            let (media, blocks) = (grids.len(), found.count(kind));
-            if media != blocks {
+            let of_kind = blocks.iter().filter(|(of, _)| *of == kind).count();
+            if grids.len() != of_kind {
+                let (media, blocks) = (grids.len(), of_kind);
                 return Err(problem(kind, MediaProblem::Placeholders { media, blocks }));
             }
         }
         let mut expanded = String::new();
         let mut from = 0;
         let (mut next_image, mut next_video) = (images.iter().enumerate(), videos.iter().enumerate());
-        for (kind, pads) in found.pads() {
+        for (kind, block) in blocks {
+            let pads = pads_of(&block);
             let next = if kind == MediaKind::Video { next_video.next() } else { next_image.next() };
             let Some((place, &grid)) = next else { break }; // as many blocks as grids, by the check above
             let (tokens, there) = (self.tokens(grid), pads.len() / pad_of(kind).len());

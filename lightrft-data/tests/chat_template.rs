@@ -170,10 +170,119 @@ fn a_tokenizers_configuration_brings_template_and_special_tokens() {
     let several = config(r#"[{"name": "default", "template": "d"}, {"name": "rag", "template": "r"}]"#);
     assert_eq!(render(ChatTemplate::from_tokenizer_config(&several, None).unwrap()), "d");
     assert_eq!(render(ChatTemplate::from_tokenizer_config(&several, Some("rag")).unwrap()), "r");
-    for (json, name) in
-        [(several.as_str(), Some("none")), ("{}", None), (&config("null"), None), (&config("3"), None)]
-    {
+    for (json, name) in [(several.as_str(), Some("none")), ("{}", None), (&config("null"), None)] {
         let (action, message) = refused(ChatTemplate::from_tokenizer_config(json, name));
         assert!(action == "find" && message.contains(name.unwrap_or("default")), "{message}");
+    }
+    assert_eq!(refused(ChatTemplate::from_tokenizer_config(&config("3"), None)).0, "read");
+}
+
+/// A folder of these files, each a path and its content.
+fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, content) in files {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    }
+    folder
+}
+
+fn from(files: &[(&str, &str)], name: Option<&str>) -> Result<String, Error> {
+    let folder = folder(files);
+    let messages = OrderedJson::parse("[]").unwrap();
+    ChatTemplate::from_folder(&folder, name)?.render(&messages, &ChatOptions::default())
+}
+
+const CONFIG: (&str, &str) = ("tokenizer_config.json", r#"{"chat_template": "config", "bos_token": "<s>"}"#);
+const JINJA: (&str, &str) = ("chat_template.jinja", "jinja {{ bos_token }}\n");
+const RAG: (&str, &str) = ("additional_chat_templates/rag.jinja", "rag");
+const LEGACY: (&str, &str) = ("chat_template.json", r#"{"chat_template": "legacy"}"#);
+const PROCESSOR: (&str, &str) = ("processor_config.json", r#"{"chat_template": "processor"}"#);
+
+#[test]
+fn a_folders_templates_are_taken_in_the_order_of_transformers() {
+    for (files, name, expected) in [
+        (vec![CONFIG], None, "config"),
+        (vec![CONFIG], Some("default"), "config"),
+        (vec![CONFIG, JINJA], None, "jinja <s>"),
+        (vec![JINJA], None, "jinja "),
+        (vec![CONFIG, JINJA, RAG], None, "jinja <s>"),
+        (vec![CONFIG, JINJA, RAG], Some("rag"), "rag"),
+        (vec![CONFIG, JINJA, LEGACY], None, "legacy"),
+        (vec![CONFIG, JINJA, LEGACY, PROCESSOR], None, "processor"),
+        (vec![("processor_config.json", "{}"), CONFIG], None, "config"),
+        (vec![("additional_chat_templates/notes.txt", "{{"), CONFIG], None, "config"),
+        (vec![("chat_template.jinja", "a\r\n{% if true %}\r\nb\rc{% endif %}\r\n")], None, "a\nb\nc"),
+    ] {
+        assert_eq!(from(&files, name).unwrap(), expected, "{files:?}");
+    }
+}
+
+#[test]
+fn files_of_a_folder_that_do_not_do_are_named() {
+    let bad_jinja = ("chat_template.jinja", "a\n{% if %}");
+    let bad_tool = ("additional_chat_templates/tool_use.jinja", "{{");
+    for (files, name, action, named) in [
+        (vec![CONFIG, RAG], None, "find", "rag, none named `default`"),
+        (vec![CONFIG, JINJA, RAG], Some("cot"), "find", "default, rag, none named `cot`"),
+        (vec![], None, "find", "no chat template"),
+        (vec![CONFIG, LEGACY, RAG, PROCESSOR], None, "choose", "rag.jinja"),
+        (vec![("chat_template.json", "{}"), JINJA], None, "find", "chat_template.json"),
+        (vec![bad_jinja], None, "compile", "chat_template.jinja: "),
+        (vec![JINJA, bad_tool], None, "compile", "tool_use.jinja: "),
+        (vec![("tokenizer_config.json", "[]")], None, "read", "tokenizer_config.json: "),
+        (vec![("tokenizer_config.json", r#"{"chat_template": 3}"#)], None, "read", "tokenizer_config.json: "),
+        (vec![JINJA, ("special_tokens_map.json", "{")], None, "read", "special_tokens_map.json: "),
+    ] {
+        let (found, message) = refused(from(&files, name));
+        assert!(found == action && message.contains(named), "{found}: {message}");
+    }
+    let no_text = folder(&[]);
+    std::fs::write(no_text.path().join("chat_template.jinja"), [0xff]).unwrap();
+    match ChatTemplate::from_folder(&no_text, None) {
+        Err(Error::Io { action: "read", path, .. }) => assert!(path.ends_with("chat_template.jinja")),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn conversations_with_tools_are_rendered_by_the_template_for_them() {
+    let files = [
+        ("chat_template.jinja", "plain {{ strftime_now('%Y') }}"),
+        ("additional_chat_templates/tool_use.jinja", "tools {{ strftime_now('%Y') }} {{ eos_token }}"),
+        ("tokenizer_config.json", r#"{"eos_token": {"content": "</s>"}}"#),
+    ];
+    let folder = folder(&files);
+    let messages = OrderedJson::parse("[]").unwrap();
+    let with_tools = ChatOptions { tools: Some(OrderedJson::parse("[]").unwrap()), ..ChatOptions::default() };
+    let text = |name, options: &ChatOptions| {
+        let template = ChatTemplate::from_folder(&folder, name).unwrap().with_date(2020, 1, 1).unwrap();
+        template.render(&messages, options).unwrap()
+    };
+    assert_eq!(text(None, &ChatOptions::default()), "plain 2020");
+    assert_eq!(text(None, &with_tools), "tools 2020 </s>");
+    assert_eq!(text(Some("default"), &with_tools), "plain 2020");
+    assert_eq!(text(Some("tool_use"), &ChatOptions::default()), "tools 2020 </s>");
+}
+
+#[test]
+fn special_tokens_come_from_the_map_only_where_the_configuration_is_old() {
+    let template = (
+        "chat_template.jinja",
+        "{{ bos_token }} {{ eos_token }} {{ pad_token }} {{ image_token }} {{ cat }}",
+    );
+    let map = ("special_tokens_map.json", r#"{"bos_token": {"content": "<map>"}, "pad_token": "<pad>"}"#);
+    let config = |more: &str| {
+        format!(
+            r#"{{"bos_token": "<s>", "eos_token": {{"__type": "AddedToken", "content": "</s>"}}, "add_bos_token": true,
+            "image_token": "<img>", "extra_special_tokens": {{"cat": "<cat>"}}{more}}}"#
+        )
+    };
+    for (more, expected) in
+        [("", "<map> </s> <pad> <img> <cat>"), (r#", "added_tokens_decoder": {}"#, "<s> </s>  <img> <cat>")]
+    {
+        let config = config(more);
+        assert_eq!(from(&[template, map, ("tokenizer_config.json", &config)], None).unwrap(), expected);
     }
 }

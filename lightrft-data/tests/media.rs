@@ -10,8 +10,8 @@ use std::time::Duration;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use lightrft_data::{
-    Audio, DecodeConfig, Error, Fetch, Media, MediaDecoder, MediaKind, MediaSource, MediumProblem,
-    MultimodalInput, PathPolicy, Pixels,
+    Audio, DecodeConfig, DecodedInput, Error, Fetch, Media, MediaDecoder, MediaKind, MediaSource,
+    MediumProblem, MultimodalInput, PathPolicy, Pixels,
 };
 use proptest::prelude::*;
 use serde::Deserialize;
@@ -218,17 +218,19 @@ fn devices_and_pipes_are_not_opened() {
     assert!(matches!(zero, Err(MediumProblem::NotAFile { .. })), "{zero:?}");
 }
 
-fn input(images: Vec<MediaSource>, videos: Vec<MediaSource>) -> MultimodalInput<MediaSource> {
+type Input = MultimodalInput<'static, MediaSource>;
+
+fn input(images: Vec<MediaSource>, videos: Vec<MediaSource>) -> Input {
     let ones = |sources: Vec<_>| sources.into_iter().map(Media::One).collect();
-    MultimodalInput { prompt: "?".into(), images: ones(images), videos: ones(videos) }
+    MultimodalInput { prompt: "?".into(), images: ones(images), videos: ones(videos), audios: vec![].into() }
 }
 
-fn first_values(media: &[Media<Pixels>]) -> Vec<u8> {
-    let value = |medium: &Media<Pixels>| match medium {
-        Media::One(pixels) => pixels.rgb()[0],
-        other => panic!("{other:?}"),
-    };
-    media.iter().map(value).collect()
+fn with_audios(audios: Vec<MediaSource>, input: Input) -> Input {
+    Input { audios: audios.into_iter().map(Media::One).collect(), ..input }
+}
+
+fn first_values(media: &[Pixels]) -> Vec<u8> {
+    media.iter().map(|pixels| pixels.rgb()[0]).collect()
 }
 
 #[test]
@@ -283,7 +285,7 @@ fn images_that_come_late_keep_their_places() {
     let decoded = turned.decode(&[input(urls.collect(), vec![])]).unwrap();
     let expected = APART.map(|which| decoder(|_| {}).image(&source(&recorded().images[which].file)).unwrap());
     assert!(expected[0] != expected[1] && expected[1] != expected[2] && expected[0] != expected[2]);
-    assert_eq!(decoded[0].images, expected.map(Media::One));
+    assert_eq!(decoded[0].images, expected);
 }
 
 /// Panics on one image, and gives the others.
@@ -304,7 +306,8 @@ fn a_fetcher_that_panics_loses_its_own_image_and_moves_no_other() {
         .collect();
     for threads in [1, 2, 8] {
         match decoder(|c| c.threads = threads).with_fetch(Panicking).decode(&batch) {
-            Err(Error::Medium { prompt: 5, kind: MediaKind::Image, place: 0, problem }) => {
+            Err(Error::Medium { prompt: 5, kind: MediaKind::Image, place: 0, at, problem }) => {
+                assert_eq!(at, "http://h/5");
                 let told =
                     matches!(&*problem, MediumProblem::Panicked { message } if message == "no such shelf");
                 assert!(told, "{problem}");
@@ -312,6 +315,110 @@ fn a_fetcher_that_panics_loses_its_own_image_and_moves_no_other() {
             other => panic!("{threads} threads: {other:?}"),
         }
     }
+}
+
+/// The prompts of a batch whose results are errors, and what these say.
+fn failures(each: &[Result<DecodedInput<'_>, Error>]) -> Vec<(usize, String)> {
+    let failed = each.iter().enumerate();
+    failed.filter_map(|(at, one)| Some((at, one.as_ref().err()?.to_string()))).collect()
+}
+
+#[test]
+fn broken_media_cost_their_own_prompts_and_no_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken.png");
+    std::fs::write(&broken, b"\x89PNG\r\n\x1a\n and no more").unwrap();
+    let broken = || MediaSource::Path(broken.clone());
+    let batch = [
+        input(vec![dot(1)], vec![]),
+        input(vec![dot(2), broken()], vec![]),
+        input(vec![MediaSource::parse("http://h/5").unwrap(), dot(3)], vec![]),
+        input(vec![dot(4)], vec![MediaSource::Frames(vec![dot(5), broken()])]),
+        input(vec![], vec![]),
+        input(vec![dot(6); 4], vec![]),
+        with_audios(vec![broken(), MediaSource::Path("/nowhere/a.wav".into())], input(vec![dot(7)], vec![])),
+        with_audios(vec![broken()], input(vec![dot(8)], vec![MediaSource::Frames(vec![dot(9)])])),
+    ];
+    let said = folder.path().join("broken.png").display().to_string();
+    for threads in [1, 2, 8] {
+        let decoder = decoder(|c| (c.threads, c.max_media) = (threads, 3)).with_fetch(Panicking);
+        let each = decoder.decode_each(&batch).unwrap();
+        let failed = failures(&each);
+        let expected = [
+            (1, format!("prompt 1: images: number 1 ({said}): broken")),
+            (2, "prompt 2: images: number 0 (http://h/5): fetching or decoding panicked: no such".into()),
+            (3, format!("prompt 3: videos: number 0 ({said}): frame 1: broken")),
+            (5, "prompt 5: images: number 3 (".into()),
+            (6, "prompt 6: audios: number 1 (/nowhere/a.wav): cannot open".into()),
+        ];
+        assert_eq!(failed.len(), expected.len(), "{failed:?}");
+        for ((at, found), (expected_at, beginning)) in failed.iter().zip(&expected) {
+            assert!(at == expected_at && found.starts_with(beginning), "{found}, expected {beginning}");
+        }
+        assert_eq!(first_values(&each[0].as_ref().unwrap().images), [1]);
+        let last = each[7].as_ref().unwrap();
+        assert_eq!((first_values(&last.images), first_values(&last.videos)), (vec![8], vec![9]));
+        assert_eq!(last.audios[0].bytes(), std::fs::read(&said).unwrap());
+        // What is whole is what `decode` gives.
+        let whole = [batch[0].clone(), batch[7].clone()];
+        let each = each.into_iter().filter_map(Result::ok).filter(|one| !one.images.is_empty());
+        assert_eq!(decoder.decode(&whole).unwrap(), each.collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_batch_of_too_many_pixels_is_refused_as_a_whole_whatever_is_broken_in_it() {
+    let image = &recorded().images[0]; // 9 x 13
+    let broken = || MediaSource::Bytes(b"not an image".to_vec().into());
+    let batch = [
+        input(vec![broken()], vec![]),
+        input(vec![source(&image.file)], vec![]),
+        input(vec![dot(1)], vec![]),
+    ];
+    for threads in [1, 3] {
+        let of_batch = |limit| {
+            let limited = decoder(|c| (c.threads, c.max_batch_pixels) = (threads, limit));
+            limited.decode_each(&batch)
+        };
+        assert_eq!(failures(&of_batch(9 * 13 + 1).unwrap()).len(), 1);
+        let error = of_batch(9 * 13).unwrap_err();
+        let Error::Medium { problem, .. } = error else { panic!("{error:?}") };
+        assert!(matches!(*problem, MediumProblem::TooManyPixelsInBatch { limit: 117 }));
+    }
+}
+
+#[test]
+fn sounds_are_handed_on_as_they_are_in_their_order_and_within_limits() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.wav");
+    std::fs::write(&path, b"RIFF and so on").unwrap();
+    let samples = Audio::new(vec![7; 8], 16_000).unwrap();
+    let sources = vec![
+        MediaSource::Path(path),
+        MediaSource::Audio(samples.clone()),
+        MediaSource::parse("data:audio/wav;base64,UklGRg==").unwrap(),
+        MediaSource::Bytes(b"fLaC".to_vec().into()),
+    ];
+    let decoder = decoder(|c| c.max_bytes = 14);
+    let decoded = decoder.decode(&[with_audios(sources, input(vec![dot(1)], vec![]))]).unwrap();
+    let file = |bytes: &[u8]| Audio::of_file(bytes).unwrap();
+    let expected = [file(b"RIFF and so on"), samples.clone(), file(b"RIFF"), file(b"fLaC")];
+    assert_eq!((decoded[0].audios.as_slice(), decoded[0].images.len()), (&expected[..], 1));
+
+    let refused = |source| decoder.audio(&source).unwrap_err();
+    for long in
+        [MediaSource::Bytes(vec![1; 15].into()), MediaSource::Audio(Audio::new(vec![1; 15], 8000).unwrap())]
+    {
+        assert!(matches!(refused(long), MediumProblem::TooManyBytes { limit: 14 }));
+    }
+    let picture = MediaSource::parse("data:image/png;base64,UklGRg==").unwrap();
+    assert!(matches!(refused(picture), MediumProblem::DataUrl { expected: "a type `audio/...`" }));
+    assert!(matches!(refused(MediaSource::Frames(vec![dot(1)])), MediumProblem::NotAudio));
+    assert!(matches!(refused(dot(1)), MediumProblem::NotAudio));
+    let sound = MediaSource::Audio(samples);
+    assert!(matches!(decoder.image(&sound), Err(MediumProblem::NotPixels)));
+    assert!(matches!(decoder.video(&sound), Err(MediumProblem::NotPixels)));
+    assert!(matches!(decoder.size(&sound), Err(MediumProblem::NotPixels)));
 }
 
 /// Counts how many fetches are under way at once.
@@ -349,16 +456,16 @@ fn the_first_broken_medium_of_the_batch_is_named_by_prompt_kind_and_place() {
     }
     for threads in [1, 4] {
         match decoder(|c| c.threads = threads).decode(&batch) {
-            Err(Error::Medium { prompt: 2, kind: MediaKind::Image, place: 1, problem }) => {
+            Err(Error::Medium { prompt: 2, kind: MediaKind::Image, place: 1, problem, .. }) => {
                 assert!(matches!(&*problem, MediumProblem::Format { begins } if begins == b"not an image"));
             }
             other => panic!("{other:?}"),
         }
     }
     let error = decoder(|_| {}).decode(&batch).unwrap_err().to_string();
-    assert!(error.starts_with("prompt 2: images: number 1: neither PNG"), "{error}");
+    assert!(error.starts_with("prompt 2: images: number 1 (12 bytes): neither PNG"), "{error}");
     for (odd, found) in [(Media::Missing, "nothing"), (Media::Group(vec![]), "a list")] {
-        let batch = [MultimodalInput { images: vec![odd], ..input(vec![], vec![]) }];
+        let batch = [MultimodalInput { images: vec![odd].into(), ..input(vec![], vec![]) }];
         match decoder(|_| {}).decode(&batch) {
             Err(Error::Medium { prompt: 0, place: 0, problem, .. }) => {
                 assert!(matches!(*problem, MediumProblem::NotAMedium { found: f } if f == found));
@@ -452,7 +559,7 @@ fn a_batch_has_no_more_pixels_and_a_prompt_no_more_media_than_allowed() {
     let of_prompt = |limit| decoder(|c| c.max_media = limit).decode(&batch);
     assert!(of_prompt(3).is_ok());
     match of_prompt(2) {
-        Err(Error::Medium { prompt: 1, kind: MediaKind::Video, place: 0, problem }) => {
+        Err(Error::Medium { prompt: 1, kind: MediaKind::Video, place: 0, problem, .. }) => {
             assert!(matches!(*problem, MediumProblem::TooManyMedia { limit: 2 }));
         }
         other => panic!("{other:?}"),
@@ -475,7 +582,9 @@ fn tensors_and_sounds_have_the_length_that_they_say() {
         assert!(matches!(refused, Err(MediumProblem::Shape { .. })), "{refused:?}");
     }
     let sound = Audio::new(vec![1, 2], 16_000).unwrap();
-    assert_eq!((sound.bytes(), sound.sample_rate()), (&[1, 2][..], 16_000));
+    assert_eq!((sound.bytes(), sound.sample_rate()), (&[1, 2][..], Some(16_000)));
+    assert_eq!(Audio::of_file(*b"RIFF").unwrap().sample_rate(), None);
+    assert!(matches!(Audio::of_file([]), Err(MediumProblem::Empty)));
     assert!(matches!(Audio::new(vec![], 16_000), Err(MediumProblem::Empty)));
     assert!(matches!(Audio::new(vec![1], 0), Err(MediumProblem::SampleRate)));
 }

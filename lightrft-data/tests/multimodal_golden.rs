@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use lightrft_data::{
-    Error, Media, MediaColumn, MediaKind, MediaProblem, Mode, MultimodalInput, build_multimodal_inputs,
-    is_multimodal,
+    Error, Media, MediaColumn, MediaColumns, MediaKind, MediaProblem, Mode, MultimodalInput,
+    build_multimodal_inputs, is_multimodal,
 };
 use proptest::prelude::*;
 use serde::Deserialize;
@@ -60,12 +60,14 @@ fn list(value: &Value) -> Option<Vec<Media<Value>>> {
     }
 }
 
-fn build(case: &Case, mode: Mode) -> Result<Vec<MultimodalInput<Value>>, Error> {
+fn build(case: &Case, mode: Mode) -> Result<Vec<MultimodalInput<'static, Value>>, Error> {
     let (images, videos) = (list(&case.images), list(&case.videos));
     let images = MediaColumn { entries: images.as_deref(), counts: case.images_num.as_deref() };
     let videos = MediaColumn { entries: videos.as_deref(), counts: case.videos_num.as_deref() };
-    assert_eq!(is_multimodal(&images, &videos), case.is_multimodal, "case {}", case.id);
-    build_multimodal_inputs(&case.prompts, images, videos, mode)
+    let media = MediaColumns { images, videos, ..MediaColumns::default() };
+    assert_eq!(is_multimodal(&media), case.is_multimodal, "case {}", case.id);
+    let inputs = build_multimodal_inputs(&case.prompts, media, mode)?;
+    Ok(inputs.into_iter().map(MultimodalInput::into_owned).collect())
 }
 
 fn golden() -> Vec<Case> {
@@ -83,8 +85,8 @@ fn every_case_of_lightrft_is_reproduced() {
                 for (input, expected) in inputs.iter().zip(output) {
                     assert_eq!(input.prompt, expected.prompt, "case {}", case.id);
                     let data = &expected.multi_modal_data;
-                    assert_eq!(input.images, list(&data.image).unwrap_or_default(), "case {}", case.id);
-                    assert_eq!(input.videos, list(&data.video).unwrap_or_default(), "case {}", case.id);
+                    assert_eq!(*input.images, *list(&data.image).unwrap_or_default(), "case {}", case.id);
+                    assert_eq!(*input.videos, *list(&data.video).unwrap_or_default(), "case {}", case.id);
                 }
             }
             (Err(Error::Media { problem, .. }), None) => match case.error.as_deref().unwrap() {
@@ -127,6 +129,10 @@ fn group(names: &[&'static str]) -> Media<&'static str> {
     Media::Group(names.iter().copied().map(Media::One).collect())
 }
 
+fn of_images<M>(images: MediaColumn<'_, M>) -> MediaColumns<'_, M> {
+    MediaColumns { images, ..MediaColumns::default() }
+}
+
 /// The prompt that strict mode names, and the problem that it sees.
 fn refused(
     prompts: &[String],
@@ -134,7 +140,7 @@ fn refused(
     counts: Option<&[Option<i64>]>,
 ) -> (usize, MediaProblem) {
     let images = MediaColumn { entries: Some(images), counts };
-    match build_multimodal_inputs(prompts, images, MediaColumn::ABSENT, Mode::Strict) {
+    match build_multimodal_inputs(prompts, of_images(images), Mode::Strict) {
         Err(Error::Media { prompt, problem, .. }) => (prompt, problem),
         other => panic!("{other:?}"),
     }
@@ -199,8 +205,8 @@ fn strict_mode_names_the_prompt_of_every_trap() {
         "<|vision_start|><|vision_start|><|image_pad|><|vision_end|><|video_pad|><|vision_end|>",
     ] {
         let prompts = ["ok".to_owned(), format!("ab{stray}c")];
-        let none: MediaColumn<'_, ()> = MediaColumn::ABSENT;
-        match build_multimodal_inputs(&prompts, none, none, Mode::Strict) {
+        let none: MediaColumns<'_, ()> = MediaColumns::default();
+        match build_multimodal_inputs(&prompts, none, Mode::Strict) {
             Err(Error::Media { prompt: 1, problem: P::StrayTokens { byte: 2 }, .. }) => {}
             other => panic!("{stray}: {other:?}"),
         }
@@ -209,9 +215,9 @@ fn strict_mode_names_the_prompt_of_every_trap() {
 
 #[test]
 fn stripping_must_not_spell_new_tokens() {
-    let none: MediaColumn<'_, ()> = MediaColumn::ABSENT;
+    let none: MediaColumns<'_, ()> = MediaColumns::default();
     let prompts = [format!("a<|image_{IMAGE}pad|>")];
-    match build_multimodal_inputs(&prompts, none, none, Mode::Strict) {
+    match build_multimodal_inputs(&prompts, none, Mode::Strict) {
         Err(Error::Media { prompt: 0, problem: MediaProblem::StrayTokens { byte: 1 }, .. }) => {}
         other => panic!("{other:?}"),
     }
@@ -222,12 +228,73 @@ fn blocks_of_the_other_kind_do_not_stay_behind_unseen() {
     let prompts = [format!("{IMAGE}{VIDEO}both")];
     let entries = [one("v")];
     let videos = MediaColumn { entries: Some(&entries), counts: Some(&[Some(1)]) };
-    let strict = build_multimodal_inputs(&prompts, MediaColumn::ABSENT, videos, Mode::Strict);
+    let media = MediaColumns { videos, ..MediaColumns::default() };
+    let strict = build_multimodal_inputs(&prompts, media, Mode::Strict);
     let expected = MediaProblem::Placeholders { media: 0, blocks: 1 };
     match strict {
         Err(Error::Media { prompt: 0, kind: MediaKind::Image, problem }) => assert_eq!(problem, expected),
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn what_needs_no_change_is_the_callers_own() {
+    let prompts = texts(&[1, 0]);
+    let groups = [group(&["a"]), group(&[])];
+    let images = MediaColumn { entries: Some(&groups), counts: Some(&[Some(1), Some(0)]) };
+    for mode in [Mode::Strict, Mode::LightRft] {
+        let inputs = build_multimodal_inputs(&prompts, of_images(images), mode).unwrap();
+        for (input, prompt) in inputs.iter().zip(&prompts) {
+            assert!(std::ptr::eq(input.prompt.as_ptr(), prompt.as_ptr()), "{mode:?}");
+        }
+        let Media::Group(first) = &groups[0] else { unreachable!() };
+        assert!(std::ptr::eq(input_ptr(&inputs[0]), first.as_ptr()));
+    }
+}
+
+fn input_ptr<M: Clone>(input: &MultimodalInput<'_, M>) -> *const Media<M> {
+    input.images.as_ptr()
+}
+
+#[test]
+fn sounds_are_dealt_and_counted_like_images() {
+    let prompts = [
+        "<|audio_bos|><|AUDIO|><|audio_eos|>What is said?".to_owned(),
+        format!("{IMAGE}And here? <|AUDIO|> or <|AUDIO|><|AUDIO|>"),
+        "Hello".to_owned(),
+    ];
+    let counts = [Some(1), Some(2), Some(0)];
+    let flat = [one("a.wav"), one("b.wav"), one("c.wav")];
+    let nested = [group(&["a.wav"]), group(&["b.wav", "c.wav"]), group(&[])];
+    let pictures = [one("a.png")];
+    let images = MediaColumn { entries: Some(&pictures), counts: Some(&[Some(0), Some(1), Some(0)]) };
+    for (form, entries) in [("flat", &flat), ("nested", &nested)] {
+        let audios = MediaColumn { entries: Some(entries), counts: Some(&counts) };
+        let media = MediaColumns { images, audios, ..MediaColumns::default() };
+        assert!(is_multimodal(&media));
+        let inputs = build_multimodal_inputs(&prompts, media, Mode::Strict).unwrap();
+        assert_eq!(*inputs[0].audios, [one("a.wav")], "{form}");
+        assert_eq!(*inputs[1].audios, [one("b.wav"), one("c.wav")], "{form}");
+        assert_eq!((*inputs[1].images).len(), 1);
+        assert!(inputs[2].audios.is_empty());
+        assert_eq!(build_multimodal_inputs(&prompts, media, Mode::LightRft).unwrap(), inputs);
+    }
+    let refused = |prompts: &[String], audios| {
+        let media = MediaColumns { audios, ..MediaColumns::default() };
+        match build_multimodal_inputs(prompts, media, Mode::Strict) {
+            Err(Error::Media { prompt, kind: MediaKind::Audio, problem }) => (prompt, problem),
+            other => panic!("{other:?}"),
+        }
+    };
+    let counts = [Some(1), Some(1)];
+    let two = MediaColumn { entries: Some(&flat[..2]), counts: Some(&counts) };
+    let texts = ["<|AUDIO|>".to_owned(), "no place".to_owned()];
+    assert_eq!(refused(&texts, two), (1, MediaProblem::Placeholders { media: 1, blocks: 0 }));
+    let one_short = MediaColumn { entries: Some(&flat[..1]), counts: Some(&counts) };
+    assert_eq!(refused(&texts, one_short), (1, MediaProblem::WrongCount { count: 1, found: 0 }));
+    // A place for a sound that is not there is not taken out: something was lost.
+    let texts = ["fine".to_owned(), format!("{IMAGE}<|audio_bos|><|AUDIO|><|audio_eos|>what?")];
+    assert_eq!(refused(&texts, MediaColumn::ABSENT), (1, MediaProblem::Placeholders { media: 0, blocks: 1 }));
 }
 
 proptest! {
@@ -244,10 +311,10 @@ proptest! {
         let prompts = texts(&counts);
         for entries in [&flat, &nested] {
             let images = MediaColumn { entries: Some(entries), counts: Some(&numbers) };
-            let inputs = build_multimodal_inputs(&prompts, images, MediaColumn::ABSENT, Mode::Strict).unwrap();
-            let dealt: Vec<_> = inputs.iter().map(|input| input.images.clone()).collect();
+            let inputs = build_multimodal_inputs(&prompts, of_images(images), Mode::Strict).unwrap();
+            let dealt: Vec<_> = inputs.iter().map(|input| input.images.to_vec()).collect();
             prop_assert_eq!(&dealt, &groups);
-            let lightrft = build_multimodal_inputs(&prompts, images, MediaColumn::ABSENT, Mode::LightRft).unwrap();
+            let lightrft = build_multimodal_inputs(&prompts, of_images(images), Mode::LightRft).unwrap();
             prop_assert_eq!(inputs, lightrft);
         }
     }
@@ -271,7 +338,7 @@ proptest! {
         let counts: Option<Vec<_>> = counts.map(|c| c.into_iter().map(|c| c.map(i64::from)).collect());
         let images = MediaColumn { entries: Some(&entries), counts: counts.as_deref() };
         for mode in [Mode::Strict, Mode::LightRft] {
-            if let Ok(inputs) = build_multimodal_inputs(&prompts, images, MediaColumn::ABSENT, mode) {
+            if let Ok(inputs) = build_multimodal_inputs(&prompts, of_images(images), mode) {
                 prop_assert_eq!(inputs.len(), prompts.len());
             }
         }

@@ -133,6 +133,81 @@ mod with_templates {
     }
 
     #[test]
+    fn sounds_get_parts_where_their_marks_stand_and_are_counted() {
+        // As Qwen2-Audio's template has them.
+        let template = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}\
+            {% if part.type == 'audio' or 'audio_url' in part %}<|audio_bos|><|AUDIO|><|audio_eos|>\
+            {% elif part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+            {% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}";
+        let chat = Some(Arc::new(ChatTemplate::new(template).unwrap()));
+        let format = PromptFormat { chat, ..PromptFormat::default() };
+        let audio = "<|audio_bos|><|AUDIO|><|audio_eos|>";
+        let image = "<|vision_start|><|image_pad|><|vision_end|>";
+        let sounds = json!([{"audio": "a.wav"}, {"audio_url": {"url": "http://h/b.flac"}}]);
+        let text = |prompt: Value, audios: Value, images: Value| {
+            read(&format, &json!({"prompt": prompt, "label": 1, "audios": audios, "images": images}))
+        };
+        let found = text(json!("<audio>or<image>or<audio>?"), sounds.clone(), json!("i.png")).unwrap();
+        assert_eq!(found.text, format!("{audio}or{image}or{audio}?"));
+        let url = MediaSource::parse("http://h/b.flac").unwrap();
+        assert_eq!(found.audios, [MediaSource::Path("a.wav".into()), url]);
+        let batch = [found];
+        let inputs = inputs_of(&batch).unwrap();
+        assert_eq!((inputs[0].audios.len(), inputs[0].images.len()), (2, 1));
+        let found = text(json!("which?"), sounds.clone(), Value::Null).unwrap();
+        assert_eq!(found.text, format!("{audio}{audio}which?"));
+        let kind = MediaKind::Audio;
+        let one = text(json!("<audio>?"), sounds.clone(), Value::Null);
+        assert_eq!(one, Err(LineProblem::MediaParts { kind, media: 2, parts: 1 }));
+        let parts = json!([{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "?"}]}]);
+        let none = text(parts, Value::Null, Value::Null);
+        assert_eq!(none, Err(LineProblem::MediaParts { kind, media: 0, parts: 1 }));
+        let list = text(json!("?"), json!([["a.wav"]]), Value::Null);
+        assert!(
+            matches!(list, Err(LineProblem::Medium { kind: MediaKind::Audio, place: 0, .. })),
+            "{list:?}"
+        );
+        // A template that has no place for sounds loses them, which is seen at the batch.
+        let deaf = ChatTemplate::new("{{ messages[0].role }}").unwrap();
+        let deaf = PromptFormat { chat: Some(Arc::new(deaf)), ..PromptFormat::default() };
+        let found = read(&deaf, &json!({"prompt": "?", "label": 1, "audios": sounds})).unwrap();
+        let problem = MediaProblem::Placeholders { media: 2, blocks: 0 };
+        match inputs_of(&[found]) {
+            Err(Error::Media { prompt: 0, kind: MediaKind::Audio, problem: found }) => {
+                assert_eq!(found, problem)
+            }
+            other => panic!("{other:?}"),
+        };
+    }
+
+    #[test]
+    fn messages_keep_their_fields_whichever_their_order_and_names() {
+        let template = ChatTemplate::new("{{ messages | tojson }}").unwrap();
+        let format = PromptFormat { chat: Some(Arc::new(template)), ..PromptFormat::default() };
+        for (given, expected) in [
+            (r#"{"role": "user", "content": "a", "z": 1, "y": 2}"#, None),
+            (
+                r#"{"content": "a", "z": 1, "role": "user"}"#,
+                Some(r#"{"role": "user", "content": "a", "z": 1}"#),
+            ),
+            (
+                r#"{"role": "user", "content": "a", "value": "b"}"#,
+                Some(r#"{"role": "user", "content": "b"}"#),
+            ),
+            (
+                r#"{"role": "x", "content": "a", "from": "gpt"}"#,
+                Some(r#"{"role": "assistant", "content": "a"}"#),
+            ),
+        ] {
+            // What stands under the same key before, and under others, is passed over.
+            let line =
+                format!(r#"{{"prompt": [], "other": [{{"role": 1}}], "label": 1, "prompt": [{given}]}}"#);
+            let text = format.read(line.as_bytes()).unwrap().text;
+            assert_eq!(text, format!("[{}]", expected.unwrap_or(given)));
+        }
+    }
+
+    #[test]
     fn conversations_that_do_not_fit_are_refused_with_the_message() {
         let refused = |prompt: Value| read(&chat(), &json!({"prompt": prompt, "label": 1})).unwrap_err();
         let user = json!({"role": "user", "content": "a"});
@@ -211,13 +286,23 @@ fn keys_are_looked_for_where_lightrft_looks_and_missing_ones_are_named() {
         LineProblem::ChatPrompt { messages: 1, .. }
     ));
     assert!(matches!(problem(json!([1])), LineProblem::NotAnObject { .. }));
-    let keys = PromptKeys { input: Some("q".into()), label: None, images: "i".into(), videos: "v".into() };
+    let keys = PromptKeys {
+        input: Some("q".into()),
+        label: None,
+        images: "i".into(),
+        videos: "v".into(),
+        audios: "audio_path".into(),
+    };
     let own = PromptFormat { keys, ..PromptFormat::default() };
-    let found =
-        read(&own, &json!({"q": "a", "input": "b", "i": "x.png", "images": 3, "v": ["y.mp4"]})).unwrap();
+    let found = read(
+        &own,
+        &json!({"q": "a", "input": "b", "i": "x.png", "images": 3, "v": ["y.mp4"], "audio_path": "z.wav"}),
+    )
+    .unwrap();
     assert_eq!((found.text.as_str(), found.label), ("a", Value::Null));
     assert_eq!(found.images, [MediaSource::Path("x.png".into())]);
     assert_eq!(found.videos, [MediaSource::Path("y.mp4".into())]);
+    assert_eq!(found.audios, [MediaSource::Path("z.wav".into())]);
 }
 
 #[test]

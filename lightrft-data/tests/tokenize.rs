@@ -85,6 +85,16 @@ fn files_that_are_no_tokenizer_are_errors() {
         assert!(matches!(PromptTokenizer::from_bytes(bad.as_bytes(), config), Err(Error::Tokenizer { .. })));
     }
     assert!(matches!(PromptTokenizer::from_file("/nowhere", config), Err(Error::Io { action: "read", .. })));
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+    match PromptTokenizer::from_folder(&folder, config) {
+        Err(Error::Tokenizer { message }) => assert!(message.contains("tokenizer.json: "), "{message}"),
+        other => panic!("{other:?}"),
+    }
+    let whole = TokenizeConfig { max_tokens: 1000, ..config };
+    std::fs::write(folder.path().join("tokenizer.json"), recorded().tokenizer.to_string()).unwrap();
+    let case = &recorded().cases[1];
+    assert_eq!(PromptTokenizer::from_folder(&folder, whole).unwrap().encode(&case.text).unwrap(), case.ids);
     let none = TokenizeConfig { max_tokens: 0, ..config };
     assert!(matches!(PromptTokenizer::from_bytes(b"{}", none), Err(Error::Setting { .. })));
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use lightrft_data::{Media, MediaColumn, Mode, build_multimodal_inputs};
+use lightrft_data::{Media, MediaColumn, MediaColumns, Mode, MultimodalInput, build_multimodal_inputs};
 
 use crate::Options;
 use crate::peer::Taken;
@@ -44,16 +44,26 @@ fn multimodal(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
             false => (0..PROMPTS).flat_map(images).collect(),
         };
         let images = MediaColumn { entries: Some(&entries), counts: Some(&counts) };
+        let media = MediaColumns { images, ..MediaColumns::default() };
         let (mut strict, mut lightrft, mut python) = (Vec::new(), Vec::new(), Vec::new());
+        let mut owned = Vec::new();
         for round in 0..=options.rounds * 4 {
             for (mode, times) in [(Mode::Strict, &mut strict), (Mode::LightRft, &mut lightrft)] {
                 let begin = Instant::now();
-                let inputs = build_multimodal_inputs(&prompts, images, MediaColumn::ABSENT, mode)?;
+                let inputs = build_multimodal_inputs(&prompts, media, mode)?;
                 let seconds = begin.elapsed().as_secs_f64();
                 black_box(inputs);
                 if round > 0 {
                     times.push(seconds);
                 }
+            }
+            let begin = Instant::now();
+            let inputs = build_multimodal_inputs(&prompts, media, Mode::Strict)?;
+            let inputs: Vec<_> = inputs.into_iter().map(MultimodalInput::into_owned).collect();
+            let seconds = begin.elapsed().as_secs_f64();
+            black_box(inputs);
+            if round > 0 {
+                owned.push(seconds);
             }
             if options.python.is_some() && round > 0 && round.is_multiple_of(4) {
                 python.push(peer_once(name, PROMPTS)?);
@@ -66,6 +76,7 @@ fn multimodal(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
             row.others.push(python);
         }
         row.others.extend(Measured::of("LightRft mode", lightrft));
+        row.others.extend(Measured::of("texts and lists copied", owned));
         rows.push(row);
     }
     Ok(rows)
@@ -116,7 +127,7 @@ fn chat(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
     let lines: Vec<String> = (0..PROMPTS).map(line).collect();
     let texts = lines.iter().map(|line| Ok(format.read(line.as_bytes())?.text));
     let texts = texts.collect::<Result<Vec<_>, lightrft_data::LineProblem>>()?;
-    let (mut both, mut only) = (Vec::new(), Vec::new());
+    let (mut both, mut only, mut read) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..=options.rounds * 2 {
         let begin = Instant::now();
         for text in &texts {
@@ -128,8 +139,14 @@ fn chat(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
         for line in &lines {
             black_box(tokenizer.encode(&format.read(line.as_bytes())?.text)?);
         }
+        let ours = begin.elapsed().as_secs_f64();
+        let begin = Instant::now();
+        for line in &lines {
+            black_box(format.read(line.as_bytes())?);
+        }
         if round > 0 {
-            both.push(begin.elapsed().as_secs_f64());
+            read.push(begin.elapsed().as_secs_f64());
+            both.push(ours);
             only.push(alone);
         }
     }
@@ -138,5 +155,6 @@ fn chat(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
     let met = only.median() >= 0.9 * row.ours.median();
     row.targets.push(Target { text: "0.9x tokenizers".into(), met });
     row.others.push(only);
+    row.others.extend(Measured::of("template without tokens", read));
     Ok(vec![row])
 }

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use lightrft_data::{
     BadLines, Dataset, Error, InputTemplate, JsonLines, JsonLinesOptions, Keys, Media, MediaColumn,
-    MediaSource, Mode, PromptDataset, PromptFormat, VisionTokens, build_multimodal_inputs, is_multimodal,
+    MediaColumns, MediaSource, Mode, MultimodalInput, PromptDataset, PromptFormat, VisionTokens,
+    build_multimodal_inputs, is_multimodal,
 };
 
 /// How many media each prompt has.
@@ -27,7 +28,7 @@ impl Pieces<'_> {
     }
 
     fn prompt(&mut self) -> String {
-        const WORDS: [&str; 10] = [
+        const WORDS: [&str; 11] = [
             "<|vision_start|>",
             "<|vision_end|>",
             "<|image_pad|>",
@@ -38,8 +39,9 @@ impl Pieces<'_> {
             "pad|>",
             "é ",
             "<|",
+            "<|AUDIO|>",
         ];
-        (0..self.next(8)).map(|_| WORDS[usize::from(self.next(10))]).collect()
+        (0..self.next(8)).map(|_| WORDS[usize::from(self.next(11))]).collect()
     }
 
     fn media(&mut self, deep: bool) -> Media<u8> {
@@ -73,14 +75,20 @@ pub(crate) fn multimodal(bytes: &[u8]) {
     let prompts: Vec<String> = (0..pieces.next(7)).map(|_| pieces.prompt()).collect();
     let (images, image_counts) = pieces.column(prompts.len());
     let (videos, video_counts) = pieces.column(prompts.len());
+    let (audios, audio_counts) = pieces.column(prompts.len());
     let images = MediaColumn { entries: images.as_deref(), counts: image_counts.as_deref() };
     let videos = MediaColumn { entries: videos.as_deref(), counts: video_counts.as_deref() };
-    let any = is_multimodal(&images, &videos);
-    let lightrft = build_multimodal_inputs(&prompts, images, videos, Mode::LightRft);
-    match build_multimodal_inputs(&prompts, images, videos, Mode::Strict) {
+    let audios = MediaColumn { entries: audios.as_deref(), counts: audio_counts.as_deref() };
+    let media = MediaColumns { images, videos, audios };
+    let any = is_multimodal(&media);
+    let lightrft = build_multimodal_inputs(&prompts, media, Mode::LightRft);
+    match build_multimodal_inputs(&prompts, media, Mode::Strict) {
         Ok(strict) => {
-            let used: usize = strict.iter().map(|input| input.images.len() + input.videos.len()).sum();
-            assert_eq!(used, ones(images.entries) + ones(videos.entries));
+            let media = |input: &MultimodalInput<'_, u8>| {
+                input.images.len() + input.videos.len() + input.audios.len()
+            };
+            let used: usize = strict.iter().map(media).sum();
+            assert_eq!(used, ones(images.entries) + ones(videos.entries) + ones(audios.entries));
             assert!(any || used == 0);
             let vision = VisionTokens::QWEN2_VL;
             for (place, input) in strict.iter().enumerate() {
