@@ -159,7 +159,8 @@ mod tests {
             // The same, whichever way it is held.
             let others = value.try_iter().unwrap().map(|key| (key.clone(), value.get_item(&key).unwrap()));
             let hashed = Value::from_pairs(others);
-            assert!(value == hashed && hashed == value);
+            assert_eq!(value, hashed);
+            assert_eq!(hashed, value);
             assert_eq!(value.to_string(), hashed.to_string());
         }
         assert!(serde_json::from_str::<Json>(r#"{"a": [1, }"#).is_err());
