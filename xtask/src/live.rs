@@ -18,7 +18,10 @@ pub(crate) fn run(workspace: &Workspace, args: &[OsString]) -> ExitCode {
     let found = args.first().and_then(|name| SERVERS.into_iter().find(|(server, ..)| name == server));
     let (Some((server, test, mark)), true) = (found, args.len() <= 2) else {
         let known: Vec<_> = SERVERS.iter().map(|(server, ..)| *server).collect();
-        eprintln!("xtask: `live` takes a server, one of: {}; and a folder, target/live by default", known.join(", "));
+        eprintln!(
+            "xtask: `live` takes a server, one of: {}; and a folder, target/live by default",
+            known.join(", ")
+        );
         return ExitCode::from(USAGE);
     };
     // A path on the command line is meant from where we were called.
