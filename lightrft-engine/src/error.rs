@@ -44,6 +44,20 @@ pub enum Error {
         /// What the engine holds of one sequence.
         context_tokens: usize,
     },
+    /// A request's keys and values would not fit the engine's cache even if it were alone in it.
+    #[error(
+        "request {request}: the keys and values of {tokens} tokens take {needed_bytes} bytes, the cache has {cache_bytes}"
+    )]
+    CacheExceeded {
+        /// Index of the request in the call.
+        request: usize,
+        /// Tokens of its prompt and its longest completion that must be remembered.
+        tokens: usize,
+        /// Bytes they take, whole pages.
+        needed_bytes: u64,
+        /// Most bytes of the cache.
+        cache_bytes: u64,
+    },
     /// A token id that the model does not know. Some servers die of one, so it is found before anything is sent.
     #[error(
         "request {request}: {field}[{position}] = {token} is outside the vocabulary of {vocabulary} tokens"

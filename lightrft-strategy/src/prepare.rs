@@ -90,8 +90,7 @@ pub(crate) fn engine(
     match config.engine_type {
         EngineType::Embedded => {
             let decoder = actor.model.model().decoder();
-            let mut settings =
-                Settings { dtype: decoder.dtype(), device: decoder.device().clone(), ..Settings::default() };
+            let mut settings = Settings { dtype: decoder.dtype(), ..Settings::default() };
             if config.micro_rollout_batch_size > 0 {
                 settings.max_sequences = config.micro_rollout_batch_size;
             }

@@ -1,67 +1,101 @@
 //! The embedded engine: the seam's contract over a decoder and its weights.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
-use safetensors::Dtype;
+use candle_core::{DType, Tensor};
 
-use super::batch::{Model, plan};
 use super::config::DecoderConfig;
-use super::decoder::Decoder;
+use super::cpu::{PageLayout, Pool, Team, Work};
+use super::drive::Drive;
 use super::error::{ModelError, ModelResult};
+use super::held::{Held, readable};
+use super::stop::Detokenize;
+use super::update::EmbeddedUpdate;
 use super::weights::Weights;
 use crate::{
-    Completion, Engine, Error, Event, Level, Limits, MemoryBytes, NamedTensor, Parts, Progress, Request,
-    Result, State, Update, Version, Watch, check_requests, refuse_stop_strings,
+    Completion, Engine, Error, Event, Level, Limits, MemoryBytes, Parts, Request, Result, State, Update,
+    Version, Watch, check_requests, refuse_stop_strings,
 };
 
 /// How an [`EmbeddedEngine`] computes.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Type of weights, cache and arithmetic. Pushed weights are converted to it.
+    /// Type in which weights are kept: f32, bf16 or f16. Pushed weights are converted to it. Arithmetic, and the keys
+    /// and values of the cache, are f32: narrow weights save memory, and time where it is spent reading them.
     pub dtype: DType,
-    /// Where weights and cache live.
-    pub device: Device,
-    /// Most sequences that are drawn at once; bounds the cache and the time of a step. At least 1.
+    /// Most sequences that are drawn at once; bounds the cache and the time of a step. At least 1. A completion's place
+    /// is taken by the next one as soon as it has ended.
     pub max_sequences: usize,
+    /// Most bytes of keys and values. Where they are spent, the completions that began last give their part up, and
+    /// compute it again later; a request that would not fit even alone is refused. `None` bounds them by
+    /// `max_sequences` and the context alone.
+    pub cache_bytes: Option<u64>,
+    /// Threads of a step. `None` takes the rayon pool that the caller runs in, which `RAYON_NUM_THREADS` bounds; a
+    /// number makes a pool of the engine's own, of which 1 is the calling thread. With a rank on every core, 1 keeps
+    /// engines and trainers from taking each other's core.
+    pub threads: Option<NonZeroUsize>,
+    /// Turns tokens into text for [`Sampling::stop_strings`](crate::Sampling::stop_strings), which are refused without.
+    pub detokenizer: Option<Arc<dyn Detokenize>>,
     /// The version of the weights that the engine is made with.
     pub version: Version,
 }
 
 impl Default for Settings {
-    /// f32 on the CPU, 64 sequences at once, version 0.
+    /// f32, 64 sequences at once, no budget of the cache, the ambient threads, no tokenizer, version 0.
     fn default() -> Self {
-        Self { dtype: DType::F32, device: Device::Cpu, max_sequences: 64, version: Version(0) }
+        Self {
+            dtype: DType::F32,
+            max_sequences: 64,
+            cache_bytes: None,
+            threads: None,
+            detokenizer: None,
+            version: Version(0),
+        }
     }
 }
 
-/// An engine in this process.
+/// An engine in this process, on the CPU.
 ///
-/// The cache lives as long as a call of [`Engine::generate`]. Sleeping at [`Level::One`] moves the weights to host
-/// memory; on the CPU that is where they are, so nothing moves, and [`MemoryBytes::parked`] says that they are held.
-/// Sleeping at [`Level::Two`] frees them, provided that no clone of the [`Weights`] given to [`EmbeddedEngine::new`]
-/// is alive elsewhere. An update frees the former weights when it begins, so there is never more than one set.
+/// Requests are drawn side by side, a token each a step: one that ends leaves at once, and the next begins in its place.
+/// A prompt is computed once for all its samples, which share its part of the cache; long prompts are computed in
+/// pieces, between which the others go on.
+///
+/// A completion's tokens and log-probabilities are the same bits whatever else is drawn with it, however many threads
+/// compute, and whether it had to give way and was computed again. They are the same on all processors with fused
+/// multiply-adds (x86-64 with AVX2 or AVX-512, AArch64).
+///
+/// The cache's memory is kept from one call to the next, until the engine sleeps. Sleeping at [`Level::One`] would move
+/// the weights to host memory, where they are, so nothing moves, and [`MemoryBytes::parked`] says that they are held.
+/// Sleeping at [`Level::Two`] frees them, provided that no clone of the [`Weights`] given to [`EmbeddedEngine::new`] or
+/// [`EmbeddedEngine::adopt`] is alive elsewhere. An update frees the former weights when it begins, so there is never
+/// more than one set.
 #[derive(Debug)]
 pub struct EmbeddedEngine {
-    decoder: Decoder,
+    config: DecoderConfig,
+    /// Rotary frequencies, radians per position, rounded to f32 as HF does.
+    frequencies: Vec<f32>,
     settings: Settings,
+    team: Team,
     /// Empty unless the state has weights.
     weights: Weights,
+    pool: Pool,
+    work: Work,
     state: State,
     version: Version,
 }
 
 impl EmbeddedEngine {
-    /// An engine with these weights, awake.
+    /// An engine with these weights, awake. Tensors of [`Settings::dtype`] in host memory are shared, not copied.
     ///
     /// # Errors
     /// [`Error::Model`] if the configuration contradicts itself, or names the tensor that does not fit it.
     pub fn new(config: DecoderConfig, weights: Weights, settings: Settings) -> Result<Self> {
         weights.check(&config)?;
         let mut engine = Self::without_weights(config, settings)?;
-        let fit = |t: &Tensor| t.to_device(&engine.settings.device)?.to_dtype(engine.settings.dtype);
-        engine.weights = each(&weights, fit)?;
+        engine.weights = engine.readable(&weights)?;
         engine.state = State::READY;
         Ok(engine)
     }
@@ -69,11 +103,29 @@ impl EmbeddedEngine {
     /// An engine that waits for its first update, stale until then.
     ///
     /// # Errors
-    /// [`Error::Model`] if the configuration contradicts itself.
+    /// [`Error::Model`] if the configuration contradicts itself or the settings' type of weights is none;
+    /// [`Error::Backend`] if the system gives no threads.
     pub fn without_weights(config: DecoderConfig, settings: Settings) -> Result<Self> {
-        let decoder = Decoder::new(config, settings.dtype, &settings.device)?;
-        let version = settings.version;
-        Ok(Self { decoder, settings, weights: Weights::default(), state: State::EMPTY, version })
+        config.validate()?;
+        if !matches!(settings.dtype, DType::F32 | DType::BF16 | DType::F16) {
+            let (field, value) = ("dtype", format!("{:?}", settings.dtype));
+            return Err(ModelError::Config { field, value, expected: "F32, BF16 or F16".into() }.into());
+        }
+        let layout =
+            PageLayout { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim };
+        let page_bytes = (layout.elems() * size_of::<f32>()) as u64;
+        let limit = settings.cache_bytes.map_or(usize::MAX, |bytes| (bytes / page_bytes) as usize);
+        Ok(Self {
+            frequencies: config.rotary_frequencies().into_iter().map(|f| f as f32).collect(),
+            config,
+            team: team(settings.threads)?,
+            weights: Weights::default(),
+            pool: Pool::new(layout, limit),
+            work: Work::default(),
+            state: State::EMPTY,
+            version: settings.version,
+            settings,
+        })
     }
 
     /// An engine from a Hugging Face folder: `config.json` and `model.safetensors`, or the files of
@@ -83,16 +135,34 @@ impl EmbeddedEngine {
     /// [`Error::Model`] names the file, the field or the tensor that is wrong.
     pub fn from_folder(folder: &Path, settings: Settings) -> Result<Self> {
         let config = DecoderConfig::from_folder(folder)?;
-        let weights = Weights::from_folder(folder, &config, settings.dtype, &settings.device)?;
+        let weights = Weights::from_folder(folder, &config, settings.dtype, &candle_core::Device::Cpu)?;
         Self::new(config, weights, settings)
     }
 
     /// The model's shape.
     pub fn config(&self) -> &DecoderConfig {
-        self.decoder.config()
+        &self.config
     }
 
-    fn step(&mut self, event: Event) -> Result<()> {
+    /// A whole update without a copy: takes the trainer's tensors themselves, as version `to`, where they are of
+    /// [`Settings::dtype`] and in host memory. Whoever writes into them afterwards changes the engine's weights too.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] while asleep; [`Error::Model`] names a tensor that is missing, unknown or of another shape.
+    /// The former weights are kept then.
+    pub fn adopt(&mut self, to: Version, weights: &Weights) -> Result<()> {
+        let updating = self.state.after(Event::BeginUpdate)?;
+        weights.check(&self.config)?;
+        let weights = self.readable(weights)?;
+        self.state = updating;
+        self.commit(to, weights)
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.settings.dtype
+    }
+
+    pub(super) fn step(&mut self, event: Event) -> Result<()> {
         self.state = self.state.after(event)?;
         if !self.state.has_weights() {
             self.weights = Weights::default();
@@ -100,55 +170,88 @@ impl EmbeddedEngine {
         Ok(())
     }
 
-    fn move_weights(&mut self, device: &Device) -> ModelResult<()> {
-        self.weights = each(&self.weights, |t| t.to_device(device))?;
+    /// Ends an update: all parameters, of the engine's type.
+    pub(super) fn commit(&mut self, to: Version, weights: Weights) -> Result<()> {
+        self.step(Event::Commit)?;
+        (self.weights, self.version) = (weights, to);
+        tracing::debug!(version = to.0, bytes = self.weights.bytes(), "weights replaced");
+        Ok(())
+    }
+
+    fn readable(&self, weights: &Weights) -> ModelResult<Weights> {
+        let fit = |(name, tensor): (&str, &Tensor)| Ok((name.to_owned(), readable(tensor, self.dtype())?));
+        weights.iter().map(fit).collect()
+    }
+
+    /// Refuses a request whose longest completion would not fit the cache even alone.
+    fn check_cache(&self, requests: &[Request]) -> Result<()> {
+        let Some(cache_bytes) = self.settings.cache_bytes else { return Ok(()) };
+        for (request, r) in requests.iter().enumerate() {
+            // The last token drawn is never computed.
+            let tokens = r.prompt.len() + r.sampling.max_new_tokens - 1;
+            let needed_bytes = self.pool.bytes_of(Pool::pages_of(tokens));
+            if needed_bytes > cache_bytes {
+                return Err(Error::CacheExceeded { request, tokens, needed_bytes, cache_bytes });
+            }
+        }
         Ok(())
     }
 }
 
-fn each(weights: &Weights, f: impl Fn(&Tensor) -> candle_core::Result<Tensor>) -> ModelResult<Weights> {
-    weights.iter().map(|(name, tensor)| Ok((name.to_owned(), f(tensor)?))).collect()
+fn team(threads: Option<NonZeroUsize>) -> Result<Team> {
+    let Some(threads) = threads else { return Ok(Team::Ambient) };
+    if threads.get() == 1 {
+        return Ok(Team::Caller);
+    }
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.get())
+        .thread_name(|index| format!("engine-{index}"))
+        .build();
+    pool.map(Team::Own).map_err(|source| Error::Backend {
+        engine: "embedded",
+        operation: "starting its threads",
+        source: Box::new(source),
+    })
 }
 
 impl Engine for EmbeddedEngine {
     fn generate(&mut self, requests: &[Request], watch: &mut Watch<'_>) -> Result<Vec<Completion>> {
         self.state.after(Event::Generate)?;
         check_requests(requests, self.limits())?;
-        refuse_stop_strings(requests)?;
-        let model = Model { decoder: &self.decoder, weights: &self.weights, version: self.version };
-        let total = requests.iter().fold(0_usize, |n, r| n.saturating_add(r.samples));
-        let mut progress = Progress { total, ..Progress::default() };
-        watch.report(progress)?;
-        let mut completions = Vec::new();
-        for pieces in plan(requests, self.settings.max_sequences) {
-            completions.extend(model.run(requests, &pieces, watch, &mut progress)?);
+        if self.settings.detokenizer.is_none() {
+            refuse_stop_strings(requests)?;
         }
+        self.check_cache(requests)?;
+        let held = Held::of(&self.weights)?;
+        self.pool.reset();
+        let drive = Drive {
+            model: held.model(&self.config, &self.frequencies)?,
+            team: &self.team,
+            pool: &mut self.pool,
+            work: &mut self.work,
+            detokenizer: self.settings.detokenizer.as_deref(),
+            max_sequences: self.settings.max_sequences,
+            version: self.version,
+        };
+        let mut completions = drive.run(requests, watch)?;
         completions.sort_by_key(|c| (c.request, c.sample));
-        tracing::debug!(completions = total, tokens = progress.tokens, version = self.version.0, "generated");
         Ok(completions)
     }
 
     fn sleep(&mut self, level: Level) -> Result<()> {
-        let next = self.state.after(Event::Sleep(level))?;
-        if next.has_weights() {
-            self.move_weights(&Device::Cpu)?;
-        }
-        self.step(Event::Sleep(level))
+        self.step(Event::Sleep(level))?;
+        self.pool.clear();
+        self.work = Work::default();
+        Ok(())
     }
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
-        let next = self.state.after(Event::Wake(parts))?;
-        if next.has_weights() {
-            let device = self.settings.device.clone();
-            self.move_weights(&device)?;
-        }
         self.step(Event::Wake(parts))
     }
 
     fn begin_update(&mut self, to: Version) -> Result<Box<dyn Update + '_>> {
         self.step(Event::BeginUpdate)?;
-        let shapes = self.parameters().unwrap_or_default();
-        Ok(Box::new(EmbeddedUpdate { engine: self, to, shapes, staged: BTreeMap::new() }))
+        Ok(Box::new(EmbeddedUpdate::new(self, to)))
     }
 
     fn state(&self) -> State {
@@ -161,9 +264,10 @@ impl Engine for EmbeddedEngine {
 
     fn memory_bytes(&self) -> Option<MemoryBytes> {
         let bytes = self.weights.bytes() as u64;
+        let cache = self.pool.bytes() as u64;
         Some(match self.state {
             State::Asleep { .. } => MemoryBytes { parked: bytes, ..MemoryBytes::default() },
-            _ => MemoryBytes { weights: bytes, ..MemoryBytes::default() },
+            _ => MemoryBytes { weights: bytes, cache, ..MemoryBytes::default() },
         })
     }
 
@@ -175,81 +279,5 @@ impl Engine for EmbeddedEngine {
     fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
         let parameters = self.config().parameter_groups().into_iter().flat_map(|g| g.parameters);
         Some(parameters.map(|p| (p.name, p.shape)).collect())
-    }
-}
-
-/// A complete new set of tensors that is being assembled.
-#[derive(Debug)]
-struct EmbeddedUpdate<'a> {
-    engine: &'a mut EmbeddedEngine,
-    to: Version,
-    shapes: BTreeMap<String, Vec<usize>>,
-    staged: BTreeMap<String, Tensor>,
-}
-
-impl EmbeddedUpdate<'_> {
-    /// A tensor of the engine's own type and device, with its own memory.
-    fn tensor(&self, tensor: &NamedTensor<'_>) -> Result<Tensor> {
-        let name = tensor.name().to_owned();
-        let Some(expected) = self.shapes.get(tensor.name()) else {
-            return Err(Error::UnknownTensor { name });
-        };
-        if tensor.shape() != expected {
-            return Err(Error::Shape { name, got: tensor.shape().to_vec(), expected: expected.clone() });
-        }
-        if self.staged.contains_key(tensor.name()) {
-            return Err(Error::RepeatedTensor { name });
-        }
-        let dtype = match tensor.dtype() {
-            Dtype::F32 => DType::F32,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-            got => return Err(Error::Dtype { name, got, expected: "F32, BF16 or F16" }),
-        };
-        let Settings { device, dtype: own, .. } = &self.engine.settings;
-        let tensor = Tensor::from_raw_buffer(tensor.bytes(), dtype, tensor.shape(), device)
-            .and_then(|t| t.to_dtype(*own))
-            .map_err(ModelError::from)?;
-        Ok(tensor)
-    }
-}
-
-impl Update for EmbeddedUpdate<'_> {
-    fn push(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()> {
-        let mut taken = BTreeMap::new();
-        for tensor in bucket {
-            if taken.insert(tensor.name().to_owned(), self.tensor(tensor)?).is_some() {
-                return Err(Error::RepeatedTensor { name: tensor.name().to_owned() });
-            }
-        }
-        self.staged.append(&mut taken);
-        Ok(())
-    }
-
-    fn commit(mut self: Box<Self>) -> Result<()> {
-        let missing: Vec<&String> = self.shapes.keys().filter(|n| !self.staged.contains_key(*n)).collect();
-        if !missing.is_empty() {
-            return Err(Error::MissingTensors {
-                version: self.to,
-                missing: missing.len(),
-                total: self.shapes.len(),
-                examples: missing.into_iter().take(4).cloned().collect(),
-            });
-        }
-        self.engine.step(Event::Commit)?;
-        self.engine.weights = std::mem::take(&mut self.staged).into_iter().collect();
-        self.engine.version = self.to;
-        tracing::debug!(version = self.to.0, bytes = self.engine.weights.bytes(), "weights replaced");
-        Ok(())
-    }
-}
-
-impl Drop for EmbeddedUpdate<'_> {
-    fn drop(&mut self) {
-        // After a commit the engine is awake and refuses this event, which is right: there is nothing to abandon.
-        let abandoned = self.engine.step(Event::Abandon).is_ok();
-        if abandoned {
-            tracing::warn!(to = self.to.0, "weight update dropped before its commit: the engine is stale");
-        }
     }
 }

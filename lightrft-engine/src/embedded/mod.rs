@@ -23,15 +23,19 @@
 //! [`EmbeddedEngine`] is the engine; [`Decoder`], [`Weights`] and [`DecoderConfig`] are the model itself, which a
 //! trainer uses too. [`draw`] is the sampling of one token, with [`uniform`] for its random number.
 
-mod batch;
 mod config;
 mod cpu;
 mod decoder;
+mod drive;
 mod engine;
 mod error;
 mod graft;
+mod held;
 mod kv_cache;
 mod sampling;
+mod schedule;
+mod stop;
+mod update;
 mod weights;
 
 pub use config::{DecoderConfig, Family, Parameter, ParameterGroup, RopeScaling};
@@ -40,4 +44,5 @@ pub use engine::{EmbeddedEngine, Settings};
 pub use error::{ModelError, ModelResult};
 pub use kv_cache::{KvCache, LayerCache};
 pub use sampling::{Draw, DrawKey, Past, Unusable, draw, uniform};
+pub use stop::Detokenize;
 pub use weights::{Weights, weight_files};

@@ -13,7 +13,7 @@ const UNSAFE_FENCES: [&str; 13] = [
     "lightrft-collectives/src/host/shm/",
     "lightrft-collectives/src/nccl/",
     "lightrft-collectives/src/reduce/simd.rs",
-    "lightrft-engine/src/embedded/cpu/simd.rs",
+    "lightrft-engine/src/embedded/cpu/simd/",
     "lightrft-sharding/src/optim/simd.rs",
     "lightrft-sharding/src/cuda/",
     // Tests that count what the allocator hands out.

@@ -129,6 +129,79 @@ fn sum_f64(values: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
+/// `sum += more`, element by element.
+#[inline(always)]
+pub(super) fn add<A: Arithmetic>(sum: &mut [f32], more: &[f32]) {
+    for (sum, more) in sum.iter_mut().zip(more) {
+        *sum += more;
+    }
+}
+
+/// `silu(gate) * up` (Shazeer 2020), element by element, into `gate`.
+#[inline(always)]
+pub(super) fn swiglu<A: Arithmetic>(gate: &mut [f32], up: &[f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = *gate / (1.0 + exp::<A>(-*gate)) * up;
+    }
+}
+
+/// Replaces the first `count` of `scores` by `exp(scale * (score - most))` and the rest by 0; gives the inverse of their
+/// sum. The length is a multiple of 16.
+#[inline(always)]
+pub(super) fn softmax<A: Arithmetic>(scores: &mut [f32], count: usize, scale: f32) -> f32 {
+    let count = count.min(scores.len());
+    let (seen, rest) = scores.split_at_mut(count);
+    rest.fill(0.0);
+    let mut most = [f32::NEG_INFINITY; LANES];
+    let (whole, tail) = seen.as_chunks::<LANES>();
+    for chunk in whole {
+        for (most, x) in most.iter_mut().zip(chunk) {
+            *most = if *x > *most { *x } else { *most };
+        }
+    }
+    let most = most.iter().chain(tail).fold(f32::NEG_INFINITY, |most, x| if *x > most { *x } else { most });
+    for x in seen.iter_mut() {
+        *x = exp::<A>((*x - most) * scale);
+    }
+    let mut sums = [0.0_f32; LANES];
+    let (whole, tail) = seen.as_chunks::<LANES>();
+    for chunk in whole {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *sum += x;
+        }
+    }
+    for (sum, x) in sums.iter_mut().zip(tail) {
+        *sum += x;
+    }
+    1.0 / sums.iter().sum::<f32>()
+}
+
+/// `x / sqrt(mean(x²) + eps) * weight` (Zhang and Sennrich 2019) of 16 columns: `x` and `out` are `[features, 16]`.
+#[inline(always)]
+pub(super) fn rms_norm<A: Arithmetic>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let (rows, _) = x.as_chunks::<LANES>();
+    let (out, _) = out.as_chunks_mut::<LANES>();
+    // Four chains, so that the next square does not wait for the last sum.
+    let mut sums = [[0.0_f32; LANES]; 4];
+    for rows in rows.chunks(4) {
+        for (sum, row) in sums.iter_mut().zip(rows) {
+            for (sum, x) in sum.iter_mut().zip(row) {
+                *sum = A::mul_add(*x, *x, *sum);
+            }
+        }
+    }
+    let mut scale = [0.0_f32; LANES];
+    for (lane, scale) in scale.iter_mut().enumerate() {
+        let squares = (sums[0][lane] + sums[1][lane]) + (sums[2][lane] + sums[3][lane]);
+        *scale = 1.0 / (squares / rows.len() as f32 + eps).sqrt();
+    }
+    for ((out, row), weight) in out.iter_mut().zip(rows).zip(weight) {
+        for ((out, x), scale) in out.iter_mut().zip(row).zip(&scale) {
+            *out = x * scale * weight;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,10 +1,16 @@
-//! Loops compiled for wider vectors than the target has, taken where the processor has them; this crate's unsafe fence.
+//! Loops compiled for wider vectors than the target has, taken where the processor has them; this crate's unsafe fence
 //!
 //! Each loop is written once, in safe code, and compiled for each set of instructions. Where there is a fused
 //! multiply-add all of them use it in the same order, so machines with AVX2, AVX-512 or NEON compute the same bits.
 #![allow(unsafe_code)]
 
+mod page;
+mod product;
+mod registers;
+
 use super::lanes;
+pub(super) use page::{MOST_HEADS, scores, values};
+pub(super) use product::{Ahead, heights, product};
 
 /// A set of vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,4 +116,24 @@ compiled_for_each! {
 compiled_for_each! {
     /// The sum of `exp(x - most)`, taken in f64.
     sum_exp(row: &[f32], most: f32) -> f64, of lanes::sum_exp
+}
+
+compiled_for_each! {
+    /// `sum += more`, element by element.
+    add(sum: &mut [f32], more: &[f32]), of lanes::add
+}
+
+compiled_for_each! {
+    /// `silu(gate) * up`, element by element, into `gate`.
+    swiglu(gate: &mut [f32], up: &[f32]), of lanes::swiglu
+}
+
+compiled_for_each! {
+    /// [`lanes::softmax`].
+    softmax(scores: &mut [f32], count: usize, scale: f32) -> f32, of lanes::softmax
+}
+
+compiled_for_each! {
+    /// [`lanes::rms_norm`].
+    rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]), of lanes::rms_norm
 }

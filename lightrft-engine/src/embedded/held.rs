@@ -1,0 +1,104 @@
+//! Weights held for reading, and what a step on the CPU sees of them.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Layout, Storage, StorageRef, Tensor};
+
+use super::config::DecoderConfig;
+use super::cpu::{Layer, Linear, Matrix, Model};
+use super::error::{ModelError, ModelResult};
+use super::weights::Weights;
+
+/// Every tensor of a model, locked for reading.
+pub(super) struct Held<'w> {
+    tensors: BTreeMap<&'w str, (StorageRef<'w>, &'w Layout)>,
+    /// Vectors that are not f32, widened.
+    wide: BTreeMap<&'w str, Vec<f32>>,
+}
+
+impl<'w> Held<'w> {
+    pub(super) fn of(weights: &'w Weights) -> ModelResult<Self> {
+        let mut wide = BTreeMap::new();
+        for (name, tensor) in weights.iter().filter(|(_, t)| t.rank() == 1) {
+            if tensor.dtype() != candle_core::DType::F32 {
+                let vector = tensor.to_dtype(candle_core::DType::F32)?.to_vec1()?;
+                wide.insert(name, vector);
+            }
+        }
+        Ok(Self { tensors: weights.iter().map(|(name, t)| (name, t.storage_and_layout())).collect(), wide })
+    }
+
+    fn matrix(&self, name: &str) -> ModelResult<Matrix<'_>> {
+        let (storage, layout) = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), expected: Vec::new() })?;
+        let (start, end) = layout.contiguous_offsets().ok_or_else(|| unreadable(name))?;
+        let Storage::Cpu(storage) = &**storage else { return Err(unreadable(name)) };
+        match storage {
+            candle_core::CpuStorage::F32(w) => Ok(Matrix::F32(&w[start..end])),
+            candle_core::CpuStorage::BF16(w) => Ok(Matrix::Bf16(&w[start..end])),
+            candle_core::CpuStorage::F16(w) => Ok(Matrix::F16(&w[start..end])),
+            _ => Err(unreadable(name)),
+        }
+    }
+
+    fn vector(&self, name: &str) -> ModelResult<&[f32]> {
+        if let Some(wide) = self.wide.get(name) {
+            return Ok(wide);
+        }
+        match self.matrix(name)? {
+            Matrix::F32(w) => Ok(w),
+            _ => Err(unreadable(name)),
+        }
+    }
+
+    /// The model, as a step sees it.
+    pub(super) fn model<'a>(
+        &'a self,
+        config: &DecoderConfig,
+        frequencies: &'a [f32],
+    ) -> ModelResult<Model<'a>> {
+        let layer = |index: usize| -> ModelResult<Layer<'a>> {
+            let vector = |name: &str| self.vector(&format!("model.layers.{index}.{name}"));
+            let linear = |name: &str, bias: bool| -> ModelResult<Linear<'a>> {
+                let name = format!("model.layers.{index}.{name}");
+                let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
+                Ok(Linear { weight: self.matrix(&format!("{name}.weight"))?, bias })
+            };
+            Ok(Layer {
+                attention_norm: vector("input_layernorm.weight")?,
+                q: linear("self_attn.q_proj", config.qkv_bias)?,
+                k: linear("self_attn.k_proj", config.qkv_bias)?,
+                v: linear("self_attn.v_proj", config.qkv_bias)?,
+                head_norms: None,
+                o: linear("self_attn.o_proj", config.output_bias)?,
+                mlp_norm: vector("post_attention_layernorm.weight")?,
+                gate: linear("mlp.gate_proj", config.mlp_bias)?,
+                up: linear("mlp.up_proj", config.mlp_bias)?,
+                down: linear("mlp.down_proj", config.mlp_bias)?,
+            })
+        };
+        let embed = self.matrix("model.embed_tokens.weight")?;
+        Ok(Model {
+            hidden: config.hidden_size,
+            heads: config.heads,
+            eps: config.rms_norm_eps as f32,
+            frequencies,
+            embed,
+            layers: (0..config.layers).map(layer).collect::<ModelResult<_>>()?,
+            norm: self.vector("model.norm.weight")?,
+            head: if config.tie_word_embeddings { embed } else { self.matrix("lm_head.weight")? },
+        })
+    }
+}
+
+fn unreadable(name: &str) -> ModelError {
+    let what = format!("tensor `{name}`: contiguous f32, bf16 or f16 elements in host memory were expected");
+    ModelError::Tensor(candle_core::Error::Msg(what))
+}
+
+/// The same tensor as a step can read it; shared with the given one if it is so already.
+pub(super) fn readable(tensor: &Tensor, dtype: candle_core::DType) -> candle_core::Result<Tensor> {
+    tensor.detach().to_device(&candle_core::Device::Cpu)?.to_dtype(dtype)?.contiguous()
+}

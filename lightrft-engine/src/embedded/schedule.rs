@@ -1,0 +1,291 @@
+//! Who is computed in the next step: completions join, wait, share their prompt's pages, give way and leave.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::cpu::{Column, PAGE_TOKENS, PageId, Pool};
+use super::stop::Tail;
+use crate::Request;
+
+/// Most columns of one step, as far as sequences that only go on do not need more: a long prompt is computed in pieces
+/// between which the others go on.
+const STEP_COLUMNS: usize = 256;
+
+/// A completion that is being drawn.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) request: usize,
+    pub(super) sample: usize,
+    /// Tokens drawn so far.
+    pub(super) tokens: Vec<u32>,
+    pub(super) log_probs: Vec<f32>,
+    pub(super) tail: Tail,
+    /// Pages with the keys and values of its first `cached` tokens, prompt first.
+    table: Vec<PageId>,
+    cached: usize,
+    /// What its first token is drawn from, when another sample has computed the prompt.
+    pub(super) logits: Option<Arc<[f32]>>,
+    /// The later samples of its request wait for it to compute the prompt.
+    leads: bool,
+}
+
+/// A completion, or several, that are not being drawn.
+#[derive(Debug)]
+enum Waiting {
+    /// Sample `sample` and those after it: the first computes the prompt for all.
+    Fresh { request: usize, sample: usize },
+    /// Samples from `sample` on, whose prompt has been computed.
+    Forks { request: usize, sample: usize, table: Vec<PageId>, logits: Arc<[f32]> },
+    /// One that gave its pages up, and computes them again.
+    Preempted(Row),
+}
+
+/// What the next step computes.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) columns: Vec<Column>,
+    /// Rows of the step, in the order of their tables, with the number of their columns.
+    rows: Vec<(usize, usize)>,
+    /// Columns after which a token is drawn.
+    pub(super) wanted: Vec<usize>,
+    /// Their rows.
+    wanted_rows: Vec<usize>,
+}
+
+/// The completions of one call.
+#[derive(Debug)]
+pub(super) struct Schedule<'r> {
+    requests: &'r [Request],
+    max_sequences: usize,
+    /// Admitted first stands first. The first is never made to wait, so that there always is progress.
+    running: Vec<Row>,
+    waiting: VecDeque<Waiting>,
+    /// How often a row has given way.
+    preemptions: usize,
+}
+
+impl<'r> Schedule<'r> {
+    pub(super) fn new(requests: &'r [Request], max_sequences: usize) -> Self {
+        let waiting = (0..requests.len()).map(|request| Waiting::Fresh { request, sample: 0 }).collect();
+        let max_sequences = max_sequences.max(1);
+        Self { requests, max_sequences, running: Vec::new(), waiting, preemptions: 0 }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    pub(super) fn preemptions(&self) -> usize {
+        self.preemptions
+    }
+
+    pub(super) fn rows(&self) -> &[Row] {
+        &self.running
+    }
+
+    /// The pages of the batch's sequences.
+    pub(super) fn tables(&self, batch: &Batch) -> Vec<&[PageId]> {
+        batch.rows.iter().map(|(row, _)| self.running[*row].table.as_slice()).collect()
+    }
+
+    fn total(&self, row: &Row) -> usize {
+        self.requests[row.request].prompt.len() + row.tokens.len()
+    }
+
+    /// Fills free places, while there are pages for those who take them.
+    pub(super) fn admit(&mut self, pool: &mut Pool) {
+        while self.running.len() < self.max_sequences {
+            let Some(next) = self.waiting.front() else { return };
+            let pages = match next {
+                Waiting::Fresh { request, .. } => Pool::pages_of(self.requests[*request].prompt.len() + 1),
+                Waiting::Preempted(row) => Pool::pages_of(self.total(row) + 1),
+                // The prompt's last page is copied, or there is a next one.
+                Waiting::Forks { .. } => 1,
+            };
+            // Pages that those who run are about to take.
+            let owed: usize = self
+                .running
+                .iter()
+                .map(|row| Pool::pages_of(self.total(row) + 1).saturating_sub(row.table.len()))
+                .sum();
+            if !self.running.is_empty() && owed + pages > pool.available() {
+                return;
+            }
+            let Some(next) = self.waiting.pop_front() else { return };
+            match next {
+                Waiting::Fresh { request, sample } => {
+                    let leads = sample + 1 < self.requests[request].samples;
+                    self.running.push(row(request, sample, Vec::new(), 0, None, leads));
+                }
+                Waiting::Preempted(row) => self.running.push(row),
+                Waiting::Forks { request, sample, table, logits } => {
+                    let cached = self.requests[request].prompt.len();
+                    if sample + 1 < self.requests[request].samples {
+                        table.iter().for_each(|page| pool.share(*page));
+                        let (table, logits) = (table.clone(), Arc::clone(&logits));
+                        self.waiting.push_front(Waiting::Forks { request, sample: sample + 1, table, logits });
+                    }
+                    self.running.push(row(request, sample, table, cached, Some(logits), false));
+                }
+            }
+        }
+    }
+
+    /// What the next step computes, with pages for it. The youngest give way where there are none.
+    ///
+    /// # Errors
+    /// The system's, for memory within the budget that it does not have.
+    pub(super) fn compose(
+        &mut self,
+        pool: &mut Pool,
+    ) -> Result<Batch, std::collections::TryReserveError> {
+        let mut batch = Batch::default();
+        let going_on = self.running.iter().filter(|row| self.total(row) == row.cached + 1).count();
+        let mut spare = STEP_COLUMNS.saturating_sub(going_on).max(PAGE_TOKENS);
+        let mut at = 0;
+        while at < self.running.len() {
+            let pending = self.total(&self.running[at]) - self.running[at].cached;
+            let count = match pending {
+                0 | 1 => pending,
+                more => more.min(spare),
+            };
+            if count == 0 {
+                at += 1;
+                continue;
+            }
+            if !self.find_pages(at, count, pool)? {
+                // It was the youngest itself, and waits again.
+                continue;
+            }
+            if pending > 1 {
+                spare -= count;
+            }
+            let row = &self.running[at];
+            let prompt = &self.requests[row.request].prompt;
+            let tokens = prompt.iter().chain(&row.tokens).enumerate().skip(row.cached).take(count);
+            let sequence = batch.rows.len();
+            batch.columns.extend(tokens.map(|(position, token)| Column { token: *token, position, sequence }));
+            batch.rows.push((at, count));
+            if count == pending {
+                batch.wanted.push(batch.columns.len() - 1);
+                batch.wanted_rows.push(at);
+            }
+            at += 1;
+        }
+        Ok(batch)
+    }
+
+    /// Pages of its own for the next `count` tokens of row `at`; `false` if the row had to give way.
+    fn find_pages(
+        &mut self,
+        at: usize,
+        count: usize,
+        pool: &mut Pool,
+    ) -> Result<bool, std::collections::TryReserveError> {
+        loop {
+            let row = &mut self.running[at];
+            let first = row.cached / PAGE_TOKENS;
+            let copied = row.table.get(first).copied().filter(|page| pool.is_shared(*page));
+            if copied.is_none() && row.table.len() * PAGE_TOKENS >= row.cached + count {
+                return Ok(true);
+            }
+            match (pool.take()?, copied) {
+                (Some(page), Some(shared)) => {
+                    pool.copy(shared, page);
+                    pool.release(shared);
+                    row.table[first] = page;
+                }
+                (Some(page), None) => row.table.push(page),
+                (None, _) if self.forget_a_prompt(pool) => {}
+                (None, _) => {
+                    let youngest = self.running.len() - 1;
+                    self.preempt(pool);
+                    if youngest == at {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives up the pages of a prompt whose samples wait.
+    fn forget_a_prompt(&mut self, pool: &mut Pool) -> bool {
+        let kept = self.waiting.iter_mut().rev().find(|w| matches!(w, Waiting::Forks { .. }));
+        let Some(kept) = kept else { return false };
+        if let Waiting::Forks { request, sample, table, .. } = kept {
+            table.drain(..).for_each(|page| pool.release(page));
+            *kept = Waiting::Fresh { request: *request, sample: *sample };
+        }
+        true
+    }
+
+    /// Makes the row that was admitted last wait, without its pages.
+    fn preempt(&mut self, pool: &mut Pool) {
+        if let Some(mut row) = self.running.pop() {
+            row.table.drain(..).for_each(|page| pool.release(page));
+            row.cached = 0;
+            row.logits = None;
+            self.waiting.push_front(Waiting::Preempted(row));
+            self.preemptions += 1;
+        }
+    }
+
+    /// Takes note that the batch was computed. `logits` copies the row of logits of a wanted column. Gives the rows that
+    /// draw a token now, with the wanted column that they draw it from, or `None` for [`Row::logits`].
+    pub(super) fn computed(
+        &mut self,
+        batch: &Batch,
+        pool: &mut Pool,
+        logits: impl Fn(usize) -> Arc<[f32]>,
+    ) -> Vec<(usize, Option<usize>)> {
+        for (row, count) in &batch.rows {
+            self.running[*row].cached += count;
+        }
+        for (column, at) in batch.wanted_rows.iter().enumerate() {
+            let row = &mut self.running[*at];
+            if row.leads && row.tokens.is_empty() {
+                row.leads = false;
+                row.table.iter().for_each(|page| pool.share(*page));
+                self.waiting.push_front(Waiting::Forks {
+                    request: row.request,
+                    sample: row.sample + 1,
+                    table: row.table.clone(),
+                    logits: logits(column),
+                });
+            }
+        }
+        let mut due: Vec<_> = batch.wanted_rows.iter().enumerate().map(|(c, row)| (*row, Some(c))).collect();
+        let forked = self.running.iter().enumerate().filter(|(_, row)| row.logits.is_some());
+        due.extend(forked.map(|(at, _)| (at, None)));
+        due.sort_unstable();
+        due
+    }
+
+    /// A row that has drawn.
+    pub(super) fn row_mut(&mut self, at: usize) -> &mut Row {
+        &mut self.running[at]
+    }
+
+    /// Takes the rows `ended`, rising, out, and their pages back.
+    pub(super) fn leave(&mut self, ended: &[usize], pool: &mut Pool) -> Vec<Row> {
+        let mut left = Vec::with_capacity(ended.len());
+        for at in ended.iter().rev() {
+            let mut row = self.running.remove(*at);
+            row.table.drain(..).for_each(|page| pool.release(page));
+            left.push(row);
+        }
+        left
+    }
+}
+
+fn row(
+    request: usize,
+    sample: usize,
+    table: Vec<PageId>,
+    cached: usize,
+    logits: Option<Arc<[f32]>>,
+    leads: bool,
+) -> Row {
+    let (tokens, log_probs, tail) = (Vec::new(), Vec::new(), Tail::default());
+    Row { request, sample, tokens, log_probs, tail, table, cached, logits, leads }
+}

@@ -1,0 +1,88 @@
+//! An update of the embedded engine from bytes.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+
+use super::engine::EmbeddedEngine;
+use super::error::ModelError;
+use crate::{Engine, Error, Event, NamedTensor, Result, Update, Version};
+
+/// A complete new set of tensors that is being assembled.
+#[derive(Debug)]
+pub(super) struct EmbeddedUpdate<'a> {
+    engine: &'a mut EmbeddedEngine,
+    to: Version,
+    shapes: BTreeMap<String, Vec<usize>>,
+    staged: BTreeMap<String, Tensor>,
+}
+
+impl<'a> EmbeddedUpdate<'a> {
+    /// An update of an engine whose state says that one has begun.
+    pub(super) fn new(engine: &'a mut EmbeddedEngine, to: Version) -> Self {
+        let shapes = engine.parameters().unwrap_or_default();
+        Self { engine, to, shapes, staged: BTreeMap::new() }
+    }
+
+    /// A tensor of the engine's own type, with its own memory.
+    fn tensor(&self, tensor: &NamedTensor<'_>) -> Result<Tensor> {
+        let name = tensor.name().to_owned();
+        let Some(expected) = self.shapes.get(tensor.name()) else {
+            return Err(Error::UnknownTensor { name });
+        };
+        if tensor.shape() != expected {
+            return Err(Error::Shape { name, got: tensor.shape().to_vec(), expected: expected.clone() });
+        }
+        if self.staged.contains_key(tensor.name()) {
+            return Err(Error::RepeatedTensor { name });
+        }
+        let dtype = match tensor.dtype() {
+            Dtype::F32 => DType::F32,
+            Dtype::BF16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+            got => return Err(Error::Dtype { name, got, expected: "F32, BF16 or F16" }),
+        };
+        let tensor = Tensor::from_raw_buffer(tensor.bytes(), dtype, tensor.shape(), &Device::Cpu)
+            .and_then(|t| t.to_dtype(self.engine.dtype()))
+            .map_err(ModelError::from)?;
+        Ok(tensor)
+    }
+}
+
+impl Update for EmbeddedUpdate<'_> {
+    fn push(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()> {
+        let mut taken = BTreeMap::new();
+        for tensor in bucket {
+            if taken.insert(tensor.name().to_owned(), self.tensor(tensor)?).is_some() {
+                return Err(Error::RepeatedTensor { name: tensor.name().to_owned() });
+            }
+        }
+        self.staged.append(&mut taken);
+        Ok(())
+    }
+
+    fn commit(mut self: Box<Self>) -> Result<()> {
+        let missing: Vec<&String> = self.shapes.keys().filter(|n| !self.staged.contains_key(*n)).collect();
+        if !missing.is_empty() {
+            return Err(Error::MissingTensors {
+                version: self.to,
+                missing: missing.len(),
+                total: self.shapes.len(),
+                examples: missing.into_iter().take(4).cloned().collect(),
+            });
+        }
+        let weights = std::mem::take(&mut self.staged).into_iter().collect();
+        self.engine.commit(self.to, weights)
+    }
+}
+
+impl Drop for EmbeddedUpdate<'_> {
+    fn drop(&mut self) {
+        // After a commit the engine is awake and refuses this event, which is right: there is nothing to abandon.
+        let abandoned = self.engine.step(Event::Abandon).is_ok();
+        if abandoned {
+            tracing::warn!(to = self.to.0, "weight update dropped before its commit: the engine is stale");
+        }
+    }
+}
