@@ -54,6 +54,10 @@ CASES = {
                    {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
     "qwen2_untied": ("qwen2", "nested", {"rope_type": "default", "rope_theta": 10_000.0},
                      {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}),
+    "qwen3_tied": ("qwen3", "flat", {"rope_type": "default", "rope_theta": 1_000_000.0},
+                   {"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "head_dim": 16}),
+    "qwen3_untied": ("qwen3", "nested", {"rope_type": "default", "rope_theta": 10_000.0},
+                     {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "attention_bias": True, "head_dim": 8}),
     "llama_tied": ("llama", "flat", {"rope_type": "default", "rope_theta": 10_000.0},
                    {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "llama_untied": ("llama", "nested", {"rope_type": "default", "rope_theta": 500_000.0},
@@ -72,6 +76,7 @@ def build(family, rope, fields):
                   bos_token_id=1, eos_token_id=2, pad_token_id=None, rope_parameters=dict(rope))
     common.update(fields)
     make = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+            "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
             "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}[family]
     config = make[0](**common)
     config._attn_implementation = "eager"

@@ -5,9 +5,18 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
-use lightrft_engine::embedded::{Decoder, DecoderConfig, KvCache, Weights};
+use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, KvCache, Settings, Weights};
+use lightrft_engine::{EngineExt, Request, Sampling};
 
-const CASES: [&str; 5] = ["qwen2_tied", "qwen2_untied", "llama_tied", "llama_untied", "llama3_rope"];
+const CASES: [&str; 7] = [
+    "qwen2_tied",
+    "qwen2_untied",
+    "qwen3_tied",
+    "qwen3_untied",
+    "llama_tied",
+    "llama_untied",
+    "llama3_rope",
+];
 const TOLERANCE: f32 = 1e-5;
 
 #[derive(serde::Deserialize)]
@@ -148,5 +157,27 @@ fn left_padded_rows_of_a_batch_equal_the_rows_alone() {
         for (step, got) in got.iter().enumerate() {
             assert_close(&format!("row {row}, step {step}"), &got[row], &logits[tokens.len() - 1 + step]);
         }
+    }
+}
+
+#[test]
+fn the_engine_draws_the_greedy_tokens_of_transformers() {
+    for case in CASES {
+        let (decoder, _, v) = load(case);
+        let mut engine = EmbeddedEngine::from_folder(&folder(case), Settings::default()).unwrap();
+        let requests: Vec<Request> = v
+            .generations
+            .iter()
+            .map(|g| Request::new(g.prompt.clone(), Sampling::greedy(g.new_tokens.len())))
+            .collect();
+        for (completion, g) in engine.complete(&requests).unwrap().iter().zip(&v.generations) {
+            assert_eq!(completion.tokens, g.new_tokens, "{case}");
+            for ((log_prob, logits), token) in completion.log_probs.iter().zip(&g.logits).zip(&g.new_tokens) {
+                let total: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();
+                let want = f64::from(logits[*token as usize]) - total.ln();
+                assert!((f64::from(*log_prob) - want).abs() < 2e-5, "{case}: {log_prob}, {want}");
+            }
+        }
+        assert_eq!(engine.config(), decoder.config());
     }
 }

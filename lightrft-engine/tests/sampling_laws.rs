@@ -193,3 +193,50 @@ proptest! {
         );
     }
 }
+
+#[derive(serde::Deserialize)]
+struct Vectors {
+    cases: Vec<Case>,
+}
+
+#[derive(serde::Deserialize)]
+struct Case {
+    sampling: Sampling,
+    prompt: Vec<u32>,
+    completion: Vec<u32>,
+    logits: Vec<f32>,
+    probabilities: Vec<f64>,
+}
+
+#[test]
+fn what_is_drawn_from_is_what_the_processors_of_transformers_leave() {
+    let text = include_str!("data/sampling/vectors.json");
+    let vectors: Vectors = serde_json::from_str(text).unwrap();
+    for case in vectors.cases {
+        let past = Past { prompt: &case.prompt, completion: &case.completion };
+        let mut drawn = BTreeSet::new();
+        for u in numbers(9, 4000) {
+            let drawn_now = draw(&case.logits, &case.sampling, past, u).unwrap();
+            let want = case.probabilities[drawn_now.token as usize];
+            assert!(want > 0.0, "{:?}: token {} was filtered out", case.sampling, drawn_now.token);
+            assert!((f64::from(drawn_now.processed_log_prob) - want.ln()).abs() < 1e-5, "{:?}", case.sampling);
+            drawn.insert(drawn_now.token);
+        }
+        let likely = case.probabilities.iter().enumerate().filter(|(_, p)| **p > 5e-3);
+        assert!(likely.clone().all(|(token, _)| drawn.contains(&(token as u32))), "{:?}", case.sampling);
+
+        let greedy = Sampling { temperature: 0.0, ..case.sampling.clone() };
+        let best = draw(&case.logits, &greedy, past, 0.5).unwrap().token as usize;
+        assert!(likely.clone().all(|(_, p)| *p <= case.probabilities[best]), "{:?}", case.sampling);
+    }
+}
+
+#[test]
+fn a_token_is_penalised_once_however_often_it_stands_there() {
+    let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy(1) };
+    let token = |prompt: &[u32], completion: &[u32]| {
+        draw(&[3.0, 2.0, -1.0], &sampling, Past { prompt, completion }, 0.5).unwrap().token
+    };
+    assert_eq!([token(&[2], &[]), token(&[0], &[]), token(&[2], &[0])], [0, 1, 1]);
+    assert_eq!(token(&[0, 0, 0, 1], &[1, 1]), 0, "1.5 against 1.0, not less");
+}

@@ -10,10 +10,11 @@ use crate::workspace::Workspace;
 
 /// What can be measured, the package whose bench of that name measures it, and what cargo is told beside: without its
 /// features a bench would leave rows out and not say so.
-const BENCHES: [(&str, &str, &[&str]); 4] = [
+const BENCHES: [(&str, &str, &[&str]); 5] = [
     ("ckpt", "lightrft-ckpt", &[]),
     ("collectives", "lightrft-collectives", &[]),
     ("data", "lightrft-data", &["--all-features"]),
+    ("engine", "lightrft-engine", &["--all-features"]),
     ("sharding", "lightrft-sharding", &[]),
 ];
 

@@ -14,6 +14,8 @@ pub enum Family {
     Llama,
     /// Qwen2 and Qwen2.5: biases on the query, key and value projections only.
     Qwen2,
+    /// Qwen3: an RMSNorm over each query and key head, and biases on all four projections of the attention or none.
+    Qwen3,
 }
 
 /// How rotary frequencies are stretched for long contexts.
@@ -165,11 +167,12 @@ impl DecoderConfig {
         let family = match raw.model_type.as_deref() {
             Some("llama") => Family::Llama,
             Some("qwen2") => Family::Qwen2,
+            Some("qwen3") => Family::Qwen3,
             other => {
                 return Err(bad(
                     "model_type",
                     other.unwrap_or("(absent)"),
-                    "one of `llama`, `qwen2` was expected",
+                    "one of `llama`, `qwen2`, `qwen3` was expected",
                 ));
             }
         };
@@ -180,6 +183,8 @@ impl DecoderConfig {
         let heads = need("num_attention_heads", raw.num_attention_heads)?;
         let head_dim = match raw.head_dim {
             Some(d) => d,
+            // This family's default, which `config.json` may leave out.
+            None if family == Family::Qwen3 => 128,
             None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
             None => {
                 return Err(bad(
@@ -192,9 +197,9 @@ impl DecoderConfig {
         let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
         let (qkv_bias, output_bias, mlp_bias) = match family {
             Family::Qwen2 => (true, false, false),
-            Family::Llama => {
+            Family::Llama | Family::Qwen3 => {
                 let attention = raw.attention_bias.unwrap_or(false);
-                (attention, attention, raw.mlp_bias.unwrap_or(false))
+                (attention, attention, family == Family::Llama && raw.mlp_bias.unwrap_or(false))
             }
         };
         let config = Self {
@@ -210,7 +215,7 @@ impl DecoderConfig {
             rope_theta: rope.and_then(|r| r.rope_theta).or(raw.rope_theta).unwrap_or(10_000.0),
             rope_scaling: rope_scaling(rope)?,
             max_position_embeddings: need("max_position_embeddings", raw.max_position_embeddings)?,
-            // Absent means untied in both families.
+            // Absent means untied in all families.
             tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(false),
             qkv_bias,
             output_bias,
@@ -236,6 +241,7 @@ impl DecoderConfig {
         let (class, name) = match self.family {
             Family::Llama => ("LlamaForCausalLM", "llama"),
             Family::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
+            Family::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
         };
         let mut v = serde_json::json!({
             "architectures": [class],
@@ -255,8 +261,10 @@ impl DecoderConfig {
             "eos_token_id": self.eos_token_ids,
             "torch_dtype": "float32",
         });
-        if self.family == Family::Llama {
+        if self.family != Family::Qwen2 {
             v["attention_bias"] = self.qkv_bias.into();
+        }
+        if self.family == Family::Llama {
             v["mlp_bias"] = self.mlp_bias.into();
         }
         match self.rope_scaling {
@@ -336,12 +344,14 @@ impl DecoderConfig {
             ));
         }
         if self.qkv_bias != (self.family == Family::Qwen2 || self.output_bias)
-            || (self.family == Family::Qwen2 && (self.output_bias || self.mlp_bias))
+            || (self.family == Family::Qwen2 && self.output_bias)
+            || (self.family != Family::Llama && self.mlp_bias)
         {
             return Err(bad(
                 "model_type, attention_bias and mlp_bias",
                 format!("{:?}, {}, {} and {}", self.family, self.qkv_bias, self.output_bias, self.mlp_bias),
-                "Qwen2 has biases on query, key and value alone; Llama on all four projections or on none",
+                "Qwen2 has biases on query, key and value alone; Llama and Qwen3 on all four projections or on none; only \
+                 Llama has some in its SwiGLU",
             ));
         }
         if !(self.rms_norm_eps > 0.0 && self.rope_theta > 0.0) {
@@ -374,6 +384,10 @@ impl DecoderConfig {
                     add(&format!("self_attn.{name}.bias"), &[out]);
                 }
             }
+            if self.has_head_norms() {
+                add("self_attn.q_norm.weight", &[self.head_dim]);
+                add("self_attn.k_norm.weight", &[self.head_dim]);
+            }
             add("self_attn.o_proj.weight", &[h, q]);
             if self.output_bias {
                 add("self_attn.o_proj.bias", &[h]);
@@ -393,6 +407,11 @@ impl DecoderConfig {
         }
         groups.push(group("head", head));
         groups
+    }
+
+    /// Whether every query and key head is normed before it is turned to its position.
+    pub fn has_head_norms(&self) -> bool {
+        self.family == Family::Qwen3
     }
 
     /// Number of parameters, a tied matrix counted once.

@@ -13,7 +13,7 @@ use super::graft;
 use super::kv_cache::{KvCache, LayerCache};
 use super::weights::Weights;
 
-/// A Llama- or Qwen2-type decoder without its weights.
+/// A Llama-, Qwen2- or Qwen3-type decoder without its weights.
 #[derive(Clone, Debug)]
 pub struct Decoder {
     config: DecoderConfig,
@@ -171,6 +171,12 @@ impl Decoder {
         let q = heads(w.linear("self_attn.q_proj", &normed, c.qkv_bias)?, c.heads)?;
         let k = heads(w.linear("self_attn.k_proj", &normed, c.qkv_bias)?, c.kv_heads)?;
         let v = heads(w.linear("self_attn.v_proj", &normed, c.qkv_bias)?, c.kv_heads)?;
+        let (q, k) = if c.has_head_norms() {
+            let normed = |x: &Tensor, name| graft::rms_norm(x, w.get(name)?, c.rms_norm_eps).map_err(ModelError::from);
+            (normed(&q, "self_attn.q_norm.weight")?, normed(&k, "self_attn.k_norm.weight")?)
+        } else {
+            (q, k)
+        };
         let q = graft::rope(&q, &frame.cos, &frame.sin)?;
         let k = graft::rope(&k, &frame.cos, &frame.sin)?;
         let (k, v) = match cache {

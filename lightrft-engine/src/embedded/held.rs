@@ -71,7 +71,10 @@ impl<'w> Held<'w> {
                 q: linear("self_attn.q_proj", config.qkv_bias)?,
                 k: linear("self_attn.k_proj", config.qkv_bias)?,
                 v: linear("self_attn.v_proj", config.qkv_bias)?,
-                head_norms: None,
+                head_norms: match config.has_head_norms() {
+                    true => Some((vector("self_attn.q_norm.weight")?, vector("self_attn.k_norm.weight")?)),
+                    false => None,
+                },
                 o: linear("self_attn.o_proj", config.output_bias)?,
                 mlp_norm: vector("post_attention_layernorm.weight")?,
                 gate: linear("mlp.gate_proj", config.mlp_bias)?,

@@ -1,4 +1,4 @@
-//! An engine in this process: Llama and Qwen2 folders on candle, one decoder that trains and generates.
+//! An engine in this process: Llama, Qwen2 and Qwen3 folders, continuous batching over a paged cache on the CPU.
 //!
 //! ```
 //! use candle_core::Device;
@@ -20,8 +20,9 @@
 //! # Ok::<_, lightrft_engine::Error>(())
 //! ```
 //!
-//! [`EmbeddedEngine`] is the engine; [`Decoder`], [`Weights`] and [`DecoderConfig`] are the model itself, which a
-//! trainer uses too. [`draw`] is the sampling of one token, with [`uniform`] for its random number.
+//! [`EmbeddedEngine`] is the engine; [`Weights`] and [`DecoderConfig`] are its model, and [`Decoder`] the same forward pass
+//! on candle, with gradients, for a trainer. [`draw`] is the sampling of one token, with [`uniform`] for its random
+//! number.
 
 mod config;
 mod cpu;
