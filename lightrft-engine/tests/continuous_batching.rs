@@ -66,7 +66,8 @@ fn every_bit_is_the_same_in_any_company_on_any_threads_and_under_any_budget() {
         .iter()
         .enumerate()
         .flat_map(|(i, r)| {
-            let settings = Settings { max_sequences: 1, threads: NonZeroUsize::new(1), ..Settings::default() };
+            let settings =
+                Settings { max_sequences: 1, threads: NonZeroUsize::new(1), ..Settings::default() };
             let mut completions = engine(settings).complete(std::slice::from_ref(r)).unwrap();
             completions.iter_mut().for_each(|c| c.request = i);
             bits(&completions)
@@ -84,7 +85,10 @@ fn every_bit_is_the_same_in_any_company_on_any_threads_and_under_any_budget() {
         let mut engine = engine(settings);
         for round in 0..2 {
             let together = bits(&engine.complete(&requests).unwrap());
-            assert_eq!(together, alone, "{max_sequences} at once, {threads} threads, {pages:?} pages, {round}");
+            assert_eq!(
+                together, alone,
+                "{max_sequences} at once, {threads} threads, {pages:?} pages, {round}"
+            );
         }
     }
 }
@@ -163,7 +167,8 @@ fn a_call_that_fails_leaves_no_pages_taken() {
 #[test]
 fn narrow_weights_compute_what_their_widened_copies_compute() {
     let config = config();
-    let request = Request::new(prompt(4, 20), Sampling { max_new_tokens: 12, ..Sampling::default() }).samples(3);
+    let request =
+        Request::new(prompt(4, 20), Sampling { max_new_tokens: 12, ..Sampling::default() }).samples(3);
     let wide = Weights::random(&config, 3, 0.2, &Device::Cpu).unwrap();
     for dtype in [DType::BF16, DType::F16] {
         let as_type = |weights: &Weights, dtype| -> Weights {
@@ -175,7 +180,10 @@ fn narrow_weights_compute_what_their_widened_copies_compute() {
         let widened = as_type(&narrow, DType::F32);
         let mut from_wide = EmbeddedEngine::new(config.clone(), widened, Settings::default()).unwrap();
         let request = std::slice::from_ref(&request);
-        assert_eq!(bits(&from_narrow.complete(request).unwrap()), bits(&from_wide.complete(request).unwrap()));
+        assert_eq!(
+            bits(&from_narrow.complete(request).unwrap()),
+            bits(&from_wide.complete(request).unwrap())
+        );
         let bytes = [from_narrow.memory_bytes().unwrap().weights, from_wide.memory_bytes().unwrap().weights];
         assert_eq!(2 * bytes[0], bytes[1]);
     }
@@ -234,7 +242,10 @@ fn a_stop_string_ends_a_completion_at_the_token_that_completes_it() {
     let stopping = Sampling { stop_strings: stops, ..sampling };
     let stopped = engine.complete(&[Request::new([1, 2], stopping.clone())]).unwrap().remove(0);
     assert_eq!(stopped.finish, FinishReason::StopString(1));
-    assert_eq!((&stopped.tokens, &stopped.log_probs), (&free.tokens[..end].to_vec(), &free.log_probs[..end].to_vec()));
+    assert_eq!(
+        (&stopped.tokens, &stopped.log_probs),
+        (&free.tokens[..end].to_vec(), &free.log_probs[..end].to_vec())
+    );
 
     let late = Sampling { min_new_tokens: end, ..stopping };
     let later = engine.complete(&[Request::new([1, 2], late)]).unwrap().remove(0);

@@ -8,15 +8,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, KvCache, Settings, Weights};
 use lightrft_engine::{EngineExt, Request, Sampling};
 
-const CASES: [&str; 7] = [
-    "qwen2_tied",
-    "qwen2_untied",
-    "qwen3_tied",
-    "qwen3_untied",
-    "llama_tied",
-    "llama_untied",
-    "llama3_rope",
-];
+const CASES: [&str; 7] =
+    ["qwen2_tied", "qwen2_untied", "qwen3_tied", "qwen3_untied", "llama_tied", "llama_untied", "llama3_rope"];
 const TOLERANCE: f32 = 1e-5;
 
 #[derive(serde::Deserialize)]

@@ -219,7 +219,11 @@ fn what_is_drawn_from_is_what_the_processors_of_transformers_leave() {
             let drawn_now = draw(&case.logits, &case.sampling, past, u).unwrap();
             let want = case.probabilities[drawn_now.token as usize];
             assert!(want > 0.0, "{:?}: token {} was filtered out", case.sampling, drawn_now.token);
-            assert!((f64::from(drawn_now.processed_log_prob) - want.ln()).abs() < 1e-5, "{:?}", case.sampling);
+            assert!(
+                (f64::from(drawn_now.processed_log_prob) - want.ln()).abs() < 1e-5,
+                "{:?}",
+                case.sampling
+            );
             drawn.insert(drawn_now.token);
         }
         let likely = case.probabilities.iter().enumerate().filter(|(_, p)| **p > 5e-3);

@@ -47,7 +47,8 @@ type Case = fn(&Options) -> Result<Vec<Row>, Box<dyn Error>>;
 const CASES: [Case; 1] = [generate::measure];
 
 fn main() -> ExitCode {
-    let done = options().and_then(|options| if options.asked { bench(&options) } else { Ok(ExitCode::SUCCESS) });
+    let done =
+        options().and_then(|options| if options.asked { bench(&options) } else { Ok(ExitCode::SUCCESS) });
     done.unwrap_or_else(|error| {
         eprintln!("bench engine: {error}");
         ExitCode::FAILURE

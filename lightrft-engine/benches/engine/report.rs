@@ -54,9 +54,9 @@ pub(crate) fn print(rows: &[Row], setting: &Setting<'_>) {
     println!("{:<46} {:>12} {:>14} {:>8}  target", "tokens/s", "ours", "transformers", "ratio");
     for row in rows {
         let shown = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.1}"));
-        let target = row.target().map_or(String::new(), |(text, met)| {
-            format!("{text} {}", if met { "met" } else { "MISSED" })
-        });
+        let target = row
+            .target()
+            .map_or(String::new(), |(text, met)| format!("{text} {}", if met { "met" } else { "MISSED" }));
         let ratio = row.ratio().map_or("-".to_owned(), |x| format!("{x:.2}x"));
         let (ours, peer) = (shown(median(&row.ours)), shown(median(&row.peer)));
         println!("{}", format!("{:<46} {ours:>12} {peer:>14} {ratio:>8}  {target}", row.what).trim_end());

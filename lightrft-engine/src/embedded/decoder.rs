@@ -172,7 +172,8 @@ impl Decoder {
         let k = heads(w.linear("self_attn.k_proj", &normed, c.qkv_bias)?, c.kv_heads)?;
         let v = heads(w.linear("self_attn.v_proj", &normed, c.qkv_bias)?, c.kv_heads)?;
         let (q, k) = if c.has_head_norms() {
-            let normed = |x: &Tensor, name| graft::rms_norm(x, w.get(name)?, c.rms_norm_eps).map_err(ModelError::from);
+            let normed =
+                |x: &Tensor, name| graft::rms_norm(x, w.get(name)?, c.rms_norm_eps).map_err(ModelError::from);
             (normed(&q, "self_attn.q_norm.weight")?, normed(&k, "self_attn.k_norm.weight")?)
         } else {
             (q, k)

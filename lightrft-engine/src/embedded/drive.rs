@@ -61,7 +61,8 @@ impl Drive<'_> {
                 }
                 progress.tokens += 1;
             }
-            for (row, finish) in schedule.leave(&ended, self.pool).into_iter().zip(finishes.into_iter().rev()) {
+            for (row, finish) in schedule.leave(&ended, self.pool).into_iter().zip(finishes.into_iter().rev())
+            {
                 let Row { request, sample, tokens, log_probs, .. } = row;
                 completions.push(Completion {
                     request,

@@ -123,7 +123,12 @@ impl<'r> Schedule<'r> {
                     if sample + 1 < self.requests[request].samples {
                         table.iter().for_each(|page| pool.share(*page));
                         let (table, logits) = (table.clone(), Arc::clone(&logits));
-                        self.waiting.push_front(Waiting::Forks { request, sample: sample + 1, table, logits });
+                        self.waiting.push_front(Waiting::Forks {
+                            request,
+                            sample: sample + 1,
+                            table,
+                            logits,
+                        });
                     }
                     self.running.push(row(request, sample, table, cached, Some(logits), false));
                 }
@@ -135,10 +140,7 @@ impl<'r> Schedule<'r> {
     ///
     /// # Errors
     /// The system's, for memory within the budget that it does not have.
-    pub(super) fn compose(
-        &mut self,
-        pool: &mut Pool,
-    ) -> Result<Batch, std::collections::TryReserveError> {
+    pub(super) fn compose(&mut self, pool: &mut Pool) -> Result<Batch, std::collections::TryReserveError> {
         let mut batch = Batch::default();
         let going_on = self.running.iter().filter(|row| self.total(row) == row.cached + 1).count();
         let mut spare = STEP_COLUMNS.saturating_sub(going_on).max(PAGE_TOKENS);
@@ -164,7 +166,11 @@ impl<'r> Schedule<'r> {
             let prompt = &self.requests[row.request].prompt;
             let tokens = prompt.iter().chain(&row.tokens).enumerate().skip(row.cached).take(count);
             let sequence = batch.rows.len();
-            batch.columns.extend(tokens.map(|(position, token)| Column { token: *token, position, sequence }));
+            batch.columns.extend(tokens.map(|(position, token)| Column {
+                token: *token,
+                position,
+                sequence,
+            }));
             batch.rows.push((at, count));
             if count == pending {
                 batch.wanted.push(batch.columns.len() - 1);
@@ -288,4 +294,100 @@ fn row(
 ) -> Row {
     let (tokens, log_probs, tail) = (Vec::new(), Vec::new(), Tail::default());
     Row { request, sample, tokens, log_probs, tail, table, cached, logits, leads }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::super::cpu::PageLayout;
+    use super::*;
+    use crate::Sampling;
+    use proptest::prelude::*;
+
+    const LAYOUT: PageLayout = PageLayout { layers: 1, kv_heads: 1, head_dim: 2 };
+
+    /// Plays a call to its end; every token drawn is the number of tokens before it.
+    fn play(requests: &[Request], max_sequences: usize, pages: usize) -> Result<usize, TestCaseError> {
+        let mut pool = Pool::new(LAYOUT, pages);
+        let mut schedule = Schedule::new(requests, max_sequences);
+        let mut left: HashMap<(usize, usize), Vec<u32>> = HashMap::new();
+        let samples: usize = requests.iter().map(|r| r.samples).sum();
+        let work: usize = requests.iter().map(|r| r.samples * (r.prompt.len() + 40)).sum();
+        for _ in 0..work + 10 {
+            if schedule.is_over() {
+                break;
+            }
+            schedule.admit(&mut pool);
+            prop_assert!(schedule.rows().len() <= max_sequences);
+            let oldest = schedule.rows().first().map(|row| (row.request, row.sample));
+            let batch = schedule.compose(&mut pool).unwrap();
+            prop_assert_eq!(
+                schedule.rows().first().map(|row| (row.request, row.sample)),
+                oldest,
+                "it never waits"
+            );
+            let tables = schedule.tables(&batch);
+            let mut writers: HashMap<PageId, usize> = HashMap::new();
+            for column in &batch.columns {
+                let page = tables[column.sequence][column.position / PAGE_TOKENS];
+                prop_assert!(!pool.is_shared(page), "nobody else reads what is written");
+                prop_assert_eq!(*writers.entry(page).or_insert(column.sequence), column.sequence);
+            }
+            let due = schedule.computed(&batch, &mut pool, |_| Arc::from([0.0]));
+            prop_assert!(!batch.columns.is_empty() || !due.is_empty(), "every step gets on");
+            let mut ended = Vec::new();
+            for (at, column) in due {
+                let row = schedule.row_mut(at);
+                prop_assert_eq!(column.is_none(), row.logits.take().is_some());
+                row.tokens.push(row.tokens.len() as u32);
+                // Some stop early.
+                let most = requests[row.request].sampling.max_new_tokens;
+                if row.tokens.len() == most
+                    || (row.request + row.sample).is_multiple_of(5) && row.tokens.len() == 2
+                {
+                    ended.push(at);
+                }
+            }
+            for row in schedule.leave(&ended, &mut pool) {
+                prop_assert!(left.insert((row.request, row.sample), row.tokens).is_none(), "it ended twice");
+            }
+        }
+        prop_assert!(schedule.is_over(), "it comes to an end");
+        prop_assert_eq!(left.len(), samples);
+        for tokens in left.values() {
+            prop_assert!(tokens.iter().enumerate().all(|(i, t)| *t == i as u32), "{:?}", tokens);
+        }
+        prop_assert_eq!(pool.available(), pages, "every page was given back");
+        Ok(schedule.preemptions())
+    }
+
+    proptest! {
+        #[test]
+        fn everybody_ends_once_within_any_budget_that_fits_the_largest(
+            shapes in prop::collection::vec((1_usize..90, 1_usize..6, 1_usize..40), 1..8),
+            max_sequences in 1_usize..9,
+            spare in 0_usize..12,
+        ) {
+            let requests: Vec<Request> = shapes
+                .iter()
+                .map(|(length, samples, max_new_tokens)| {
+                    let sampling = Sampling { max_new_tokens: *max_new_tokens, ..Sampling::default() };
+                    Request::new(vec![1; *length], sampling).samples(*samples)
+                })
+                .collect();
+            let needed = |(length, _, new): &(usize, usize, usize)| Pool::pages_of(length + new - 1);
+            let largest = shapes.iter().map(needed).max().unwrap_or(1);
+            play(&requests, max_sequences, largest + spare)?;
+        }
+    }
+
+    #[test]
+    fn the_youngest_gives_way_when_pages_run_out() {
+        let sampling = Sampling { max_new_tokens: 40, ..Sampling::default() };
+        let requests: Vec<Request> =
+            (0..3).map(|_| Request::new([1; 16], sampling.clone()).samples(2)).collect();
+        assert!(play(&requests, 8, 6).unwrap() > 0);
+        assert_eq!(play(&requests, 8, 64).unwrap(), 0);
+    }
 }

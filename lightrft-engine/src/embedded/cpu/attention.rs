@@ -40,7 +40,15 @@ impl PageLayout {
     }
 
     /// Writes one token's key and value of one head.
-    pub(super) fn write(self, page: &mut [f32], layer: usize, head: usize, token: usize, k: &[f32], v: &[f32]) {
+    pub(super) fn write(
+        self,
+        page: &mut [f32],
+        layer: usize,
+        head: usize,
+        token: usize,
+        k: &[f32],
+        v: &[f32],
+    ) {
         let (keys, values) = self.head(layer, head);
         for (to, k) in page[keys].iter_mut().skip(token).step_by(PAGE_TOKENS).zip(k) {
             *to = *k;
@@ -86,10 +94,11 @@ pub(super) fn attend<'p>(
         scratch.scores.resize(heads * stride, 0.0);
         scratch.out.resize(heads * width, 0.0);
         let mut done = scores(vectors, q, dim, &scratch.keys, &mut scratch.scores, stride);
-        let inverses: [f32; MOST_HEADS] = std::array::from_fn(|h| match scratch.scores.chunks_exact_mut(stride).nth(h) {
-            Some(scores) => softmax(vectors, scores, tokens, scale),
-            None => 0.0,
-        });
+        let inverses: [f32; MOST_HEADS] =
+            std::array::from_fn(|h| match scratch.scores.chunks_exact_mut(stride).nth(h) {
+                Some(scores) => softmax(vectors, scores, tokens, scale),
+                None => 0.0,
+            });
         done &= values(vectors, &scratch.scores, stride, tokens, &scratch.values, width, &mut scratch.out);
         debug_assert!(done, "{heads} heads of {dim} over {tokens} tokens");
         for ((out, sums), inverse) in

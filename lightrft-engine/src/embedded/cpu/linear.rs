@@ -80,7 +80,11 @@ struct Job<'j> {
 }
 
 /// Multiplies `x` with several layers at once.
-pub(super) fn linear<'o>(team: &Team, x: &Columns, layers: impl IntoIterator<Item = (Linear<'o>, Output<'o>)>) {
+pub(super) fn linear<'o>(
+    team: &Team,
+    x: &Columns,
+    layers: impl IntoIterator<Item = (Linear<'o>, Output<'o>)>,
+) {
     let k = x.features();
     let groups: Vec<&[f32]> = x.groups().collect();
     let mut jobs = Vec::new();

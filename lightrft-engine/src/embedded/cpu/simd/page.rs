@@ -6,9 +6,9 @@
 
 use super::super::lanes::LANES;
 use super::Vectors;
-use super::registers::{Lanes, Plain, for_shape, for_vectors};
 #[cfg(target_arch = "x86_64")]
 use super::registers::x86;
+use super::registers::{Lanes, Plain, for_shape, for_vectors};
 
 /// Scores of `H` query heads against `P` pages of keys `[dim, 16]`.
 ///

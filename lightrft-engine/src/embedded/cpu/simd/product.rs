@@ -6,9 +6,9 @@
 
 use super::super::lanes::LANES;
 use super::Vectors;
-use super::registers::{Lanes, Plain, for_shape, for_vectors};
 #[cfg(target_arch = "x86_64")]
 use super::registers::x86;
+use super::registers::{Lanes, Plain, for_shape, for_vectors};
 
 /// Asks for a line of memory that will be needed soon.
 #[inline(always)]
@@ -140,7 +140,13 @@ unsafe fn all<V: Lanes>(
             [x] => {
                 let x = [x.as_ptr()];
                 let args = (w, k, x, ahead, acc);
-                for_shape!(product_of, V, (rows, 1), [(24, 1), (12, 1), (6, 1), (4, 1), (2, 1), (1, 1)], (args));
+                for_shape!(
+                    product_of,
+                    V,
+                    (rows, 1),
+                    [(24, 1), (12, 1), (6, 1), (4, 1), (2, 1), (1, 1)],
+                    (args)
+                );
             }
             [a, b] => {
                 let args = (w, k, [a.as_ptr(), b.as_ptr()], ahead, acc);
@@ -176,7 +182,11 @@ mod tests {
                         let fused = (0..k).fold(0.0_f32, |sum, i| term(i).0.mul_add(term(i).1, sum));
                         let apart = (0..k).fold(0.0_f32, |sum, i| term(i).0 * term(i).1 + sum);
                         let plain = vectors == Vectors::Plain && cfg!(target_arch = "x86_64");
-                        assert_eq!(*got, if plain { apart } else { fused }, "{vectors:?} {rows} {groups} {at}");
+                        assert_eq!(
+                            *got,
+                            if plain { apart } else { fused },
+                            "{vectors:?} {rows} {groups} {at}"
+                        );
                     }
                 }
             }
