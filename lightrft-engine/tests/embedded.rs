@@ -19,7 +19,7 @@ const VOCABULARY: usize = 96;
 fn config(family: &str, tied: bool) -> DecoderConfig {
     DecoderConfig::from_json(&format!(
         r#"{{"model_type": "{family}", "vocab_size": {VOCABULARY}, "hidden_size": 32, "intermediate_size": 48,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 10000.0,
             "max_position_embeddings": 64, "tie_word_embeddings": {tied}}}"#
     ))
     .unwrap()
@@ -107,7 +107,7 @@ fn the_embedded_engine_keeps_the_contract() {
 
 #[test]
 fn cached_and_batched_generation_equals_full_recomputation_token_by_token() {
-    for (family, tied) in [("qwen2", true), ("llama", false)] {
+    for (family, tied) in [("qwen2", true), ("llama", false), ("qwen3", true)] {
         let config = config(family, tied);
         let weights = weights(&config, 3);
         let decoder = Decoder::new(config.clone(), candle_core::DType::F32, &Device::Cpu).unwrap();
@@ -255,6 +255,31 @@ fn a_folder_in_one_file_or_in_three_is_the_same_engine() {
         let mut loaded = EmbeddedEngine::from_folder(folder.path(), Settings::default()).unwrap();
         assert_eq!(loaded.complete(std::slice::from_ref(&request)).unwrap(), expected, "{files} files");
     }
+}
+
+#[test]
+fn the_folders_tokenizer_reads_stop_strings() {
+    let config = config("qwen3", true);
+    let folder = tempfile::tempdir().unwrap();
+    save(folder.path(), &config, &weights(&config, 8), 1);
+    let request = Request::new([1, 2, 3], Sampling::default());
+    let expected = engine(&config, 8, 64).complete(std::slice::from_ref(&request)).unwrap().remove(0);
+
+    let words: serde_json::Map<String, serde_json::Value> =
+        (0..VOCABULARY).map(|token| (format!("word{token}"), token.into())).collect();
+    let model = serde_json::json!({ "type": "WordLevel", "vocab": words, "unk_token": "word0" });
+    let tokenizer = serde_json::json!({ "version": "1.0", "added_tokens": [], "model": model });
+    let path = folder.path().join("tokenizer.json");
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let mut loaded = EmbeddedEngine::from_folder(folder.path(), Settings::default()).unwrap();
+    let mut stopping = request.clone();
+    stopping.sampling.stop_strings = vec![format!("word{} word{}", expected.tokens[4], expected.tokens[5])];
+    let stopped = loaded.complete(std::slice::from_ref(&stopping)).unwrap().remove(0);
+    assert_eq!((stopped.finish, &stopped.tokens[..]), (FinishReason::StopString(0), &expected.tokens[..6]));
+
+    std::fs::write(&path, "{").unwrap();
+    let error = EmbeddedEngine::from_folder(folder.path(), Settings::default()).unwrap_err();
+    assert!(error.to_string().contains("tokenizer.json"), "{error}");
 }
 
 #[test]

@@ -129,11 +129,18 @@ impl EmbeddedEngine {
     }
 
     /// An engine from a Hugging Face folder: `config.json` and `model.safetensors`, or the files of
-    /// `model.safetensors.index.json`.
+    /// `model.safetensors.index.json`. Where the settings name no [`Settings::detokenizer`], the folder's
+    /// `tokenizer.json` becomes it, if there is one.
     ///
     /// # Errors
     /// [`Error::Model`] names the file, the field or the tensor that is wrong.
-    pub fn from_folder(folder: &Path, settings: Settings) -> Result<Self> {
+    pub fn from_folder(folder: &Path, mut settings: Settings) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        if settings.detokenizer.is_none() && path.exists() {
+            let tokenizer = tokenizers::Tokenizer::from_file(&path)
+                .map_err(|error| ModelError::Malformed { path, what: error.to_string() })?;
+            settings.detokenizer = Some(Arc::new(tokenizer));
+        }
         let config = DecoderConfig::from_folder(folder)?;
         let weights = Weights::from_folder(folder, &config, settings.dtype, &candle_core::Device::Cpu)?;
         Self::new(config, weights, settings)
