@@ -20,6 +20,9 @@
 //! earlier ones have no sessions of weight updates. Weights are sent by value over HTTP, which any server takes, on a
 //! GPU or not; [`SglangEngine::load_folder`] has the server read a folder instead.
 //!
+//! A server that is attached to must have been started with `SGLANG_VLM_CACHE_SIZE_MB=0` if its vision tower is updated:
+//! else pictures that it has seen before are read with the former weights, since it cannot be told to forget them.
+//!
 //! Where `SGLang` differs from the contract of [`Sampling`](crate::Sampling):
 //! - With stop tokens, a completion also ends at the model's own end-of-text tokens; [`FinishReason::Stop`](crate::FinishReason::Stop) names which
 //!   came. Without any, nothing but its length ends it.

@@ -161,6 +161,9 @@ impl Start {
         for arg in &self.args {
             command.arg(arg);
         }
+        // It keeps what the vision tower made of a picture, and no flush drops that: after an update a picture that it
+        // has seen before would be read with the former weights.
+        command.variable("SGLANG_VLM_CACHE_SIZE_MB", "0");
         if self.driver.log_probs == LogProbs::Raw {
             command.variable("SGLANG_RETURN_ORIGINAL_LOGPROB", "1");
         }
@@ -277,6 +280,7 @@ mod tests {
             "--trust-remote-code",
             "CUDA_VISIBLE_DEVICES",
             "SGLANG_RETURN_ORIGINAL_LOGPROB",
+            "SGLANG_VLM_CACHE_SIZE_MB",
         ] {
             assert!(found.contains(expected), "{expected} in {found}");
         }
