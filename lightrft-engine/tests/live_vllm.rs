@@ -20,8 +20,7 @@ const LONG: Duration = Duration::from_secs(1800);
 
 /// What the set-up left in the folder that the variable names.
 fn folder() -> PathBuf {
-    let folder =
-        std::env::var_os("LIGHTRFT_LIVE_VLLM").expect("LIGHTRFT_LIVE_VLLM: run `cargo xtask live vllm DIR`");
+    let folder = std::env::var_os("LIGHTRFT_LIVE").expect("LIGHTRFT_LIVE: run `cargo xtask live vllm DIR`");
     PathBuf::from(folder)
 }
 
