@@ -5,6 +5,8 @@
 //! The driver's batch minus the raw one is what checking, writing and parsing cost. Medians of interleaved rounds.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+// Tests use more of it.
+#[allow(dead_code)]
 #[path = "../tests/servers/http.rs"]
 mod http;
 
