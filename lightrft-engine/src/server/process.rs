@@ -421,6 +421,17 @@ mod tests {
     }
 
     #[test]
+    fn a_server_may_say_good_bye() {
+        let mut process = ServerProcess::start(&script(
+            "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.1; done",
+        ))
+        .unwrap();
+        eventually("it is up", || process.last_lines() == "up");
+        process.stop();
+        assert!(process.last_lines().contains("bye"), "{}", process.last_lines());
+    }
+
+    #[test]
     fn a_deaf_server_is_killed() {
         let mut command = script("trap '' TERM; echo deaf; while :; do sleep 1; done");
         command.grace = Duration::from_secs(1);
@@ -448,6 +459,10 @@ mod tests {
     fn victim() {
         let Some(file) = std::env::var_os("LIGHTRFT_TEST_VICTIM") else { return };
         let mut command = family(Path::new(&file));
+        // Deaf itself too: nobody but the guardian is left to kill it.
+        let script = format!("trap '' TERM; {}", command.args[1].display());
+        command.args[1] = script.into();
+        command.grace = Duration::from_secs(1);
         command.log = Some(PathBuf::from(&file).with_extension("log"));
         let process = ServerProcess::start(&command).unwrap();
         thread::sleep(LONG * 2);
