@@ -331,6 +331,24 @@ fn an_update_that_fails_anywhere_leaves_it_stale_and_the_next_mends_it() {
     assert!(error.to_string().contains("prefix cache"), "{error}");
 }
 
+/// As Python's servers do after an error, without a word in the reply's head.
+#[test]
+fn a_connection_that_is_closed_after_an_error_spoils_no_other_call() {
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, memory_transfer(&fake));
+    let body = r#"{"error":{"message":"Worker failed"}}"#;
+    let reply = format!("HTTP/1.1 500 X\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    for round in 0..10 {
+        fake.instead("/finish_weight_update", 1, Answer::Raw(reply.clone().into()));
+        let mut update = engine.begin_update(Version(round)).unwrap();
+        update.push(&views(&weights(1))).unwrap();
+        if round > 0 {
+            // In the first round it was taken by the clearing of what others left.
+            assert_eq!(status(&update.commit().unwrap_err()), Some(500));
+        }
+    }
+}
+
 #[test]
 fn requests_are_aborted_from_another_thread() {
     let (begun, waits) = mpsc::channel();

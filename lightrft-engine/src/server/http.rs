@@ -43,6 +43,9 @@ impl fmt::Debug for ApiKey {
 /// log-probabilities are about 250 MB of JSON.
 const REPLY_LIMIT: u64 = 1 << 30;
 
+/// As many requests as anybody sends at once.
+const MOST_IDLE: usize = 1024;
+
 /// Servers close a connection that idled for 5 s; one that has idled this long is not used again.
 const IDLE: Duration = Duration::from_secs(2);
 
@@ -53,6 +56,8 @@ pub(crate) struct Http {
     base: String,
     key: Option<ApiKey>,
     reply_limit: u64,
+    /// Connections that are kept for later calls.
+    idle: usize,
     connections: Mutex<Connections>,
 }
 
@@ -119,8 +124,8 @@ impl Http {
         if key.as_ref().is_some_and(|k| k.expose().chars().any(|c| !c.is_ascii_graphic())) {
             return wrong("the key for it may consist of visible ASCII characters only");
         }
-        let connections = Mutex::new(Connections::to(&uri));
-        Ok(Self { engine, base: base.to_owned(), key, reply_limit: REPLY_LIMIT, connections })
+        let connections = Mutex::new(Connections::to(&uri, 0));
+        Ok(Self { engine, base: base.to_owned(), key, reply_limit: REPLY_LIMIT, idle: 0, connections })
     }
 
     /// The same client, which takes no reply of more than `bytes`.
@@ -130,6 +135,20 @@ impl Http {
         self
     }
 
+    /// The same client, which uses a connection again for a later call: for many calls that seldom fail.
+    ///
+    /// Python's servers close a connection after an error of status 500, and do not say so in that reply. A call that
+    /// comes at once on the same connection then fails for no reason of its own.
+    pub(crate) fn reusing_connections(mut self) -> Self {
+        self.idle = MOST_IDLE;
+        *self.connections() = self.fresh();
+        self
+    }
+
+    fn fresh(&self) -> Connections {
+        Connections::to(&self.base.parse().unwrap_or_default(), self.idle)
+    }
+
     /// Scheme, host and port.
     pub(crate) fn base(&self) -> &str {
         &self.base
@@ -137,7 +156,7 @@ impl Http {
 
     /// `GET path`, whole within `within`.
     pub(crate) fn get(&self, path: &str, within: Duration) -> Result<Reply, ServerError> {
-        self.call("GET", path, None, within)
+        self.call(&self.batch().connections, "GET", path, None, within)
     }
 
     /// `POST path` with `body` as JSON, whole within `within`.
@@ -147,21 +166,12 @@ impl Http {
         body: &impl Serialize,
         within: Duration,
     ) -> Result<Reply, ServerError> {
-        let body = serde_json::to_vec(body).map_err(|error| ServerError::Connection {
-            call: Call { engine: self.engine, method: "POST", path: path.to_owned() },
-            source: error.into(),
-        })?;
-        self.call("POST", path, Some(body), within)
+        self.batch().post(path, body, within)
     }
 
-    /// Ends the calls that are under way, in whatever thread, with [`ServerError::Interrupted`]. Later calls are not
-    /// concerned. A server gives up what nobody waits for any more.
-    pub(crate) fn interrupt(&self) {
-        let mut connections = self.connections();
-        let fresh = Connections::to(&self.base.parse().unwrap_or_default());
-        let old = std::mem::replace(&mut *connections, fresh);
-        old.interrupted.store(true, Ordering::SeqCst);
-        old.agent.shutdown();
+    /// Calls that can be ended together.
+    pub(crate) fn batch(&self) -> Batch<'_> {
+        Batch { http: self, connections: self.connections().clone() }
     }
 
     fn connections(&self) -> MutexGuard<'_, Connections> {
@@ -170,6 +180,7 @@ impl Http {
 
     fn call(
         &self,
+        Connections { agent, interrupted }: &Connections,
         method: &'static str,
         path: &str,
         body: Option<Vec<u8>>,
@@ -179,7 +190,6 @@ impl Http {
         if within.is_zero() {
             return Err(ServerError::Timeout { call, within });
         }
-        let Connections { agent, interrupted } = self.connections().clone();
         let url = format!("{}{path}", self.base);
         let bearer = self.key.as_ref().map(|key| format!("Bearer {}", key.expose()));
         let sent = match body {
@@ -233,19 +243,54 @@ impl Http {
     }
 }
 
-impl Connections {
-    fn to(server: &Uri) -> Self {
-        Self { agent: agent(is_loopback(server)), interrupted: Arc::default() }
+/// Calls that can be ended together, from any thread.
+pub(crate) struct Batch<'a> {
+    http: &'a Http,
+    connections: Connections,
+}
+
+impl Batch<'_> {
+    /// As [`Http::post`].
+    pub(crate) fn post(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        within: Duration,
+    ) -> Result<Reply, ServerError> {
+        let body = serde_json::to_vec(body).map_err(|error| ServerError::Connection {
+            call: Call { engine: self.http.engine, method: "POST", path: path.to_owned() },
+            source: error.into(),
+        })?;
+        self.http.call(&self.connections, "POST", path, Some(body), within)
+    }
+
+    /// Ends the batch's calls that are under way, and those that come after, with [`ServerError::Interrupted`]. Calls
+    /// outside of it that began earlier may be ended with them, later ones are not concerned. A server gives up what
+    /// nobody waits for any more.
+    pub(crate) fn interrupt(&self) {
+        self.connections.interrupted.store(true, Ordering::SeqCst);
+        let mut connections = self.http.connections();
+        if Arc::ptr_eq(&connections.interrupted, &self.connections.interrupted) {
+            *connections = self.http.fresh();
+        }
+        drop(connections);
+        self.connections.agent.clone().shutdown();
     }
 }
 
-fn agent(loopback: bool) -> Agent {
+impl Connections {
+    fn to(server: &Uri, idle: usize) -> Self {
+        Self { agent: agent(is_loopback(server), idle), interrupted: Arc::default() }
+    }
+}
+
+fn agent(loopback: bool, idle: usize) -> Agent {
     let mut settings = Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
         .max_redirects_will_error(false)
-        .max_idle_connections(1024)
-        .max_idle_connections_per_host(1024)
+        .max_idle_connections(idle)
+        .max_idle_connections_per_host(idle)
         .max_idle_age(IDLE)
         .input_buffer_size(64 << 10)
         .user_agent(concat!("lightrft-engine/", env!("CARGO_PKG_VERSION")));
@@ -410,13 +455,19 @@ mod tests {
             }
         });
         let http = Http::new("test", &address, None).unwrap();
+        let batch = http.batch();
+        let body = serde_json::json!({});
+        let interrupted = |error: &ServerError| matches!(error, ServerError::Interrupted { .. });
         thread::scope(|scope| {
-            let call = scope.spawn(|| http.get("/x", LONG));
+            let call = scope.spawn(|| batch.post("/x", &body, LONG));
             received.recv().unwrap();
-            http.interrupt();
+            batch.interrupt();
             let error = call.join().unwrap().unwrap_err();
-            assert!(matches!(error, ServerError::Interrupted { .. }), "{error:?}");
+            assert!(interrupted(&error), "{error:?}");
         });
+        // One of the same batch that had not begun then, in another thread, must not begin now.
+        let late = batch.post("/x", &body, LONG).unwrap_err();
+        assert!(interrupted(&late), "{late:?}");
         drop(hold);
         http.get("/x", LONG).unwrap();
     }

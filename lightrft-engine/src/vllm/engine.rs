@@ -122,7 +122,7 @@ impl VllmEngine {
         Ok(Self {
             process: None,
             _plugin: None,
-            generation: Http::new("vLLM", url, key.clone())?,
+            generation: Http::new("vLLM", url, key.clone())?.reusing_connections(),
             key,
             flight: Arc::default(),
             transport: transport(&driver.transfer),
@@ -261,6 +261,7 @@ impl VllmEngine {
         watch.report(progress)?;
         let jobs = wire::jobs(requests, self.driver.samples_per_request);
         let (started, left) = (Instant::now(), watch.left());
+        let batch = self.generation.batch();
         let run = |job: &Job| {
             let asked = Asked {
                 request: &requests[job.request],
@@ -275,7 +276,7 @@ impl VllmEngine {
             }
             let body = wire::body(asked.request, *job, &id, asked.ask);
             let within = left.saturating_sub(started.elapsed());
-            let reply = self.generation.post("/inference/v1/generate", &body, within);
+            let reply = batch.post("/inference/v1/generate", &body, within);
             self.flight.lands(&id);
             wire::completions(&reply?, asked)
         };
@@ -285,7 +286,7 @@ impl VllmEngine {
             watch.report(progress)
         };
         self.flight.begin();
-        let interrupt = || self.generation.interrupt();
+        let interrupt = || batch.interrupt();
         let found = in_parallel(self.driver.requests_at_once, &jobs, run, &mut done, interrupt);
         self.flight.end();
         let found = found.map_err(|error| match error {
