@@ -298,6 +298,7 @@ impl Engine for SglangEngine {
         let started = Instant::now();
         let id = call_id();
         self.flight.begin();
+        let batch = self.control.http.batch();
         let run = |job: &Job| -> Result<Vec<Completion>> {
             let (request, ask) = (&requests[job.request], asks[job.request]);
             let rid = |at| format!("{id}-{}-{}", job.request, job.first + at);
@@ -307,7 +308,7 @@ impl Engine for SglangEngine {
             }
             let body = body(request, *job, rids.clone(), ask, self.seeds);
             let left = within.saturating_sub(started.elapsed());
-            let reply = self.control.http.post("/generate", &body, left)?;
+            let reply = batch.post("/generate", &body, left)?;
             self.flight.lands(&rids);
             let vocabulary = self.limits.vocabulary;
             completions(&reply, Asked { request, job: *job, ask, vocabulary, version: self.version })
@@ -318,7 +319,7 @@ impl Engine for SglangEngine {
             watch.report(progress)
         };
         let width = self.driver.requests_at_once;
-        let done = in_parallel(width, &jobs, run, &mut report, || self.control.http.interrupt());
+        let done = in_parallel(width, &jobs, run, &mut report, || batch.interrupt());
         let unanswered = self.flight.end();
         match done {
             Ok(completions) => Ok(completions.into_iter().flatten().collect()),
