@@ -28,6 +28,7 @@ fn prefetch(line: *const f32) {
 /// # Safety
 /// The processor has `V`'s instructions; `w` is `R * k` elements, each of `x` is `k * 16`, `acc` is `G * R * 16`.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "a sum is found by both of its indices")]
 unsafe fn product_of<V: Lanes, const R: usize, const G: usize>(
     (w, k, x, ahead, acc): (*const f32, usize, [*const f32; G], Ahead, *mut f32),
 ) {
