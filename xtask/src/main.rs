@@ -24,7 +24,7 @@ Usage: cargo xtask <command>
 
   demo [options]   build the main job in release and run it: GRPO on this machine's CPU with the embedded engine.
                    Options go to the program: --ranks N, --steps N, --seed S, --out DIR, --resume, --help
-  bench <collectives|sharding> [options]
+  bench <ckpt|collectives|data|engine|sharding> [options]
                    build the bench in release and run it; --peers adds other libraries to the same run, --json FILE
                    keeps the last line, --quick takes seconds. The bench's source says the rest
   test             every test that needs no GPU and no Python: unit, integration and documentation tests of all

@@ -431,6 +431,10 @@ fn requests_can_be_aborted_from_another_thread() {
             let mut watch = Watch::within(Duration::from_secs(5));
             engine.generate(&[greedy()], &mut watch)
         });
+        // Before its request is sent, an aborted call ends at once and well.
+        while !handle.is_busy() && !call.is_finished() {
+            std::thread::yield_now();
+        }
         // It is told again and again until the call has ended, here by its deadline.
         while !call.is_finished() {
             handle.abort(Duration::from_secs(60)).unwrap();
