@@ -44,6 +44,7 @@ impl fmt::Debug for ApiKey {
 const REPLY_LIMIT: u64 = 1 << 30;
 
 /// As many requests as anybody sends at once.
+#[cfg(feature = "vllm")]
 const MOST_IDLE: usize = 1024;
 
 /// Servers close a connection that idled for 5 s; one that has idled this long is not used again.
@@ -139,6 +140,7 @@ impl Http {
     ///
     /// Python's servers close a connection after an error of status 500, and do not say so in that reply. A call that
     /// comes at once on the same connection then fails for no reason of its own.
+    #[cfg(feature = "vllm")]
     pub(crate) fn reusing_connections(mut self) -> Self {
         self.idle = MOST_IDLE;
         *self.connections() = self.fresh();

@@ -1,7 +1,9 @@
 //! What all drivers of inference servers share: HTTP calls, the server's process, requests sent side by side.
 
 mod error;
+mod flight;
 mod http;
+mod jobs;
 mod metrics;
 mod model;
 mod parallel;
@@ -9,11 +11,13 @@ mod process;
 
 pub(crate) use error::shortened;
 pub use error::{Call, ServerError};
+pub(crate) use flight::Flight;
 pub use http::ApiKey;
 pub(crate) use http::{Http, Reply};
+pub(crate) use jobs::{Ask, Job, jobs};
 pub(crate) use metrics::MetricNames;
 pub use metrics::Metrics;
 pub(crate) use model::Model;
 pub(crate) use parallel::in_parallel;
 pub use process::StartProgress;
-pub(crate) use process::{ServerCommand, ServerProcess, free_port};
+pub(crate) use process::{ServerCommand, ServerProcess, on_a_free_port};

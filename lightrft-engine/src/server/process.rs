@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, wa
 
 use super::error::{ServerError, shortened};
 use super::http::ApiKey;
+use crate::{Error, Result};
 
 /// Ends the server's whole process group when this process lets go of a pipe, which it does even when it is killed.
 const GUARDIAN: &str = include_str!("guardian.sh");
@@ -281,8 +282,27 @@ impl Drop for ServerProcess {
 }
 
 /// A port of this machine that nobody listens on now.
-pub(crate) fn free_port() -> io::Result<u16> {
+fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+}
+
+/// Launches on a free port. Somebody else may take it between the moment it is found free and the server's own taking it:
+/// then on another.
+pub(crate) fn on_a_free_port<T>(engine: &'static str, mut launch: impl FnMut(u16) -> Result<T>) -> Result<T> {
+    let mut attempts = 3;
+    loop {
+        attempts -= 1;
+        let port = free_port().map_err(|source| Error::Backend {
+            engine,
+            operation: "find a free port",
+            source: Box::new(source),
+        })?;
+        let result = launch(port);
+        let taken = matches!(&result, Err(Error::Server(error)) if error.is_of_a_taken_port());
+        if !taken || attempts == 0 {
+            return result;
+        }
+    }
 }
 
 fn own_log(engine: &str) -> PathBuf {

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, ServerInfo, tags, woken};
-use super::flight::{Flight, Requests, call_id};
+use super::flight::{Requests, call_id};
 use super::settings::{Attach, Driver, MemorySaver, Seeds, Start, Verify, bad};
 use super::update::SglangUpdate;
-use super::wire::{Ask, Asked, Job, ask, body, check, completions, jobs};
+use super::wire::{Asked, ask, body, check, completions};
 use crate::generate::check_fields;
-use crate::server::{Http, MetricNames, Model, ServerProcess, free_port, in_parallel};
+use crate::server::{
+    Ask, Flight, Http, Job, MetricNames, Model, ServerProcess, in_parallel, jobs, on_a_free_port,
+};
 use crate::transfer::Checksums;
 use crate::{
     Completion, Engine, Error, Event, HfFolder, Level, Limits, MemoryBytes, Metrics, Parts, Progress,
@@ -69,7 +71,7 @@ impl SglangEngine {
         let model = Model::from_folder(&start.model)?;
         let (process, control) = match start.port {
             Some(port) => launch(start, port, tell)?,
-            None => launch_on_a_free_port(start, tell)?,
+            None => on_a_free_port("SGLang", |port| launch(start, port, tell))?,
         };
         let second = Http::new("SGLang", control.http.base(), None)?;
         let info = control.server_info()?;
@@ -104,7 +106,7 @@ impl SglangEngine {
         process: Option<ServerProcess>,
     ) -> Result<Self> {
         let Some(vocabulary) = model.vocabulary else {
-            let expected = "a folder of this machine with its config.json was expected: SGLang dies of token ids                             outside of the vocabulary";
+            let expected = "a folder of this machine with its config.json was expected: SGLang dies of token ids outside of the vocabulary";
             return bad("model", "unknown", expected);
         };
         let shards = info.tp_size.unwrap_or(1);
@@ -304,7 +306,7 @@ impl Engine for SglangEngine {
             let rid = |at| format!("{id}-{}-{}", job.request, job.first + at);
             let rids: Vec<String> = (0..job.drawn).map(rid).collect();
             if !self.flight.takes_off(&rids) {
-                return Ok(unbegun(*job, self.version));
+                return Ok(job.unbegun(self.version));
             }
             let body = body(request, *job, rids.clone(), ask, self.seeds);
             let left = within.saturating_sub(started.elapsed());
@@ -404,38 +406,4 @@ fn launch(
     let ready = |within: Duration| control.is_up(within) && control.is_healthy(PROBE);
     process.wait_until_ready(start.ready_within, ready, tell)?;
     Ok((process, control))
-}
-
-/// Somebody else may take a port between the moment it is found free and the server's own taking it.
-fn launch_on_a_free_port(
-    start: &Start,
-    tell: &mut dyn FnMut(&StartProgress),
-) -> Result<(ServerProcess, Control)> {
-    let mut attempts = 3;
-    loop {
-        attempts -= 1;
-        let port = free_port().map_err(|source| Error::Backend {
-            engine: "SGLang",
-            operation: "find a free port",
-            source: Box::new(source),
-        })?;
-        let result = launch(start, port, tell);
-        let taken = matches!(&result, Err(Error::Server(error)) if error.is_of_a_taken_port());
-        if !taken || attempts == 0 {
-            return result;
-        }
-    }
-}
-
-/// Completions of a job that was aborted before it was sent.
-fn unbegun(job: Job, version: Version) -> Vec<Completion> {
-    let empty = |at| Completion {
-        request: job.request,
-        sample: job.first + at,
-        tokens: Vec::new(),
-        log_probs: Vec::new(),
-        finish: crate::FinishReason::Aborted,
-        version,
-    };
-    (0..job.wanted).map(empty).collect()
 }

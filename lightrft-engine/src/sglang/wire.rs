@@ -3,50 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::settings::Seeds;
-use crate::server::{Model, Reply, shortened};
+use crate::server::{Ask, Job, Model, Reply, shortened};
 use crate::{Completion, Error, FinishReason, LogProbs, MediaKind, Request, Result, Sampling, Version};
 
-/// One HTTP request: some samples of one prompt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Job {
-    /// Index of the request in the call.
-    pub(super) request: usize,
-    /// Index of the first of its samples.
-    pub(super) first: usize,
-    /// How many completions are drawn.
-    pub(super) drawn: usize,
-    /// How many the caller gets: more than are drawn only if each is the same.
-    pub(super) wanted: usize,
-}
-
-/// Cuts requests into jobs of at most `most` samples. A greedy completion is drawn once, however often it is wanted.
-pub(super) fn jobs(requests: &[Request], most: usize) -> Vec<Job> {
-    let mut jobs = Vec::new();
-    for (request, asked) in requests.iter().enumerate() {
-        if asked.sampling.temperature == 0.0 {
-            jobs.push(Job { request, first: 0, drawn: 1, wanted: asked.samples });
-            continue;
-        }
-        for first in (0..asked.samples).step_by(most.max(1)) {
-            let drawn = most.max(1).min(asked.samples - first);
-            jobs.push(Job { request, first, drawn, wanted: drawn });
-        }
-    }
-    jobs
-}
-
-/// How a request's log-probabilities come about on a server that computes one kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Ask {
-    /// None are wanted.
-    None,
-    /// The server's are those that are wanted.
-    Servers,
-    /// A greedy draw is certain: no server is needed to know.
-    Certain,
-}
-
-/// Decides that, or refuses.
+/// Decides how a request's log-probabilities come about, or refuses.
 ///
 /// `SGLang` applies a ban on early stops and the repetition penalty to the logits first of all, and takes the model's own
 /// distribution after them; it takes that of the draw after the temperature, and before top-k, top-p and min-p.

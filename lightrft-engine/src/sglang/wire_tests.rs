@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::server::jobs;
 
 /// A reply to `POST /generate` with two prompts. The first is as `SGLang` 0.5.23 gave it, but for some of its times and its
 /// version; the second is put together in the same form: it ended at its length, across a change of weights.

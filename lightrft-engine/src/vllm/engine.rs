@@ -6,16 +6,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::control::Control;
-use super::flight::{Flight, Requests};
+use super::flight::Requests;
 use super::settings::{Attach, Driver, Start};
 use super::transfer::{Transport, transport};
 use super::update::VllmUpdate;
-use super::wire::{self, Asked, Job};
+use super::wire::{self, Asked};
 use crate::generate::check_fields;
-use crate::server::{Http, MetricNames, Metrics, Model, ServerProcess, free_port, in_parallel};
+use crate::server::{
+    Flight, Http, Job, MetricNames, Metrics, Model, ServerProcess, in_parallel, jobs, on_a_free_port,
+};
 use crate::{
-    ApiKey, Cache, Completion, Engine, Error, Event, FinishReason, Level, Limits, MediaKind, MemoryBytes,
-    Parts, Progress, Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
+    ApiKey, Cache, Completion, Engine, Error, Event, Level, Limits, MediaKind, MemoryBytes, Parts, Progress,
+    Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
 };
 
 /// The plug-in of the server's workers.
@@ -65,7 +67,7 @@ impl VllmEngine {
         let plugin = plugin_folder()?;
         let (process, control) = match start.port {
             Some(port) => launch(start, port, plugin.path(), tell)?,
-            None => launch_on_a_free_port(start, plugin.path(), tell)?,
+            None => on_a_free_port("vLLM", |port| launch(start, port, plugin.path(), tell))?,
         };
         let folder = Path::new(&start.model);
         let folder = folder.join("config.json").exists().then_some(folder);
@@ -259,7 +261,7 @@ impl VllmEngine {
         let mut progress =
             Progress { total: requests.iter().map(|r| r.samples).sum(), ..Progress::default() };
         watch.report(progress)?;
-        let jobs = wire::jobs(requests, self.driver.samples_per_request);
+        let jobs = jobs(requests, self.driver.samples_per_request);
         let (started, left) = (Instant::now(), watch.left());
         let batch = self.generation.batch();
         let run = |job: &Job| {
@@ -270,11 +272,11 @@ impl VllmEngine {
                 vocabulary: self.limits.vocabulary,
                 version: self.version,
             };
-            let id = unique_id();
+            let id = [unique_id()];
             if !self.flight.takes_off(&id) {
-                return Ok(aborted(asked));
+                return Ok(job.unbegun(self.version));
             }
-            let body = wire::body(asked.request, *job, &id, asked.ask);
+            let body = wire::body(asked.request, *job, &id[0], asked.ask);
             let within = left.saturating_sub(started.elapsed());
             let reply = batch.post("/inference/v1/generate", &body, within);
             self.flight.lands(&id);
@@ -384,19 +386,6 @@ impl Engine for VllmEngine {
     }
 }
 
-/// Completions of requests that were never sent.
-fn aborted(asked: Asked<'_>) -> Vec<Completion> {
-    let completion = |at| Completion {
-        request: asked.job.request,
-        sample: asked.job.first + at,
-        tokens: Vec::new(),
-        log_probs: Vec::new(),
-        finish: FinishReason::Aborted,
-        version: asked.version,
-    };
-    (0..asked.job.wanted).map(completion).collect()
-}
-
 /// An id that no other request of the server has, of this process or of another.
 fn unique_id() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -428,26 +417,4 @@ fn launch(
     let control = Control::new(http, start.driver.control_within);
     process.wait_until_ready(start.ready_within, |within| control.is_healthy(within), tell)?;
     Ok((process, control))
-}
-
-/// Somebody else may take a port between the moment it is found free and the server's own taking it.
-fn launch_on_a_free_port(
-    start: &Start,
-    plugin: &Path,
-    tell: &mut dyn FnMut(&StartProgress),
-) -> Result<(ServerProcess, Control)> {
-    let mut attempts = 3;
-    loop {
-        attempts -= 1;
-        let port = free_port().map_err(|source| Error::Backend {
-            engine: "vLLM",
-            operation: "find a free port",
-            source: Box::new(source),
-        })?;
-        let result = launch(start, port, plugin, tell);
-        let taken = matches!(&result, Err(Error::Server(error)) if error.is_of_a_taken_port());
-        if !taken || attempts == 0 {
-            return result;
-        }
-    }
 }

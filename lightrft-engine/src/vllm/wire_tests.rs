@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::server::jobs;
 
 /// `POST /inference/v1/generate` with n = 2, a stop token and log-probabilities, as vLLM 0.32.0 answered it.
 const RECORDED: &str = r#"{"request_id":"generate-tokens-x-1","model":"tiny","created":1795358934,"usage":{"prompt_tokens":3,"total_tokens":11,"completion_tokens":8,"prompt_tokens_details":null,"completion_tokens_details":null},"prompt_logprobs":null,"prompt_token_id_logprobs":null,"prompt_token_ids":null,"mm_placeholders":null,"metrics":null,"kv_transfer_params":null,"ec_transfer_params":null,"output_mode":"tokens","choices":[{"index":1,"finish_reason":"stop","stop_reason":308,"token_ids":[169,308],"routed_experts":null,"sampling_mask":null,"weight_versions":[{"version":"6","start":0,"end":1},{"version":"7","start":1,"end":2}],"logprobs":{"content":[{"token_id":169,"logprob":-5.864651679992676,"rank":105,"top_logprobs":[{"token_id":169,"logprob":-5.864651679992676,"rank":105}]},{"token_id":308,"logprob":-5.186385631561279,"rank":45,"top_logprobs":[{"token_id":308,"logprob":-5.186385631561279,"rank":45}]}]}},{"index":0,"finish_reason":"length","stop_reason":null,"token_ids":[169,42,186],"routed_experts":null,"sampling_mask":null,"weight_versions":[{"version":"7","start":0,"end":3}],"logprobs":{"content":[{"token_id":169,"logprob":-5.864651679992676,"rank":105,"top_logprobs":[]},{"token_id":42,"logprob":-4.860424518585205,"rank":27,"top_logprobs":[]},{"token_id":186,"logprob":-2.835273027420044,"rank":1,"top_logprobs":[]}]}}]}"#;
