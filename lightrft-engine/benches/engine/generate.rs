@@ -9,7 +9,7 @@ use lightrft_engine::embedded::{DecoderConfig, EmbeddedEngine, Settings, Weights
 use lightrft_engine::{EngineExt, Request, Sampling};
 
 use crate::Options;
-use crate::report::Row;
+use crate::report::{Measured, Row};
 
 /// A call, and how many times the peer's speed is promised for it.
 struct Case {
@@ -49,7 +49,7 @@ const CASES: [Case; 3] = [
 ];
 
 /// SmolLM2-135M's shape.
-fn config() -> Result<DecoderConfig, Box<dyn Error>> {
+pub(crate) fn config() -> Result<DecoderConfig, Box<dyn Error>> {
     Ok(DecoderConfig::from_json(
         r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
             "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -88,7 +88,15 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
                 peer.push(tokens as f64 * 1e9 / python.run(&args)?.parse::<f64>()?);
             }
         }
-        rows.push(Row::new(case.what, ours, peer, case.promised));
+        let mut row = Row::new(case.what, "tokens/s", Measured::of(ours).ok_or("no rounds")?);
+        if let Some(peer) = Measured::of(peer) {
+            let met = case.promised.map(|promised| (promised, row.is_at_least(promised, &peer)));
+            row = row.beside("transformers", peer);
+            if let Some((promised, met)) = met {
+                row = row.promise(format!(">= {promised:.1}x transformers"), met);
+            }
+        }
+        rows.push(row);
     }
     Ok(rows)
 }

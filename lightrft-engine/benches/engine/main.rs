@@ -1,7 +1,7 @@
-//! The embedded engine beside `transformers` on the same CPU
+//! The embedded engine beside `transformers` on the same CPU, and what the vLLM driver costs
 //!
 //! ```text
-//! cargo xtask bench engine [--peers] [--quick] [--what TEXT,..] [--rounds N] [--json FILE] [--check]
+//! cargo xtask bench engine [--peers] [--vllm DIR] [--quick] [--what TEXT,..] [--rounds N] [--json FILE] [--check]
 //! ```
 //!
 //! # How it is measured
@@ -9,14 +9,26 @@
 //! both contenders take turns; a call that is not counted comes first. The peer is a process of its own each time, with as
 //! many threads as ours. Ours gives the log-probabilities of the tokens it draws, the peer does not.
 //!
+//! The driver's rows need no Python: a server that answers at once stands in for vLLM. With `--vllm DIR`, a folder made by
+//! `tools/live/setup.sh vllm DIR`, weights of the same shape are brought into a real vLLM on this CPU.
+//!
 //! `--peers` needs a Python with torch and transformers (`LIGHTRFT_PYTHON`, else `python3`). The last line is everything as
 //! one JSON object. With `--check` a missed target is an exit code of 1. `--quick` draws a quarter of the tokens.
 
+// The test server serves a bench as well.
+#![allow(clippy::unwrap_used)]
+
+mod driver;
 mod generate;
+// Tests use more of it.
+#[allow(dead_code)]
+#[path = "../../tests/servers/http.rs"]
+mod http;
 mod report;
+mod update;
 
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use lexopt::{Arg, Parser, ValueExt};
@@ -25,6 +37,8 @@ use report::Row;
 /// What every case is told.
 struct Options {
     python: Option<Python>,
+    /// Where a real vLLM is.
+    vllm: Option<PathBuf>,
     quick: bool,
     /// Only rows with one of these in their name.
     what: Vec<String>,
@@ -44,7 +58,7 @@ impl Options {
 /// Measures some rows, or none where none is wanted.
 type Case = fn(&Options) -> Result<Vec<Row>, Box<dyn Error>>;
 
-const CASES: [Case; 1] = [generate::measure];
+const CASES: [Case; 3] = [generate::measure, driver::measure, update::measure];
 
 fn main() -> ExitCode {
     let done =
@@ -58,6 +72,7 @@ fn main() -> ExitCode {
 fn options() -> Result<Options, Box<dyn Error>> {
     let mut options = Options {
         python: None,
+        vllm: None,
         quick: false,
         what: Vec::new(),
         rounds: 3,
@@ -70,6 +85,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
         match arg {
             Arg::Long("bench") => options.asked = true,
             Arg::Long("peers") => options.python = Some(Python::found()?),
+            Arg::Long("vllm") => options.vllm = Some(from_here(parser.value()?)),
             Arg::Long("quick") => options.quick = true,
             Arg::Long("check") => options.check = true,
             Arg::Long("json") => options.json = Some(parser.value()?.string()?),
@@ -94,14 +110,18 @@ fn bench(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     report::print(&rows, &setting);
     let object = report::json(&rows, &setting).to_string();
     if let Some(path) = &options.json {
-        // Cargo starts a bench in its package's folder; a relative path was meant from where the command was given.
-        let folder = std::env::var_os("LIGHTRFT_BENCH_FOLDER").unwrap_or_default();
-        let path = Path::new(&folder).join(path);
+        let path = from_here(path);
         std::fs::write(&path, format!("{object}\n")).map_err(|e| format!("{}: {e}", path.display()))?;
     }
     println!("{object}");
-    let missed = rows.iter().flat_map(Row::target).any(|(_, met)| !met);
+    let missed = rows.iter().any(Row::missed);
     Ok(ExitCode::from(u8::from(options.check && missed)))
+}
+
+/// Cargo starts a bench in its package's folder; a relative path was meant from where the command was given.
+fn from_here(path: impl AsRef<Path>) -> PathBuf {
+    let folder = std::env::var_os("LIGHTRFT_BENCH_FOLDER").unwrap_or_default();
+    Path::new(&folder).join(path)
 }
 
 /// A Python that has torch and transformers.

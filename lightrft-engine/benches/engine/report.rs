@@ -5,42 +5,60 @@ use std::thread;
 
 use serde_json::{Value, json};
 
-/// A case in tokens a second, rising.
+/// What was measured once or more often, rising.
+#[derive(Debug)]
+pub(crate) struct Measured(Vec<f64>);
+
+impl Measured {
+    /// `None` of nothing.
+    pub(crate) fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        (!values.is_empty()).then_some(Self(values))
+    }
+
+    pub(crate) fn median(&self) -> f64 {
+        let middle = self.0.len() / 2;
+        let even = self.0.len().is_multiple_of(2);
+        if even { (self.0[middle - 1] + self.0[middle]) / 2.0 } else { self.0[middle] }
+    }
+}
+
+/// One line of the table.
+#[derive(Debug)]
 pub(crate) struct Row {
-    what: &'static str,
-    ours: Vec<f64>,
-    peer: Vec<f64>,
-    /// Least ratio of ours to the peer's.
-    promised: Option<f64>,
+    what: String,
+    unit: &'static str,
+    ours: Measured,
+    /// What was measured beside, by name.
+    others: Vec<(&'static str, Measured)>,
+    /// What was promised, and whether it was met.
+    targets: Vec<(String, bool)>,
 }
 
 impl Row {
-    pub(crate) fn new(
-        what: &'static str,
-        mut ours: Vec<f64>,
-        mut peer: Vec<f64>,
-        promised: Option<f64>,
-    ) -> Self {
-        ours.sort_by(f64::total_cmp);
-        peer.sort_by(f64::total_cmp);
-        Self { what, ours, peer, promised }
+    pub(crate) fn new(what: impl Into<String>, unit: &'static str, ours: Measured) -> Self {
+        Self { what: what.into(), unit, ours, others: Vec::new(), targets: Vec::new() }
     }
 
-    fn ratio(&self) -> Option<f64> {
-        Some(median(&self.ours)? / median(&self.peer)?)
+    pub(crate) fn beside(mut self, name: &'static str, other: Measured) -> Self {
+        self.others.push((name, other));
+        self
     }
 
-    /// What was promised, and whether it was met, where the peer ran.
-    pub(crate) fn target(&self) -> Option<(String, bool)> {
-        let (promised, ratio) = (self.promised?, self.ratio()?);
-        Some((format!(">= {promised:.1}x transformers"), ratio >= promised))
+    pub(crate) fn promise(mut self, text: impl Into<String>, met: bool) -> Self {
+        self.targets.push((text.into(), met));
+        self
     }
-}
 
-fn median(sorted: &[f64]) -> Option<f64> {
-    let middle = sorted.len() / 2;
-    let upper = sorted.get(middle)?;
-    Some(if sorted.len().is_multiple_of(2) { (sorted[middle - 1] + upper) / 2.0 } else { *upper })
+    /// Whether ours is so many times another.
+    pub(crate) fn is_at_least(&self, times: f64, other: &Measured) -> bool {
+        self.ours.median() >= times * other.median()
+    }
+
+    /// Whether something that was promised was not met.
+    pub(crate) fn missed(&self) -> bool {
+        self.targets.iter().any(|(_, met)| !met)
+    }
 }
 
 /// What the table does not say.
@@ -51,15 +69,18 @@ pub(crate) struct Setting<'a> {
 }
 
 pub(crate) fn print(rows: &[Row], setting: &Setting<'_>) {
-    println!("{:<46} {:>12} {:>14} {:>8}  target", "tokens/s", "ours", "transformers", "ratio");
+    let shown = |x: f64| if x < 10.0 { format!("{x:.2}") } else { format!("{x:.1}") };
     for row in rows {
-        let shown = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.1}"));
-        let target = row
-            .target()
-            .map_or(String::new(), |(text, met)| format!("{text} {}", if met { "met" } else { "MISSED" }));
-        let ratio = row.ratio().map_or("-".to_owned(), |x| format!("{x:.2}x"));
-        let (ours, peer) = (shown(median(&row.ours)), shown(median(&row.peer)));
-        println!("{}", format!("{:<46} {ours:>12} {peer:>14} {ratio:>8}  {target}", row.what).trim_end());
+        let ours = row.ours.median();
+        let others: Vec<_> = row.others.iter().map(|(name, other)| (name, other.median())).collect();
+        let others: Vec<_> =
+            others.iter().map(|(name, x)| format!("{name} {} ({:.2}x)", shown(*x), ours / x)).collect();
+        let met = |(text, met): &(String, bool)| format!("{text} {}", if *met { "met" } else { "MISSED" });
+        let targets: Vec<_> = row.targets.iter().map(met).collect();
+        let measured = format!("{} {}", shown(ours), row.unit);
+        let line =
+            format!("{:<46} {measured:>15}  {:<46} {}", row.what, others.join("; "), targets.join("; "));
+        println!("{}", line.trim_end());
     }
     println!("{}", setting.machine);
     println!("load average {} before, {} after", setting.load[0], setting.load[1]);
@@ -71,14 +92,16 @@ pub(crate) fn print(rows: &[Row], setting: &Setting<'_>) {
 pub(crate) fn json(rows: &[Row], setting: &Setting<'_>) -> Value {
     let round = |x: f64| (x * 1e3).round() / 1e3;
     let row = |row: &Row| {
+        let others =
+            row.others.iter().map(|(name, other)| ((*name).to_owned(), round(other.median()).into()));
+        let targets = row.targets.iter().map(|(target, met)| json!({ "target": target, "met": met }));
         json!({
             "what": row.what,
-            "unit": "tokens/s",
-            "ours": median(&row.ours).map(round),
-            "range": [row.ours.first().copied().map(round), row.ours.last().copied().map(round)],
-            "peers": { "transformers": median(&row.peer).map(round) },
-            "ratio": row.ratio().map(round),
-            "targets": row.target().map(|(target, met)| json!({ "target": target, "met": met })),
+            "unit": row.unit,
+            "ours": round(row.ours.median()),
+            "range": [row.ours.0.first().copied().map(round), row.ours.0.last().copied().map(round)],
+            "others": others.collect::<serde_json::Map<String, Value>>(),
+            "targets": targets.collect::<Vec<_>>(),
         })
     };
     json!({

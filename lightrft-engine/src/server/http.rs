@@ -12,6 +12,8 @@ use ureq::Agent;
 use ureq::http::Uri;
 
 use super::error::{Call, ServerError, shortened};
+#[cfg(feature = "vllm")]
+use super::scan::{self, Malformed, Scan};
 
 /// A server's key, sent as a bearer token. It does not show in `Debug` output, logs or errors.
 #[derive(Clone, PartialEq, Eq)]
@@ -93,6 +95,17 @@ impl Reply {
     pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, ServerError> {
         serde_json::from_slice(&self.bytes)
             .map_err(|error| self.unexpected(&format!("not the expected JSON: {error}")))
+    }
+
+    /// The reply as JSON, by a reader of its shape.
+    #[cfg(feature = "vllm")]
+    pub(crate) fn scan<T>(
+        &self,
+        read: impl FnOnce(&mut Scan<'_>) -> scan::Read<T>,
+    ) -> Result<T, ServerError> {
+        Scan::whole(&self.bytes, read).map_err(|Malformed { at, expected }| {
+            self.unexpected(&format!("not the expected JSON: at byte {at} {expected} was expected"))
+        })
     }
 
     /// The error that says what is wrong with this reply.

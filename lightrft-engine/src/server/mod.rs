@@ -8,6 +8,8 @@ mod metrics;
 mod model;
 mod parallel;
 mod process;
+#[cfg(feature = "vllm")]
+mod scan;
 
 pub(crate) use error::shortened;
 pub use error::{Call, ServerError};
@@ -21,3 +23,5 @@ pub(crate) use model::Model;
 pub(crate) use parallel::in_parallel;
 pub use process::StartProgress;
 pub(crate) use process::{ServerCommand, ServerProcess, on_a_free_port};
+#[cfg(feature = "vllm")]
+pub(crate) use scan::{Malformed, Read, Scan};

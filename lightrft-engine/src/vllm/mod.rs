@@ -26,6 +26,7 @@
 mod control;
 mod engine;
 mod flight;
+mod reply;
 mod settings;
 mod staging;
 mod transfer;

@@ -1,7 +1,8 @@
 //! Generation on the wire: a request's JSON for `POST /inference/v1/generate`, and completions from its reply.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+use super::reply::{Choice, StopReason, choices};
 use crate::server::{Ask, Job, Reply, shortened};
 use crate::{
     Completion, Error, FinishReason, LogProbs, Media, MediaKind, Request, Result, Sampling, Version,
@@ -132,45 +133,6 @@ fn seed(seed: u64, id: u64) -> u64 {
     z >> 2
 }
 
-#[derive(Deserialize)]
-struct GenerateReply {
-    choices: Vec<Choice>,
-}
-
-#[derive(Deserialize)]
-struct Choice {
-    index: usize,
-    finish_reason: Option<String>,
-    stop_reason: Option<StopReason>,
-    token_ids: Option<Vec<u32>>,
-    logprobs: Option<ChoiceLogProbs>,
-    /// Absent in older servers.
-    weight_versions: Option<Vec<Span>>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum StopReason {
-    Token(u32),
-    Text(String),
-}
-
-#[derive(Deserialize)]
-struct ChoiceLogProbs {
-    content: Option<Vec<TokenLogProb>>,
-}
-
-#[derive(Deserialize)]
-struct TokenLogProb {
-    token_id: u32,
-    logprob: f32,
-}
-
-#[derive(Deserialize)]
-struct Span {
-    version: String,
-}
-
 /// What a job's completions are held against.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Asked<'a> {
@@ -184,7 +146,7 @@ pub(super) struct Asked<'a> {
 
 /// The completions of a job, from its reply.
 pub(super) fn completions(reply: &Reply, asked: Asked<'_>) -> Result<Vec<Completion>> {
-    let GenerateReply { mut choices } = reply.json()?;
+    let mut choices = reply.scan(choices)?;
     choices.sort_by_key(|choice| choice.index);
     if !choices.iter().map(|choice| choice.index).eq(0..asked.job.drawn) {
         let found: Vec<usize> = choices.iter().map(|choice| choice.index).take(8).collect();
@@ -206,7 +168,7 @@ pub(super) fn completions(reply: &Reply, asked: Asked<'_>) -> Result<Vec<Complet
 fn completion(reply: &Reply, choice: Choice, asked: Asked<'_>) -> Result<Completion> {
     let wrong = |what: String| Error::from(reply.unexpected(&format!("choice {}: {what}", choice.index)));
     let sampling = &asked.request.sampling;
-    let tokens = choice.token_ids.unwrap_or_default();
+    let tokens = choice.tokens;
     if tokens.len() > sampling.max_new_tokens {
         return Err(wrong(format!("{} tokens of at most {}", tokens.len(), sampling.max_new_tokens)));
     }
@@ -231,15 +193,11 @@ fn completion(reply: &Reply, choice: Choice, asked: Asked<'_>) -> Result<Complet
         Ask::None => Vec::new(),
         Ask::Certain => vec![0.0; tokens.len()],
         Ask::Servers => {
-            let content = choice.logprobs.and_then(|l| l.content).unwrap_or_default();
-            if !content.iter().map(|l| l.token_id).eq(tokens.iter().copied()) {
-                return Err(wrong(format!(
-                    "{} log-probabilities for {} tokens",
-                    content.len(),
-                    tokens.len()
-                )));
+            let (log_probs, of) = (choice.log_probs, choice.log_probs_of);
+            if of != tokens {
+                let what = format!("{} log-probabilities for {} tokens", of.len(), tokens.len());
+                return Err(wrong(what));
             }
-            let log_probs: Vec<f32> = content.iter().map(|l| l.logprob).collect();
             let broken = |l: &f32| !(l.is_finite() && *l > BROKEN_LOG_PROB);
             if let Some(position) = log_probs.iter().position(broken) {
                 return Err(Error::Logits {
@@ -253,12 +211,12 @@ fn completion(reply: &Reply, choice: Choice, asked: Asked<'_>) -> Result<Complet
         }
     };
     // Where weights changed under way, the oldest: the caller must not take it for newer than it is.
-    let version = match choice.weight_versions.as_deref().unwrap_or_default().first() {
+    let version = match &choice.first_version {
         None => asked.version,
-        Some(span) => match span.version.parse() {
+        Some(version) => match version.parse() {
             Ok(number) => Version(number),
             Err(_) => {
-                let named = shortened(&span.version);
+                let named = shortened(version);
                 return Err(wrong(format!("drawn by weights `{named}`, which somebody else must have sent")));
             }
         },

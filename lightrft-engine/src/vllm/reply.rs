@@ -1,0 +1,133 @@
+//! The reply of `POST /inference/v1/generate`, as far as a completion is made of it.
+
+use crate::server::{Malformed, Read, Scan};
+
+/// One completion as the server tells it.
+#[derive(Debug, Default)]
+pub(super) struct Choice {
+    pub(super) index: usize,
+    pub(super) finish_reason: Option<String>,
+    pub(super) stop_reason: Option<StopReason>,
+    pub(super) tokens: Vec<u32>,
+    pub(super) log_probs: Vec<f32>,
+    /// The token of each log-probability.
+    pub(super) log_probs_of: Vec<u32>,
+    /// Of the weights that drew the first token; older servers do not say.
+    pub(super) first_version: Option<String>,
+}
+
+/// What ended a completion that stopped.
+#[derive(Debug)]
+pub(super) enum StopReason {
+    Token(u32),
+    Text(String),
+}
+
+/// The choices of a reply, in its order.
+pub(super) fn choices(scan: &mut Scan<'_>) -> Read<Vec<Choice>> {
+    let mut choices = None;
+    scan.object(|key, scan| match key {
+        "choices" => {
+            let mut all = Vec::new();
+            scan.array(|scan| choice(scan).map(|choice| all.push(choice)))?;
+            choices = Some(all);
+            Ok(())
+        }
+        _ => scan.skip(),
+    })?;
+    match choices {
+        Some(choices) => Ok(choices),
+        None => scan.wrong("`choices` before"),
+    }
+}
+
+fn choice(scan: &mut Scan<'_>) -> Read<Choice> {
+    let (mut choice, mut index) = (Choice::default(), None);
+    scan.object(|key, scan| {
+        match key {
+            "index" => index = Some(scan.integer("an index")?),
+            "finish_reason" => choice.finish_reason = scan.option(|scan| Ok(scan.string()?.into_owned()))?,
+            "stop_reason" => choice.stop_reason = scan.option(stop_reason)?,
+            "token_ids" => {
+                let tokens = scan.option(|scan| {
+                    let mut tokens = Vec::new();
+                    scan.array(|scan| token(scan).map(|token| tokens.push(token)))?;
+                    Ok(tokens)
+                })?;
+                choice.tokens = tokens.unwrap_or_default();
+            }
+            "logprobs" => {
+                let found = scan.option(log_probs)?.flatten();
+                (choice.log_probs, choice.log_probs_of) = found.unwrap_or_default();
+            }
+            "weight_versions" => choice.first_version = scan.option(first_version)?.flatten(),
+            _ => scan.skip()?,
+        }
+        Ok(())
+    })?;
+    choice.index = required(scan, index, "`index` before")?;
+    Ok(choice)
+}
+
+fn required<T>(scan: &Scan<'_>, found: Option<T>, expected: &'static str) -> Result<T, Malformed> {
+    found.map_or_else(|| scan.wrong(expected), Ok)
+}
+
+fn token(scan: &mut Scan<'_>) -> Read<u32> {
+    scan.integer("a token")
+}
+
+fn stop_reason(scan: &mut Scan<'_>) -> Read<StopReason> {
+    if scan.is_string() {
+        return Ok(StopReason::Text(scan.string()?.into_owned()));
+    }
+    token(scan).map(StopReason::Token)
+}
+
+/// The log-probability of every token, and the tokens.
+fn log_probs(scan: &mut Scan<'_>) -> Read<Option<(Vec<f32>, Vec<u32>)>> {
+    let mut content = None;
+    scan.object(|key, scan| match key {
+        "content" => {
+            content = scan.option(|scan| {
+                let (mut log_probs, mut tokens) = (Vec::new(), Vec::new());
+                scan.array(|scan| {
+                    let (mut log_prob, mut of) = (None, None);
+                    scan.object(|key, scan| {
+                        match key {
+                            "token_id" => of = Some(token(scan)?),
+                            "logprob" => log_prob = Some(scan.float()?),
+                            _ => scan.skip()?,
+                        }
+                        Ok(())
+                    })?;
+                    log_probs.push(required(scan, log_prob, "`logprob` before")?);
+                    tokens.push(required(scan, of, "`token_id` before")?);
+                    Ok(())
+                })?;
+                Ok((log_probs, tokens))
+            })?;
+            Ok(())
+        }
+        _ => scan.skip(),
+    })?;
+    Ok(content)
+}
+
+fn first_version(scan: &mut Scan<'_>) -> Read<Option<String>> {
+    let mut first = None;
+    scan.array(|scan| {
+        let mut version = None;
+        scan.object(|key, scan| match key {
+            "version" => {
+                version = Some(scan.string()?.into_owned());
+                Ok(())
+            }
+            _ => scan.skip(),
+        })?;
+        let version = required(scan, version, "`version` before")?;
+        first.get_or_insert(version);
+        Ok(())
+    })?;
+    Ok(first)
+}
