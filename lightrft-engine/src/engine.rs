@@ -66,6 +66,9 @@ pub trait Engine: fmt::Debug + Send {
 
     /// Every parameter that an update must push, by the engine's name, with its whole shape; `None` where the engine
     /// learns that only by being pushed to. [`EngineExt::update_from`] compares with it before anything is sent.
+    ///
+    /// A server's parameters are those of its model folder, as far as that folder is on this machine: by the names that
+    /// its safetensors files have, without a head that is tied to the embedding.
     fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
         None
     }

@@ -357,6 +357,33 @@ fn a_folder_in_one_file_or_in_two_gives_its_tensors() {
 }
 
 #[test]
+fn a_head_that_is_stored_though_it_is_tied_is_left_out() {
+    let mut weights = tensors(3, 5);
+    weights[1].name = "lm_head.weight".to_owned();
+    let names = |config: &str| {
+        let files = [("model.safetensors", file(&weights)), ("config.json", config.into())];
+        let folder = folder(&files);
+        let mut source = HfFolder::open(folder.path()).unwrap();
+        let mut engine = Recorder::default();
+        engine.update_from(Version(1), &mut source, &Identity, 50).unwrap();
+        let found: Vec<_> = engine.pushed().into_iter().collect();
+        for (name, bytes) in &found {
+            let stored = weights.iter().find(|t| t.name == *name).unwrap();
+            assert_eq!(stored.bytes, *bytes, "{name}");
+        }
+        found.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    let tied = ["layer.0", "layer.2"];
+    assert_eq!(names(r#"{"tie_word_embeddings":true}"#), tied);
+    assert_eq!(names(r#"{"text_config":{"tie_word_embeddings":true}}"#), tied);
+    for config in
+        [r#"{"tie_word_embeddings":false,"text_config":{"tie_word_embeddings":true}}"#, "{}", "nonsense"]
+    {
+        assert_eq!(names(config).len(), 3, "{config}");
+    }
+}
+
+#[test]
 fn a_broken_folder_is_refused_by_the_file_that_is_wrong() {
     let weights = tensors(2, 5);
     let good = file(&weights);

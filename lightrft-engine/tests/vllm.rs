@@ -3,15 +3,16 @@
 
 mod servers;
 
+use std::collections::BTreeMap;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
-use lightrft_engine::vllm::{Attach, Start, Transfer, VllmEngine};
+use lightrft_engine::vllm::{Attach, Start, Transfer, Verify, VllmEngine};
 use lightrft_engine::{
-    ApiKey, Engine, EngineExt, Error, Level, LogProbs, Media, NamedTensor, Parts, Request, Sampling,
-    ServerError, State, Version, Watch,
+    ApiKey, Engine, EngineExt, Error, Identity, Level, LogProbs, Media, NamedTensor, Parts, Request,
+    Sampling, ServerError, State, TensorSlice, Version, Watch,
 };
 use serde_json::{Value, json};
 use servers::http::{Answer, HttpServer};
@@ -329,6 +330,97 @@ fn an_update_that_fails_anywhere_leaves_it_stale_and_the_next_mends_it() {
     let mut engine = attach(&fake, folder_transfer(&fake));
     let error = engine.replace_weights(Version(1), &views(&new), 200).unwrap_err();
     assert!(error.to_string().contains("prefix cache"), "{error}");
+}
+
+#[test]
+fn wrong_weights_are_refused_before_the_server_is_asked_for_anything() {
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, memory_transfer(&fake));
+    let before = fake.server.asked().len();
+    let names = engine.parameters().unwrap();
+    assert_eq!(names["model.layers.0.self_attn.k_proj.weight"], [2, 4]);
+    let refused = |engine: &mut VllmEngine, change: &dyn Fn(&mut Vec<TensorBytes>)| {
+        let mut weights = weights(1);
+        change(&mut weights);
+        let views = views(&weights);
+        let mut source = TensorSlice::new(&views);
+        let error = engine.update_from(Version(1), &mut source, &Identity, 200).unwrap_err();
+        assert_eq!(engine.state(), State::READY, "{error}");
+        error
+    };
+    let error = refused(&mut engine, &|w| w[1].name = "model.layers.7.self_attn.q_proj.weight".into());
+    assert!(matches!(&error, Error::UnknownTensor { name } if name.contains("layers.7")), "{error}");
+    let error = refused(&mut engine, &|w| w[2].shape = vec![4, 2]);
+    assert!(matches!(&error, Error::Shape { expected, .. } if expected == &[2, 4]), "{error}");
+    let error = refused(&mut engine, &|w| w.truncate(3));
+    assert!(matches!(&error, Error::MissingTensors { missing: 2, total: 5, .. }), "{error}");
+    assert_eq!(fake.server.asked().len(), before, "nothing was asked for");
+}
+
+#[test]
+fn checksums_find_what_the_server_has_wrong() {
+    let fake = FakeVllm::new();
+    let mut settings = Attach::new(fake.server.url());
+    settings.driver.verify = Verify::Checksums;
+    settings.driver.transfer = memory_transfer(&fake);
+    let mut engine = VllmEngine::attach(&settings).unwrap();
+    let (one, two) = (weights(1), weights(2));
+    engine.replace_weights(Version(1), &views(&one), 64).unwrap();
+    for (spoilt, named) in [
+        ("model.norm.weight", "model.norm.weight"),
+        ("model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.qkv_proj.weight"),
+    ] {
+        fake.fake.lock().unwrap().spoils = Some(spoilt);
+        let error = engine.replace_weights(Version(2), &views(&two), 64).unwrap_err();
+        assert!(
+            matches!(&error, Error::Unequal { engine: "vLLM", name, version: Version(2), .. } if name == named),
+            "{error}"
+        );
+        assert!(matches!(engine.state(), State::Stale { .. }), "{}", engine.state());
+        assert!(engine.complete(&[greedy()]).is_err());
+        fake.fake.lock().unwrap().spoils = None;
+        engine.replace_weights(Version(3), &views(&two), 64).unwrap();
+        engine.complete(&[greedy()]).unwrap();
+    }
+    assert_eq!(fake.broken(), Vec::<String>::new());
+    let paths: Vec<String> = fake.server.asked().into_iter().map(|asked| asked.path).collect();
+    let looked: Vec<usize> = (0..paths.len()).filter(|at| paths[*at] == "/weight_checker").collect();
+    assert_eq!(looked.len(), 6, "once at the beginning, once for each update");
+    for at in &looked[1..] {
+        assert_eq!(paths[at - 1], "/finish_weight_update");
+    }
+    for at in [looked[1], looked[3], looked[5]] {
+        assert_eq!(paths[at + 1], "/reset_prefix_cache", "no request may come before it is known");
+    }
+}
+
+#[test]
+fn servers_whose_checksums_mean_nothing_are_refused_beforehand() {
+    let fake = FakeVllm::new();
+    let mut settings = Attach::new(fake.server.url());
+    settings.driver.verify = Verify::Checksums;
+    let all = |prefix: &str, change: &dyn Fn(&mut BTreeMap<String, String>)| {
+        let names = ["embed_tokens.weight", "layers.0.self_attn.qkv_proj.weight", "norm.weight"];
+        let sums = names.iter().map(|name| (format!("{prefix}model.{name}"), "00".repeat(32)));
+        let mut sums = sums.collect();
+        change(&mut sums);
+        Answer::Json(200, json!({"checksums": sums}))
+    };
+    let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    let norm = "dp0:pp0:pcp0:tp0:model.norm.weight";
+    let bad = [
+        ("VLLM_SERVER_DEV_MODE", Answer::Json(404, json!({"detail": "Not Found"}))),
+        ("tensor parallelism", all("dp0:pp0:pcp0:tp1:", &|_| ())),
+        ("packed", all("dp0:pp0:pcp0:tp0:", &|sums| _ = sums.insert(norm.into(), empty.into()))),
+        ("`model.norm.weight`", all("dp0:pp0:pcp0:tp0:", &|sums| _ = sums.remove(norm))),
+    ];
+    for (what, answer) in bad {
+        fake.instead("/weight_checker", 1, answer);
+        let error = VllmEngine::attach(&settings).unwrap_err();
+        assert!(matches!(&error, Error::Settings { field: "verify", .. }), "{error}");
+        assert!(error.to_string().contains(what), "{what}: {error}");
+    }
+    VllmEngine::attach(&settings).unwrap();
 }
 
 /// As Python's servers do after an error, without a word in the reply's head.

@@ -10,6 +10,7 @@ mod parallel;
 mod process;
 #[cfg(feature = "vllm")]
 mod scan;
+mod verify;
 
 pub(crate) use error::shortened;
 pub use error::{Call, ServerError};
@@ -25,3 +26,4 @@ pub use process::StartProgress;
 pub(crate) use process::{ServerCommand, ServerProcess, on_a_free_port};
 #[cfg(feature = "vllm")]
 pub(crate) use scan::{Malformed, Read, Scan};
+pub use verify::Verify;

@@ -23,7 +23,6 @@ struct Config {
     text_config: Option<TextConfig>,
     image_token_id: Option<u32>,
     video_token_id: Option<u32>,
-    tie_word_embeddings: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -44,10 +43,6 @@ impl Model {
             let weights = HfFolder::open(folder)?;
             let infos = weights.tensors().iter();
             parameters = infos.map(|t| (t.name.clone(), t.shape.clone())).collect();
-        }
-        if config.tie_word_embeddings == Some(true) {
-            // Stored twice by some, and one parameter all the same.
-            parameters.remove("lm_head.weight");
         }
         Ok(Self {
             vocabulary: config.text_config.and_then(|text| text.vocab_size).or(config.vocab_size),
@@ -99,6 +94,8 @@ mod tests {
         write(path, "config.json", r#"{"vocab_size":9,"tie_word_embeddings":true}"#);
         let tied = Model::from_folder(path).unwrap();
         assert_eq!((tied.vocabulary, tied.parameters.len()), (Some(9), 1), "a tied head is no parameter");
+        write(path, "config.json", r#"{"vocab_size":9,"text_config":{"tie_word_embeddings":true}}"#);
+        assert_eq!(Model::from_folder(path).unwrap(), tied);
     }
 
     #[test]

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use super::control::{Control, ServerInfo, tags, woken};
 use super::flight::{Requests, call_id};
-use super::settings::{Attach, Driver, MemorySaver, Seeds, Start, Verify, bad};
+use super::settings::{Attach, Driver, MemorySaver, Seeds, Start, bad};
 use super::update::SglangUpdate;
 use super::wire::{Asked, ask, body, check, completions};
 use crate::generate::check_fields;
 use crate::server::{
-    Ask, Flight, Http, Job, MetricNames, Model, ServerProcess, in_parallel, jobs, on_a_free_port,
+    Ask, Flight, Http, Job, MetricNames, Model, ServerProcess, Verify, in_parallel, jobs, on_a_free_port,
 };
 use crate::transfer::Checksums;
 use crate::{

@@ -38,6 +38,7 @@ mod settings;
 mod update;
 mod wire;
 
+pub use crate::server::Verify;
 pub use engine::SglangEngine;
 pub use flight::Requests;
-pub use settings::{Attach, Driver, MemorySaver, Seeds, Start, Verify};
+pub use settings::{Attach, Driver, MemorySaver, Seeds, Start};

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::server::{ApiKey, ServerCommand};
+use crate::server::{ApiKey, ServerCommand, Verify};
 use crate::{Error, LogProbs, Result, Version};
 
 /// A server to start, on 127.0.0.1.
@@ -65,16 +65,6 @@ pub enum Seeds {
     Honoured,
     /// Draws differ from call to call.
     Ignored,
-}
-
-/// Whether a server's weights are held against those that were sent, before an update is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verify {
-    /// `SGLang`'s word is taken.
-    Nothing,
-    /// SHA-256 of every parameter, those that `SGLang` fuses as it fuses them. Only for servers on a CPU, which hash in
-    /// that way, with unquantised weights of one shard in the type that they are sent in.
-    Checksums,
 }
 
 impl Start {

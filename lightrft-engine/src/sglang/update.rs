@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use safetensors::Dtype;
 
 use super::engine::SglangEngine;
-use super::settings::Verify;
+use crate::server::Verify;
 use crate::transfer::Checksums;
 use crate::wire::sglang::flattened_bucket;
 use crate::{Error, Event, NamedTensor, Result, Update, Version};

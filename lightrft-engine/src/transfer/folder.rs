@@ -15,7 +15,8 @@ use crate::{Error, Result, TensorInfo};
 /// The weights of a Hugging Face folder: `model.safetensors`, or the files that `model.safetensors.index.json` names.
 ///
 /// Opening reads the headers; the weights are read in the order of the files when they are asked for, never more than
-/// what the receiver has room for. Names are those of the files.
+/// what the receiver has room for. Names are those of the files. A head that is stored although `config.json` ties it to
+/// the embedding is left out: it is no parameter of such a model, and engines have none.
 #[derive(Debug)]
 pub struct HfFolder {
     infos: Vec<TensorInfo>,
@@ -44,6 +45,9 @@ impl HfFolder {
             this.add(folder.join(name))?;
         }
         this.check(folder, &index_path, index.as_ref())?;
+        if ties_its_head(folder) {
+            this.leave_out(TIED_HEAD);
+        }
         Ok(this)
     }
 
@@ -82,6 +86,13 @@ impl HfFolder {
         Ok(())
     }
 
+    fn leave_out(&mut self, name: &str) {
+        if let Some(at) = self.infos.iter().position(|info| info.name == name) {
+            self.infos.remove(at);
+            self.places.remove(at);
+        }
+    }
+
     /// Every tensor once, and where the index says.
     fn check(&self, folder: &Path, index_path: &Path, index: Option<&Index>) -> Result<()> {
         let mut found = BTreeMap::new();
@@ -116,6 +127,25 @@ impl WeightSource for HfFolder {
         }
         Ok(())
     }
+}
+
+/// What a model that ties it to its embedding does not have.
+const TIED_HEAD: &str = "lm_head.weight";
+
+/// Whether `config.json` says that the head is the embedding. A folder of nothing but weights says nothing.
+fn ties_its_head(folder: &Path) -> bool {
+    #[derive(Default, Deserialize)]
+    struct Config {
+        tie_word_embeddings: Option<bool>,
+        text_config: Option<TextConfig>,
+    }
+    #[derive(Deserialize)]
+    struct TextConfig {
+        tie_word_embeddings: Option<bool>,
+    }
+    let text = std::fs::read(folder.join("config.json")).unwrap_or_default();
+    let Config { tie_word_embeddings, text_config } = serde_json::from_slice(&text).unwrap_or_default();
+    tie_word_embeddings.or(text_config.and_then(|text| text.tie_word_embeddings)) == Some(true)
 }
 
 /// `model.safetensors.index.json`, as far as it matters here.

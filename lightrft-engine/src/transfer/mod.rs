@@ -8,7 +8,7 @@
 //! The source stays on the caller's thread, since gathering shards is a collective that belongs to the trainer's own
 //! order of operations; it is the engine that moves to another thread for the length of the update.
 
-#[cfg(feature = "sglang")]
+#[cfg(any(feature = "sglang", feature = "vllm"))]
 mod checksums;
 mod folder;
 mod pipeline;
@@ -19,8 +19,10 @@ pub use folder::HfFolder;
 pub use pipeline::UpdateReport;
 pub use staging::Staging;
 
-#[cfg(feature = "sglang")]
+#[cfg(any(feature = "sglang", feature = "vllm"))]
 pub(crate) use checksums::Checksums;
+#[cfg(feature = "vllm")]
+pub(crate) use checksums::without_counterpart;
 pub(crate) use pipeline::run;
 pub(crate) use plan::Plan;
 

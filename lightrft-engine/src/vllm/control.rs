@@ -1,5 +1,6 @@
 //! Control calls of a vLLM server: its versions, sleep, caches, pauses.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,28 @@ pub(super) struct Served {
 #[derive(Deserialize)]
 struct Models {
     data: Vec<Served>,
+}
+
+/// What a server's workers hold, in SHA-256.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    /// Names and checksums, of all workers: a name may stand there once for each.
+    pub(super) sums: Vec<(String, String)>,
+    /// Whether workers hold parts of parameters.
+    pub(super) cut: bool,
+}
+
+impl Held {
+    /// From checksums by worker and name, such as `dp0:pp0:pcp0:tp0:model.norm.weight`.
+    fn of(checksums: BTreeMap<String, String>) -> Self {
+        let mut held = Self::default();
+        for (key, sum) in checksums {
+            let (worker, name) = key.rsplit_once(':').unwrap_or(("", &key));
+            held.cut |= worker.split(':').any(|part| part.starts_with("tp") && part != "tp0");
+            held.sums.push((name.to_owned(), sum));
+        }
+        held
+    }
 }
 
 impl Control {
@@ -108,6 +131,16 @@ impl Control {
         }
     }
 
+    /// Checksums of the parameters of every worker, by their names in vLLM.
+    pub(super) fn checksums(&self) -> Result<Held> {
+        #[derive(Deserialize)]
+        struct Answer {
+            checksums: BTreeMap<String, String>,
+        }
+        let reply = self.http.post("/weight_checker", &json!({"action": "checksum"}), self.within)?;
+        Ok(Held::of(reply.json::<Answer>()?.checksums))
+    }
+
     pub(super) fn sleep(&self, level: Level) -> Result<()> {
         self.post(match level {
             Level::One => "/sleep?level=1",
@@ -161,6 +194,16 @@ fn major_minor(version: &str) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn workers_that_hold_parts_are_told_from_those_that_hold_copies() {
+        let held =
+            |keys: &[&str]| Held::of(keys.iter().map(|key| ((*key).to_owned(), "00".to_owned())).collect());
+        let copies = held(&["dp0:pp0:pcp0:tp0:a.b", "dp1:pp0:pcp0:tp0:a.b", "dp0:pp1:pcp0:tp0:c"]);
+        let names: Vec<&str> = copies.sums.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!((names, copies.cut), (vec!["a.b", "c", "a.b"], false));
+        assert!(held(&["dp0:pp0:pcp0:tp0:a.b", "dp0:pp0:pcp0:tp1:a.b"]).cut);
+    }
 
     #[test]
     fn versions_are_read_as_vllm_writes_them() {

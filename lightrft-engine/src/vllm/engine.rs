@@ -1,5 +1,6 @@
 //! The engine: the seam's contract over a server's routes.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,11 +11,13 @@ use super::flight::Requests;
 use super::settings::{Attach, Driver, Start};
 use super::transfer::{Transport, transport};
 use super::update::VllmUpdate;
+use super::verify;
 use super::wire::{self, Asked};
 use crate::generate::check_fields;
 use crate::server::{
-    Flight, Http, Job, MetricNames, Metrics, Model, ServerProcess, in_parallel, jobs, on_a_free_port,
+    Flight, Http, Job, MetricNames, Metrics, Model, ServerProcess, Verify, in_parallel, jobs, on_a_free_port,
 };
+use crate::transfer::Checksums;
 use crate::{
     ApiKey, Cache, Completion, Engine, Error, Event, Level, Limits, MediaKind, MemoryBytes, Parts, Progress,
     Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
@@ -115,6 +118,9 @@ impl VllmEngine {
                 expected: "a folder of this machine with its config.json was expected: requests are checked by it",
             });
         };
+        if driver.verify == Verify::Checksums {
+            verify::check(&control, &model)?;
+        }
         let context_tokens = served.max_model_len.unwrap_or(usize::MAX);
         let named = control.weight_version()?;
         if named.is_none() {
@@ -169,6 +175,10 @@ impl VllmEngine {
         &self.model
     }
 
+    pub(super) fn verifies(&self) -> bool {
+        self.driver.verify == Verify::Checksums
+    }
+
     pub(super) fn step(&mut self, event: Event) -> Result<()> {
         self.state = self.state.after(event)?;
         Ok(())
@@ -203,9 +213,15 @@ impl VllmEngine {
         self.settle(result)
     }
 
-    /// What was pushed becomes the server's weights. The caches go before any request comes.
-    pub(super) fn commit(&mut self, to: Version) -> Result<()> {
+    /// What was pushed becomes the server's weights, and is compared with them if `pushed` says with what. The caches go
+    /// before any request comes.
+    pub(super) fn commit(&mut self, to: Version, pushed: Option<Checksums>) -> Result<()> {
         self.with_transport(|transport, control| transport.finish(control))?;
+        if let Some(pushed) = pushed {
+            let held = self.control.checksums().map_err(Error::from);
+            let held = self.settle(held)?;
+            pushed.compare("vLLM", to, held.sums.iter().map(|(name, sum)| (name, sum)))?;
+        }
         self.control(|control| control.reset_caches())?;
         self.control(|control| control.name_weights(to))?;
         let next = self.state.after(Event::Commit)?;
@@ -383,6 +399,11 @@ impl Engine for VllmEngine {
 
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
+        let known = &self.model.parameters;
+        (!known.is_empty()).then(|| known.clone())
     }
 }
 

@@ -31,8 +31,10 @@ mod settings;
 mod staging;
 mod transfer;
 mod update;
+mod verify;
 mod wire;
 
+pub use crate::server::Verify;
 pub use engine::VllmEngine;
 pub use flight::Requests;
 pub use settings::{Attach, Driver, Start, Transfer};

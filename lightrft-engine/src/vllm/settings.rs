@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::server::{ApiKey, ServerCommand};
+use crate::server::{ApiKey, ServerCommand, Verify};
 use crate::{Error, LogProbs, Result, Version};
 
 /// A server to start.
@@ -212,6 +212,9 @@ pub struct Driver {
     pub log_probs: LogProbs,
     /// How weights reach the server.
     pub transfer: Transfer,
+    /// Whether the server's weights are compared with those that were sent, before an update is done; they are not by
+    /// default. It needs the server's `/weight_checker`.
+    pub verify: Verify,
     /// The version of the weights that the server has at the beginning, unless it names one itself.
     pub version: Version,
     /// Most requests that wait for their reply at once; 256 by default.
@@ -227,6 +230,7 @@ impl Default for Driver {
         Self {
             log_probs: LogProbs::Raw,
             transfer: Transfer::Folder { staging: None },
+            verify: Verify::Nothing,
             version: Version(0),
             requests_at_once: 256,
             samples_per_request: 64,

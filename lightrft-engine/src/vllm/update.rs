@@ -6,6 +6,7 @@ use safetensors::Dtype;
 
 use super::engine::VllmEngine;
 use super::transfer::TYPES;
+use crate::transfer::Checksums;
 use crate::{Error, Event, NamedTensor, Result, Update, Version};
 
 /// Projections that vLLM fuses into one parameter: all or none of them, or the rest is uninitialised memory.
@@ -16,13 +17,15 @@ pub(super) struct VllmUpdate<'a> {
     engine: &'a mut VllmEngine,
     to: Version,
     pushed: BTreeSet<String>,
+    checksums: Option<Checksums>,
     /// A bucket failed under way: what the server has is no longer known.
     broken: bool,
 }
 
 impl<'a> VllmUpdate<'a> {
     pub(super) fn new(engine: &'a mut VllmEngine, to: Version) -> Self {
-        Self { engine, to, pushed: BTreeSet::new(), broken: false }
+        let checksums = engine.verifies().then(Checksums::default);
+        Self { engine, to, pushed: BTreeSet::new(), checksums, broken: false }
     }
 
     /// Refuses what the model does not have, as far as it is known.
@@ -92,11 +95,14 @@ impl Update for VllmUpdate<'_> {
             return Err(broken());
         }
         self.push_all(bucket)?;
+        if let Some(checksums) = &mut self.checksums {
+            bucket.iter().for_each(|tensor| checksums.add(tensor));
+        }
         self.pushed.append(&mut taken);
         Ok(())
     }
 
-    fn commit(self: Box<Self>) -> Result<()> {
+    fn commit(mut self: Box<Self>) -> Result<()> {
         if self.broken {
             return Err(broken());
         }
@@ -105,7 +111,8 @@ impl Update for VllmUpdate<'_> {
             let examples = missing.iter().take(4).cloned().collect();
             return Err(Error::MissingTensors { version: self.to, missing: missing.len(), total, examples });
         }
-        self.engine.commit(self.to)
+        let pushed = self.checksums.take();
+        self.engine.commit(self.to, pushed)
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use lightrft_engine::testing::TensorBytes;
 use serde_json::{Value, json};
+use sha2::Digest;
 
 use super::http::{Answer, Asked, HttpServer};
 
@@ -27,6 +28,8 @@ pub(crate) struct Fake {
     /// Instead of what it would do, for paths that begin so; taken as often as the number says.
     pub(crate) instead: Vec<(&'static str, usize, Answer)>,
     pub(crate) healthy: bool,
+    /// Every update that comes changes a bit of this parameter.
+    pub(crate) spoils: Option<&'static str>,
 }
 
 /// The fake, what it does, and the folder of its model.
@@ -142,6 +145,7 @@ impl Fake {
             }
             ("POST", "/reset_mm_cache" | "/reset_encoder_cache") => Answer::Text(200, String::new()),
             ("POST", "/collective_rpc") => self.reload(body["kwargs"]["weights_path"].as_str().unwrap()),
+            ("POST", "/weight_checker") => ok(json!({"checksums": self.checksums()})),
             ("POST", "/init_weight_transfer_engine") => ok(json!({"message": "ok"})),
             ("POST", "/start_weight_update") => self.start(),
             ("POST", "/update_weights") => self.update(&body["update_info"]),
@@ -215,7 +219,23 @@ impl Fake {
         self.rule(!self.asleep.contains(&"weights"), "weights were sent to a sleeping server");
         let staged = std::mem::take(&mut self.staged);
         self.weights.extend(staged);
+        if let Some(bytes) = self.spoils.and_then(|name| self.weights.get_mut(name)) {
+            bytes[3] ^= 1;
+        }
         self.cached = true;
+    }
+
+    /// As vLLM has its parameters: fused, and with the worker that holds them.
+    fn checksums(&self) -> BTreeMap<String, String> {
+        let mut held: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        for part in ["q_proj", "k_proj", "v_proj", "embed_tokens", "norm"] {
+            for (name, bytes) in self.weights.iter().filter(|(name, _)| name.split('.').any(|c| c == part)) {
+                let name = if part.len() == 6 { name.replace(part, "qkv_proj") } else { name.clone() };
+                held.entry(name).or_default().extend(bytes);
+            }
+        }
+        let sum = |bytes: &[u8]| sha2::Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
+        held.iter().map(|(name, bytes)| (format!("dp0:pp0:pcp0:tp0:{name}"), sum(bytes))).collect()
     }
 
     fn generate(&mut self, body: &Value) -> Answer {
