@@ -190,6 +190,32 @@ pub enum Error {
     #[cfg(feature = "embedded")]
     #[error(transparent)]
     Model(#[from] crate::embedded::ModelError),
+    /// The embedded engine's GPU, its driver or its libraries: they are missing, or they refused.
+    #[cfg(feature = "cuda")]
+    #[error("the embedded engine's GPU: cannot {operation}: {source}")]
+    Gpu {
+        /// What was asked of it.
+        operation: &'static str,
+        /// What it said.
+        #[source]
+        source: Box<lightrft_collectives::Error>,
+    },
+    /// A GPU has too little memory for the embedded engine.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "GPU {ordinal} has {free_bytes} bytes free, {what} takes {needed_bytes}: let others give memory up, or take fewer \
+         bytes by the settings' `cache_bytes`, `max_sequences` or a narrower `dtype`"
+    )]
+    GpuMemory {
+        /// The GPU's ordinal in this process.
+        ordinal: usize,
+        /// What it was for.
+        what: &'static str,
+        /// Bytes that were asked for.
+        needed_bytes: u64,
+        /// Bytes that were free.
+        free_bytes: u64,
+    },
     /// A setting of an engine that makes no sense; nothing was started.
     #[error("{engine}: {field} = {value}: {expected}")]
     Settings {

@@ -113,7 +113,8 @@ pub struct Gpu {
 }
 
 /// While this lives, the GPU's context is the calling thread's current one. Not to be sent to another thread.
-pub(super) struct Current<'a> {
+#[derive(Debug)]
+pub struct Current<'a> {
     gpu: &'a Gpu,
     _this_thread: std::marker::PhantomData<*const ()>,
 }
@@ -195,7 +196,7 @@ impl Gpu {
     }
 
     /// Makes this GPU's context the current one of this thread, until the guard is dropped.
-    pub(super) fn enter(&self) -> Result<Current<'_>> {
+    pub fn enter(&self) -> Result<Current<'_>> {
         // SAFETY: the context is retained for as long as the process lives.
         self.check("enter the context", unsafe { (self.driver.push_current)(self.context) })?;
         Ok(Current { gpu: self, _this_thread: std::marker::PhantomData })

@@ -41,16 +41,18 @@ mod device;
 mod enqueue;
 mod library;
 mod life;
+mod program;
 mod raw;
 mod record;
 mod watchdog;
 
-/// The driver's functions and the loader of libraries, for the other crates of this workspace that work on GPUs. Not part of
-/// this crate's promises.
+/// The driver's functions, the loader of libraries and the compiler of kernels, for the other crates of this workspace that
+/// work on GPUs. Not part of this crate's promises.
 #[doc(hidden)]
 pub mod driver {
-    pub use super::cuda::Gpu;
+    pub use super::cuda::{Current, Gpu};
     pub use super::library::{Library, open, symbols, why};
+    pub use super::program::{Argument, Kernel, Program, compile};
 }
 
 pub use communicator::{Check, Nccl, Options};

@@ -2,55 +2,55 @@
 
 use std::sync::Arc;
 
-use super::cpu::{Logits, Model, Pool, Team, Work};
+use super::cpu::Team;
+use super::pages::Pages;
 use super::sampling::{Draw, DrawKey, Past, Sampler, Unusable, uniform};
 use super::schedule::{Row, Schedule};
+use super::step::{Forward, Step};
 use super::stop::{Detokenize, Stops};
 use crate::{Completion, Error, FinishReason, LogProbs, Progress, Request, Result, Version, Watch};
 
 /// What completions are drawn with.
 #[derive(Debug)]
 pub(super) struct Drive<'a> {
-    pub(super) model: Model<'a>,
     pub(super) team: &'a Team,
-    pub(super) pool: &'a mut Pool,
-    pub(super) work: &'a mut Work,
+    pub(super) pages: &'a mut Pages,
     pub(super) detokenizer: Option<&'a dyn Detokenize>,
     pub(super) max_sequences: usize,
     pub(super) version: Version,
 }
 
 impl Drive<'_> {
-    /// Draws every completion; they come in the order in which they end.
-    pub(super) fn run(self, requests: &[Request], watch: &mut Watch<'_>) -> Result<Vec<Completion>> {
+    /// Draws every completion, in steps of about `step_columns`; they come in the order in which they end.
+    pub(super) fn run(
+        self,
+        model: &mut impl Forward,
+        step_columns: usize,
+        requests: &[Request],
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<Completion>> {
         let total = requests.iter().fold(0_usize, |n, r| n.saturating_add(r.samples));
         let mut progress = Progress { total, ..Progress::default() };
         watch.report(progress)?;
-        let mut schedule = Schedule::new(requests, self.max_sequences);
+        let mut schedule = Schedule::new(requests, self.max_sequences, step_columns);
         let mut completions = Vec::new();
         let (mut steps, mut columns) = (0_usize, 0_usize);
         while !schedule.is_over() {
-            schedule.admit(self.pool);
-            let batch = schedule.compose(self.pool).map_err(|source| Error::Backend {
-                engine: "embedded",
-                operation: "taking memory for the key-value cache",
-                source: Box::new(source),
-            })?;
+            schedule.admit(self.pages);
+            let batch = schedule.compose(self.pages);
             if !batch.columns.is_empty() {
-                let tables = schedule.tables(&batch);
-                let (work, pool) = (&mut *self.work, &mut *self.pool);
-                self.team.enter(|| {
-                    work.step(&self.model, self.team, pool, &batch.columns, &tables, &batch.wanted);
-                });
+                model.step(&Step {
+                    pages: self.pages.count(),
+                    copies: &batch.copies,
+                    columns: &batch.columns,
+                    tables: &schedule.tables(&batch),
+                    wanted: &batch.wanted,
+                })?;
             }
-            let logits = &self.work.logits;
-            let copy = |column| {
-                let mut row = Vec::new();
-                logits.row(column, &mut row);
-                Arc::from(row)
-            };
-            let due = schedule.computed(&batch, self.pool, copy);
-            let drawn = self.team.enter(|| self.draw(requests, schedule.rows(), &due, logits));
+            let model = &*model;
+            let copy = |column| Arc::from(model.logits(column, &mut Vec::new()));
+            let due = schedule.computed(&batch, self.pages, copy);
+            let drawn = self.team.enter(|| self.draw(requests, schedule.rows(), &due, model));
             let mut ended = Vec::new();
             let mut finishes = Vec::new();
             for ((at, _), drawn) in due.iter().zip(drawn) {
@@ -61,7 +61,8 @@ impl Drive<'_> {
                 }
                 progress.tokens += 1;
             }
-            for (row, finish) in schedule.leave(&ended, self.pool).into_iter().zip(finishes.into_iter().rev())
+            for (row, finish) in
+                schedule.leave(&ended, self.pages).into_iter().zip(finishes.into_iter().rev())
             {
                 let Row { request, sample, tokens, log_probs, .. } = row;
                 completions.push(Completion {
@@ -88,20 +89,17 @@ impl Drive<'_> {
         requests: &[Request],
         rows: &[Row],
         due: &[(usize, Option<usize>)],
-        logits: &Logits,
+        model: &impl Forward,
     ) -> Vec<Result<Draw, Unusable>> {
         let mut drawn = vec![Err(Unusable::NothingLeft); due.len()];
         let jobs: Vec<_> = due.iter().zip(&mut drawn).collect();
-        let work = due.len() * self.model.vocabulary() * 16;
+        let work = due.len() * model.vocabulary() * 16;
         self.team.each(work, jobs, <(Sampler, Vec<f32>)>::default, |(sampler, copy), ((at, column), to)| {
             let row = &rows[*at];
             let request = &requests[row.request];
             let logits = match (column, &row.logits) {
                 (None, Some(shared)) => shared,
-                (column, _) => {
-                    logits.row(column.unwrap_or(0), copy);
-                    copy.as_slice()
-                }
+                (column, _) => model.logits(column.unwrap_or(0), copy),
             };
             let u = uniform(DrawKey {
                 seed: request.sampling.seed,

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::config::DecoderConfig;
-use super::cpu::{PageLayout, Pool, Team, Work};
+use super::cpu::Team;
 use super::drive::Drive;
-use super::error::{ModelError, ModelResult};
-use super::held::{Held, readable};
+use super::error::ModelError;
+use super::pages::Pages;
+use super::place::Place;
 use super::stop::Detokenize;
 use super::update::EmbeddedUpdate;
 use super::weights::Weights;
@@ -20,20 +21,36 @@ use crate::{
     Version, Watch, check_requests, refuse_stop_strings,
 };
 
+/// Where an [`EmbeddedEngine`] has its weights and its cache, and computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Device {
+    /// The processor, in host memory.
+    #[default]
+    Cpu,
+    /// The GPU with this ordinal among those that the process sees.
+    #[cfg(feature = "cuda")]
+    Cuda(usize),
+}
+
 /// How an [`EmbeddedEngine`] computes.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Type in which weights are kept: f32, bf16 or f16. Pushed weights are converted to it. Arithmetic, and the keys
-    /// and values of the cache, are f32: narrow weights save memory, and time where it is spent reading them.
+    /// Where weights and cache are, and what computes.
+    pub device: Device,
+    /// Type in which weights are kept: f32, bf16 or f16. Pushed weights are converted to it. On the CPU arithmetic, and
+    /// the keys and values of the cache, are f32: narrow weights save memory, and time where it is spent reading them.
+    /// On a GPU keys, values and what a product reads are of this type as well; sums, the residual stream and logits
+    /// are f32, and products of f32 do not use TF32.
     pub dtype: DType,
     /// Most sequences that are drawn at once; bounds the cache and the time of a step. At least 1. A completion's place
     /// is taken by the next one as soon as it has ended.
     pub max_sequences: usize,
     /// Most bytes of keys and values. Where they are spent, the completions that began last give their part up, and
     /// compute it again later; a request that would not fit even alone is refused. `None` bounds them by
-    /// `max_sequences` and the context alone.
+    /// `max_sequences` and the context alone, and on a GPU by four fifths of the memory that is free when a call begins.
     pub cache_bytes: Option<u64>,
-    /// Threads of a step. `None` takes the rayon pool that the caller runs in, which `RAYON_NUM_THREADS` bounds; a
+    /// Threads of a step, on a GPU of the draws after it. `None` takes the rayon pool that the caller runs in, which `RAYON_NUM_THREADS` bounds; a
     /// number makes a pool of the engine's own, of which 1 is the calling thread. With a rank on every core, 1 keeps
     /// engines and trainers from taking each other's core.
     pub threads: Option<NonZeroUsize>,
@@ -44,9 +61,10 @@ pub struct Settings {
 }
 
 impl Default for Settings {
-    /// f32, 64 sequences at once, no budget of the cache, the ambient threads, no tokenizer, version 0.
+    /// The CPU, f32, 64 sequences at once, no budget of the cache, the ambient threads, no tokenizer, version 0.
     fn default() -> Self {
         Self {
+            device: Device::Cpu,
             dtype: DType::F32,
             max_sequences: 64,
             cache_bytes: None,
@@ -75,14 +93,10 @@ impl Default for Settings {
 #[derive(Debug)]
 pub struct EmbeddedEngine {
     config: DecoderConfig,
-    /// Rotary frequencies, radians per position, rounded to f32 as HF does.
-    frequencies: Vec<f32>,
     settings: Settings,
     team: Team,
-    /// Empty unless the state has weights.
-    weights: Weights,
-    pool: Pool,
-    work: Work,
+    place: Place,
+    pages: Pages,
     state: State,
     version: Version,
 }
@@ -95,7 +109,7 @@ impl EmbeddedEngine {
     pub fn new(config: DecoderConfig, weights: Weights, settings: Settings) -> Result<Self> {
         weights.check(&config)?;
         let mut engine = Self::without_weights(config, settings)?;
-        engine.weights = engine.readable(&weights)?;
+        engine.place.replace(&weights)?;
         engine.state = State::READY;
         Ok(engine)
     }
@@ -104,24 +118,19 @@ impl EmbeddedEngine {
     ///
     /// # Errors
     /// [`Error::Model`] if the configuration contradicts itself or the settings' type of weights is none;
-    /// [`Error::Backend`] if the system gives no threads.
+    /// [`Error::Backend`] if the system gives no threads; with a GPU the driver's, the libraries' and the GPU's own.
     pub fn without_weights(config: DecoderConfig, settings: Settings) -> Result<Self> {
         config.validate()?;
         if !matches!(settings.dtype, DType::F32 | DType::BF16 | DType::F16) {
             let (field, value) = ("dtype", format!("{:?}", settings.dtype));
             return Err(ModelError::Config { field, value, expected: "F32, BF16 or F16".into() }.into());
         }
-        let layout =
-            PageLayout { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim };
-        let page_bytes = (layout.elems() * size_of::<f32>()) as u64;
-        let limit = settings.cache_bytes.map_or(usize::MAX, |bytes| (bytes / page_bytes) as usize);
+        let place = Place::open(&config, &settings)?;
         Ok(Self {
-            frequencies: config.rotary_frequencies().into_iter().map(|f| f as f32).collect(),
             config,
             team: team(settings.threads)?,
-            weights: Weights::default(),
-            pool: Pool::new(layout, limit),
-            work: Work::default(),
+            pages: Pages::new(pages_within(settings.cache_bytes, place.page_bytes())),
+            place,
             state: State::EMPTY,
             version: settings.version,
             settings,
@@ -152,17 +161,25 @@ impl EmbeddedEngine {
     }
 
     /// A whole update without a copy: takes the trainer's tensors themselves, as version `to`, where they are of
-    /// [`Settings::dtype`] and in host memory. Whoever writes into them afterwards changes the engine's weights too.
+    /// [`Settings::dtype`] and in host memory. Whoever writes into them afterwards changes the engine's weights too. An
+    /// engine on a GPU copies them there.
     ///
     /// # Errors
     /// [`Error::Refused`] while asleep; [`Error::Model`] names a tensor that is missing, unknown or of another shape.
-    /// The former weights are kept then.
+    /// The former weights are kept then. Where a GPU fails at the copy, the engine is stale.
     pub fn adopt(&mut self, to: Version, weights: &Weights) -> Result<()> {
         let updating = self.state.after(Event::BeginUpdate)?;
         weights.check(&self.config)?;
-        let weights = self.readable(weights)?;
-        self.state = updating;
-        self.commit(to, weights)
+        if let Err(error) = self.place.replace(weights) {
+            if self.settings.device != Device::Cpu {
+                self.state = updating;
+                self.step(Event::Abandon)?;
+            }
+            return Err(error);
+        }
+        self.state = updating.after(Event::Commit)?;
+        self.replaced(to);
+        Ok(())
     }
 
     pub(super) fn dtype(&self) -> DType {
@@ -172,37 +189,48 @@ impl EmbeddedEngine {
     pub(super) fn step(&mut self, event: Event) -> Result<()> {
         self.state = self.state.after(event)?;
         if !self.state.has_weights() {
-            self.weights = Weights::default();
+            self.place.drop_weights();
         }
         Ok(())
     }
 
-    /// Ends an update: all parameters, of the engine's type.
-    pub(super) fn commit(&mut self, to: Version, weights: Weights) -> Result<()> {
-        self.step(Event::Commit)?;
-        (self.weights, self.version) = (weights, to);
-        tracing::debug!(version = to.0, bytes = self.weights.bytes(), "weights replaced");
+    /// Takes a tensor of an update: a parameter, of the engine's type.
+    pub(super) fn stage(&mut self, name: String, tensor: Tensor) -> Result<()> {
+        self.place.stage(name, tensor)
+    }
+
+    /// Ends an update of which every tensor was staged.
+    pub(super) fn commit(&mut self, to: Version) -> Result<()> {
+        let committed = self.state.after(Event::Commit)?;
+        self.place.commit()?;
+        self.state = committed;
+        self.replaced(to);
         Ok(())
     }
 
-    fn readable(&self, weights: &Weights) -> ModelResult<Weights> {
-        let fit = |(name, tensor): (&str, &Tensor)| Ok((name.to_owned(), readable(tensor, self.dtype())?));
-        weights.iter().map(fit).collect()
+    fn replaced(&mut self, to: Version) {
+        self.version = to;
+        tracing::debug!(version = to.0, bytes = self.place.weight_bytes(), "weights replaced");
     }
 
     /// Refuses a request whose longest completion would not fit the cache even alone.
-    fn check_cache(&self, requests: &[Request]) -> Result<()> {
-        let Some(cache_bytes) = self.settings.cache_bytes else { return Ok(()) };
+    fn check_cache(&self, requests: &[Request], cache_bytes: Option<u64>) -> Result<()> {
+        let Some(cache_bytes) = cache_bytes else { return Ok(()) };
         for (request, r) in requests.iter().enumerate() {
             // The last token drawn is never computed.
             let tokens = r.prompt.len() + r.sampling.max_new_tokens - 1;
-            let needed_bytes = self.pool.bytes_of(Pool::pages_of(tokens));
+            let needed_bytes = Pages::pages_of(tokens) as u64 * self.place.page_bytes();
             if needed_bytes > cache_bytes {
                 return Err(Error::CacheExceeded { request, tokens, needed_bytes, cache_bytes });
             }
         }
         Ok(())
     }
+}
+
+/// Whole pages of so many bytes.
+fn pages_within(cache_bytes: Option<u64>, page_bytes: u64) -> usize {
+    cache_bytes.map_or(usize::MAX, |bytes| usize::try_from(bytes / page_bytes.max(1)).unwrap_or(usize::MAX))
 }
 
 fn team(threads: Option<NonZeroUsize>) -> Result<Team> {
@@ -228,36 +256,50 @@ impl Engine for EmbeddedEngine {
         if self.settings.detokenizer.is_none() {
             refuse_stop_strings(requests)?;
         }
-        self.check_cache(requests)?;
-        let held = Held::of(&self.weights)?;
-        self.pool.reset();
+        let cache_bytes = match self.settings.cache_bytes {
+            Some(bytes) => Some(bytes),
+            None => self.place.default_cache_bytes()?,
+        };
+        self.check_cache(requests, cache_bytes)?;
+        self.pages.set_limit(pages_within(cache_bytes, self.place.page_bytes()));
+        self.pages.reset();
         let drive = Drive {
-            model: held.model(&self.config, &self.frequencies)?,
             team: &self.team,
-            pool: &mut self.pool,
-            work: &mut self.work,
+            pages: &mut self.pages,
             detokenizer: self.settings.detokenizer.as_deref(),
             max_sequences: self.settings.max_sequences,
             version: self.version,
         };
-        let mut completions = drive.run(requests, watch)?;
+        let mut completions = self.place.run(&self.config, &self.team, drive, requests, watch)?;
         completions.sort_by_key(|c| (c.request, c.sample));
         Ok(completions)
     }
 
     fn sleep(&mut self, level: Level) -> Result<()> {
-        self.step(Event::Sleep(level))?;
-        self.pool.clear();
-        self.work = Work::default();
+        let asleep = self.state.after(Event::Sleep(level))?;
+        self.pages.clear();
+        self.place.drop_cache();
+        if asleep.has_weights() {
+            self.place.park()?;
+        } else {
+            self.place.drop_weights();
+        }
+        self.state = asleep;
         Ok(())
     }
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
-        self.step(Event::Wake(parts))
+        let woken = self.state.after(Event::Wake(parts))?;
+        if woken.has_weights() {
+            self.place.unpark()?;
+        }
+        self.state = woken;
+        Ok(())
     }
 
     fn begin_update(&mut self, to: Version) -> Result<Box<dyn Update + '_>> {
-        self.step(Event::BeginUpdate)?;
+        self.state = self.state.after(Event::BeginUpdate)?;
+        self.place.begin_update();
         Ok(Box::new(EmbeddedUpdate::new(self, to)))
     }
 
@@ -270,8 +312,7 @@ impl Engine for EmbeddedEngine {
     }
 
     fn memory_bytes(&self) -> Option<MemoryBytes> {
-        let bytes = self.weights.bytes() as u64;
-        let cache = self.pool.bytes() as u64;
+        let (bytes, cache) = (self.place.weight_bytes(), self.place.cache_bytes());
         Some(match self.state {
             State::Asleep { .. } => MemoryBytes { parked: bytes, ..MemoryBytes::default() },
             _ => MemoryBytes { weights: bytes, cache, ..MemoryBytes::default() },

@@ -30,18 +30,24 @@ mod decoder;
 mod drive;
 mod engine;
 mod error;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod graft;
 mod held;
+mod host;
 mod kv_cache;
+mod pages;
+mod place;
 mod sampling;
 mod schedule;
+mod step;
 mod stop;
 mod update;
 mod weights;
 
 pub use config::{DecoderConfig, Family, Parameter, ParameterGroup, RopeScaling};
 pub use decoder::{Decoder, Frame};
-pub use engine::{EmbeddedEngine, Settings};
+pub use engine::{Device, EmbeddedEngine, Settings};
 pub use error::{ModelError, ModelResult};
 pub use kv_cache::{KvCache, LayerCache};
 pub use sampling::{Draw, DrawKey, Past, Unusable, draw, uniform};

@@ -3,13 +3,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::cpu::{Column, PAGE_TOKENS, PageId, Pool};
+use super::pages::{PAGE_TOKENS, PageId, Pages};
+use super::step::Column;
 use super::stop::Tail;
 use crate::Request;
-
-/// Most columns of one step, as far as sequences that only go on do not need more: a long prompt is computed in pieces
-/// between which the others go on.
-const STEP_COLUMNS: usize = 256;
 
 /// A completion that is being drawn.
 #[derive(Debug)]
@@ -44,6 +41,8 @@ enum Waiting {
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub(super) columns: Vec<Column>,
+    /// Pages to copy before: from, to.
+    pub(super) copies: Vec<(PageId, PageId)>,
     /// Rows of the step, in the order of their tables, with the number of their columns.
     rows: Vec<(usize, usize)>,
     /// Columns after which a token is drawn.
@@ -57,6 +56,8 @@ pub(super) struct Batch {
 pub(super) struct Schedule<'r> {
     requests: &'r [Request],
     max_sequences: usize,
+    /// Most columns of one step, as far as sequences that only go on do not need more.
+    step_columns: usize,
     /// Admitted first stands first. The first is never made to wait, so that there always is progress.
     running: Vec<Row>,
     waiting: VecDeque<Waiting>,
@@ -65,10 +66,10 @@ pub(super) struct Schedule<'r> {
 }
 
 impl<'r> Schedule<'r> {
-    pub(super) fn new(requests: &'r [Request], max_sequences: usize) -> Self {
+    pub(super) fn new(requests: &'r [Request], max_sequences: usize, step_columns: usize) -> Self {
         let waiting = (0..requests.len()).map(|request| Waiting::Fresh { request, sample: 0 }).collect();
         let max_sequences = max_sequences.max(1);
-        Self { requests, max_sequences, running: Vec::new(), waiting, preemptions: 0 }
+        Self { requests, max_sequences, step_columns, running: Vec::new(), waiting, preemptions: 0 }
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -93,12 +94,12 @@ impl<'r> Schedule<'r> {
     }
 
     /// Fills free places, while there are pages for those who take them.
-    pub(super) fn admit(&mut self, pool: &mut Pool) {
+    pub(super) fn admit(&mut self, pages: &mut Pages) {
         while self.running.len() < self.max_sequences {
             let Some(next) = self.waiting.front() else { return };
-            let pages = match next {
-                Waiting::Fresh { request, .. } => Pool::pages_of(self.requests[*request].prompt.len() + 1),
-                Waiting::Preempted(row) => Pool::pages_of(self.total(row) + 1),
+            let needed = match next {
+                Waiting::Fresh { request, .. } => Pages::pages_of(self.requests[*request].prompt.len() + 1),
+                Waiting::Preempted(row) => Pages::pages_of(self.total(row) + 1),
                 // The prompt's last page is copied, or there is a next one.
                 Waiting::Forks { .. } => 1,
             };
@@ -106,9 +107,9 @@ impl<'r> Schedule<'r> {
             let owed: usize = self
                 .running
                 .iter()
-                .map(|row| Pool::pages_of(self.total(row) + 1).saturating_sub(row.table.len()))
+                .map(|row| Pages::pages_of(self.total(row) + 1).saturating_sub(row.table.len()))
                 .sum();
-            if !self.running.is_empty() && owed + pages > pool.available() {
+            if !self.running.is_empty() && owed + needed > pages.available() {
                 return;
             }
             let Some(next) = self.waiting.pop_front() else { return };
@@ -121,7 +122,7 @@ impl<'r> Schedule<'r> {
                 Waiting::Forks { request, sample, table, logits } => {
                     let cached = self.requests[request].prompt.len();
                     if sample + 1 < self.requests[request].samples {
-                        table.iter().for_each(|page| pool.share(*page));
+                        table.iter().for_each(|page| pages.share(*page));
                         let (table, logits) = (table.clone(), Arc::clone(&logits));
                         self.waiting.push_front(Waiting::Forks {
                             request,
@@ -137,13 +138,10 @@ impl<'r> Schedule<'r> {
     }
 
     /// What the next step computes, with pages for it. The youngest give way where there are none.
-    ///
-    /// # Errors
-    /// The system's, for memory within the budget that it does not have.
-    pub(super) fn compose(&mut self, pool: &mut Pool) -> Result<Batch, std::collections::TryReserveError> {
+    pub(super) fn compose(&mut self, pages: &mut Pages) -> Batch {
         let mut batch = Batch::default();
         let going_on = self.running.iter().filter(|row| self.total(row) == row.cached + 1).count();
-        let mut spare = STEP_COLUMNS.saturating_sub(going_on).max(PAGE_TOKENS);
+        let mut spare = self.step_columns.saturating_sub(going_on).max(PAGE_TOKENS);
         let mut at = 0;
         while at < self.running.len() {
             let pending = self.total(&self.running[at]) - self.running[at].cached;
@@ -155,7 +153,7 @@ impl<'r> Schedule<'r> {
                 at += 1;
                 continue;
             }
-            if !self.find_pages(at, count, pool)? {
+            if !self.find_pages(at, count, pages, &mut batch.copies) {
                 // It was the youngest itself, and waits again.
                 continue;
             }
@@ -178,7 +176,7 @@ impl<'r> Schedule<'r> {
             }
             at += 1;
         }
-        Ok(batch)
+        batch
     }
 
     /// Pages of its own for the next `count` tokens of row `at`; `false` if the row had to give way.
@@ -186,28 +184,29 @@ impl<'r> Schedule<'r> {
         &mut self,
         at: usize,
         count: usize,
-        pool: &mut Pool,
-    ) -> Result<bool, std::collections::TryReserveError> {
+        pages: &mut Pages,
+        copies: &mut Vec<(PageId, PageId)>,
+    ) -> bool {
         loop {
             let row = &mut self.running[at];
             let first = row.cached / PAGE_TOKENS;
-            let copied = row.table.get(first).copied().filter(|page| pool.is_shared(*page));
+            let copied = row.table.get(first).copied().filter(|page| pages.is_shared(*page));
             if copied.is_none() && row.table.len() * PAGE_TOKENS >= row.cached + count {
-                return Ok(true);
+                return true;
             }
-            match (pool.take()?, copied) {
+            match (pages.take(), copied) {
                 (Some(page), Some(shared)) => {
-                    pool.copy(shared, page);
-                    pool.release(shared);
+                    copies.push((shared, page));
+                    pages.release(shared);
                     row.table[first] = page;
                 }
                 (Some(page), None) => row.table.push(page),
-                (None, _) if self.forget_a_prompt(pool) => {}
+                (None, _) if self.forget_a_prompt(pages) => {}
                 (None, _) => {
                     let youngest = self.running.len() - 1;
-                    self.preempt(pool);
+                    self.preempt(pages);
                     if youngest == at {
-                        return Ok(false);
+                        return false;
                     }
                 }
             }
@@ -215,20 +214,20 @@ impl<'r> Schedule<'r> {
     }
 
     /// Gives up the pages of a prompt whose samples wait.
-    fn forget_a_prompt(&mut self, pool: &mut Pool) -> bool {
+    fn forget_a_prompt(&mut self, pages: &mut Pages) -> bool {
         let kept = self.waiting.iter_mut().rev().find(|w| matches!(w, Waiting::Forks { .. }));
         let Some(kept) = kept else { return false };
         if let Waiting::Forks { request, sample, table, .. } = kept {
-            table.drain(..).for_each(|page| pool.release(page));
+            table.drain(..).for_each(|page| pages.release(page));
             *kept = Waiting::Fresh { request: *request, sample: *sample };
         }
         true
     }
 
     /// Makes the row that was admitted last wait, without its pages.
-    fn preempt(&mut self, pool: &mut Pool) {
+    fn preempt(&mut self, pages: &mut Pages) {
         if let Some(mut row) = self.running.pop() {
-            row.table.drain(..).for_each(|page| pool.release(page));
+            row.table.drain(..).for_each(|page| pages.release(page));
             row.cached = 0;
             row.logits = None;
             self.waiting.push_front(Waiting::Preempted(row));
@@ -241,7 +240,7 @@ impl<'r> Schedule<'r> {
     pub(super) fn computed(
         &mut self,
         batch: &Batch,
-        pool: &mut Pool,
+        pages: &mut Pages,
         logits: impl Fn(usize) -> Arc<[f32]>,
     ) -> Vec<(usize, Option<usize>)> {
         for (row, count) in &batch.rows {
@@ -251,7 +250,7 @@ impl<'r> Schedule<'r> {
             let row = &mut self.running[*at];
             if row.leads && row.tokens.is_empty() {
                 row.leads = false;
-                row.table.iter().for_each(|page| pool.share(*page));
+                row.table.iter().for_each(|page| pages.share(*page));
                 self.waiting.push_front(Waiting::Forks {
                     request: row.request,
                     sample: row.sample + 1,
@@ -273,11 +272,11 @@ impl<'r> Schedule<'r> {
     }
 
     /// Takes the rows `ended`, rising, out, and their pages back.
-    pub(super) fn leave(&mut self, ended: &[usize], pool: &mut Pool) -> Vec<Row> {
+    pub(super) fn leave(&mut self, ended: &[usize], pages: &mut Pages) -> Vec<Row> {
         let mut left = Vec::with_capacity(ended.len());
         for at in ended.iter().rev() {
             let mut row = self.running.remove(*at);
-            row.table.drain(..).for_each(|page| pool.release(page));
+            row.table.drain(..).for_each(|page| pages.release(page));
             left.push(row);
         }
         left
@@ -300,17 +299,14 @@ fn row(
 mod tests {
     use std::collections::HashMap;
 
-    use super::super::cpu::PageLayout;
     use super::*;
     use crate::Sampling;
     use proptest::prelude::*;
 
-    const LAYOUT: PageLayout = PageLayout { layers: 1, kv_heads: 1, head_dim: 2 };
-
     /// Plays a call to its end; every token drawn is the number of tokens before it.
-    fn play(requests: &[Request], max_sequences: usize, pages: usize) -> Result<usize, TestCaseError> {
-        let mut pool = Pool::new(LAYOUT, pages);
-        let mut schedule = Schedule::new(requests, max_sequences);
+    fn play(requests: &[Request], max_sequences: usize, limit: usize) -> Result<usize, TestCaseError> {
+        let mut pages = Pages::new(limit);
+        let mut schedule = Schedule::new(requests, max_sequences, 256);
         let mut left: HashMap<(usize, usize), Vec<u32>> = HashMap::new();
         let samples: usize = requests.iter().map(|r| r.samples).sum();
         let work: usize = requests.iter().map(|r| r.samples * (r.prompt.len() + 40)).sum();
@@ -318,10 +314,10 @@ mod tests {
             if schedule.is_over() {
                 break;
             }
-            schedule.admit(&mut pool);
+            schedule.admit(&mut pages);
             prop_assert!(schedule.rows().len() <= max_sequences);
             let oldest = schedule.rows().first().map(|row| (row.request, row.sample));
-            let batch = schedule.compose(&mut pool).unwrap();
+            let batch = schedule.compose(&mut pages);
             prop_assert_eq!(
                 schedule.rows().first().map(|row| (row.request, row.sample)),
                 oldest,
@@ -331,10 +327,10 @@ mod tests {
             let mut writers: HashMap<PageId, usize> = HashMap::new();
             for column in &batch.columns {
                 let page = tables[column.sequence][column.position / PAGE_TOKENS];
-                prop_assert!(!pool.is_shared(page), "nobody else reads what is written");
+                prop_assert!(!pages.is_shared(page), "nobody else reads what is written");
                 prop_assert_eq!(*writers.entry(page).or_insert(column.sequence), column.sequence);
             }
-            let due = schedule.computed(&batch, &mut pool, |_| Arc::from([0.0]));
+            let due = schedule.computed(&batch, &mut pages, |_| Arc::from([0.0]));
             prop_assert!(!batch.columns.is_empty() || !due.is_empty(), "every step gets on");
             let mut ended = Vec::new();
             for (at, column) in due {
@@ -349,7 +345,7 @@ mod tests {
                     ended.push(at);
                 }
             }
-            for row in schedule.leave(&ended, &mut pool) {
+            for row in schedule.leave(&ended, &mut pages) {
                 prop_assert!(left.insert((row.request, row.sample), row.tokens).is_none(), "it ended twice");
             }
         }
@@ -358,7 +354,7 @@ mod tests {
         for tokens in left.values() {
             prop_assert!(tokens.iter().enumerate().all(|(i, t)| *t == i as u32), "{:?}", tokens);
         }
-        prop_assert_eq!(pool.available(), pages, "every page was given back");
+        prop_assert_eq!(pages.available(), limit, "every page was given back");
         Ok(schedule.preemptions())
     }
 
@@ -376,7 +372,7 @@ mod tests {
                     Request::new(vec![1; *length], sampling).samples(*samples)
                 })
                 .collect();
-            let needed = |(length, _, new): &(usize, usize, usize)| Pool::pages_of(length + new - 1);
+            let needed = |(length, _, new): &(usize, usize, usize)| Pages::pages_of(length + new - 1);
             let largest = shapes.iter().map(needed).max().unwrap_or(1);
             play(&requests, max_sequences, largest + spare)?;
         }

@@ -1,6 +1,6 @@
 //! An update of the embedded engine from bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
@@ -9,20 +9,20 @@ use super::engine::EmbeddedEngine;
 use super::error::ModelError;
 use crate::{Engine, Error, Event, NamedTensor, Result, Update, Version};
 
-/// A complete new set of tensors that is being assembled.
+/// An update of which some tensors have come.
 #[derive(Debug)]
 pub(super) struct EmbeddedUpdate<'a> {
     engine: &'a mut EmbeddedEngine,
     to: Version,
     shapes: BTreeMap<String, Vec<usize>>,
-    staged: BTreeMap<String, Tensor>,
+    pushed: BTreeSet<String>,
 }
 
 impl<'a> EmbeddedUpdate<'a> {
     /// An update of an engine whose state says that one has begun.
     pub(super) fn new(engine: &'a mut EmbeddedEngine, to: Version) -> Self {
         let shapes = engine.parameters().unwrap_or_default();
-        Self { engine, to, shapes, staged: BTreeMap::new() }
+        Self { engine, to, shapes, pushed: BTreeSet::new() }
     }
 
     /// A tensor of the engine's own type, with its own memory.
@@ -34,7 +34,7 @@ impl<'a> EmbeddedUpdate<'a> {
         if tensor.shape() != expected {
             return Err(Error::Shape { name, got: tensor.shape().to_vec(), expected: expected.clone() });
         }
-        if self.staged.contains_key(tensor.name()) {
+        if self.pushed.contains(tensor.name()) {
             return Err(Error::RepeatedTensor { name });
         }
         let dtype = match tensor.dtype() {
@@ -58,12 +58,15 @@ impl Update for EmbeddedUpdate<'_> {
                 return Err(Error::RepeatedTensor { name: tensor.name().to_owned() });
             }
         }
-        self.staged.append(&mut taken);
+        for (name, tensor) in taken {
+            self.engine.stage(name.clone(), tensor)?;
+            self.pushed.insert(name);
+        }
         Ok(())
     }
 
-    fn commit(mut self: Box<Self>) -> Result<()> {
-        let missing: Vec<&String> = self.shapes.keys().filter(|n| !self.staged.contains_key(*n)).collect();
+    fn commit(self: Box<Self>) -> Result<()> {
+        let missing: Vec<&String> = self.shapes.keys().filter(|n| !self.pushed.contains(*n)).collect();
         if !missing.is_empty() {
             return Err(Error::MissingTensors {
                 version: self.to,
@@ -72,8 +75,7 @@ impl Update for EmbeddedUpdate<'_> {
                 examples: missing.into_iter().take(4).cloned().collect(),
             });
         }
-        let weights = std::mem::take(&mut self.staged).into_iter().collect();
-        self.engine.commit(self.to, weights)
+        self.engine.commit(self.to)
     }
 }
 

@@ -6,13 +6,16 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use lightrft_collectives::Result as GroupResult;
 use lightrft_collectives::nccl::Stream;
+use lightrft_collectives::nccl::driver::{Argument, Kernel, Program};
 
-use super::program::{Argument, Kernel, Program};
 use crate::optim::Scalars;
 use crate::precision::{Combine, Precision};
 
 /// Their source.
 pub(super) const SOURCE: &str = include_str!("kernels.cu");
+
+/// Products and sums are rounded apart, as on the host.
+const OPTIONS: [&str; 1] = ["--fmad=false"];
 
 /// Threads of a block; the kernels count on it.
 const THREADS: u32 = 256;
@@ -57,7 +60,7 @@ impl Kernels {
         if let Some(kernels) = kernels.get(&stream.ordinal()) {
             return Ok(kernels.clone());
         }
-        let program = Program::new(stream, SOURCE)?;
+        let program = Program::new(stream, SOURCE, &OPTIONS)?;
         let find = |name| program.kernel(stream, name);
         let combine = [
             [c"set_00", c"add_00"],
@@ -225,14 +228,14 @@ fn blocks(elems: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::program::compile;
     use super::*;
     use lightrft_collectives::Error;
+    use lightrft_collectives::nccl::driver::compile;
 
     #[test]
     fn the_kernels_compile_for_every_generation_that_has_bf16() {
         for capability in [[8, 0], [8, 6], [9, 0], [10, 0]] {
-            match compile(SOURCE, capability) {
+            match compile(SOURCE, capability, &OPTIONS) {
                 Ok(image) => assert!(image.len() > 1000, "{capability:?}: {} bytes", image.len()),
                 Err(Error::Library { reason, .. }) if reason.contains("cannot open shared object") => {
                     return eprintln!(
@@ -246,7 +249,7 @@ mod tests {
 
     #[test]
     fn the_compilers_words_are_in_the_error() {
-        match compile("extern \"C\" __global__ void f() { undeclared(); }", [9, 0]) {
+        match compile("extern \"C\" __global__ void f() { undeclared(); }", [9, 0], &OPTIONS) {
             Err(Error::Library { library: "NVRTC", reason }) if reason.contains("undeclared") => {}
             Err(Error::Library { reason, .. }) if reason.contains("cannot open shared object") => {
                 eprintln!("SKIPPED: NVRTC is not on this machine ({reason})");

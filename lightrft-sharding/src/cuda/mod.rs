@@ -53,14 +53,10 @@ mod gpu;
 mod kernels;
 mod lanes;
 mod operations;
-mod program;
 #[cfg(test)]
 mod tests;
 mod units;
 mod values;
 
 pub use gpu::Gpu;
-/// For tests of device models, which need kernels of their own. Not part of this crate's promises.
-#[doc(hidden)]
-pub use program::{Argument, Kernel, Program};
 pub use values::GpuValues;

@@ -4,9 +4,10 @@
 
 use std::convert::Infallible;
 
+use lightrft_collectives::nccl::driver::{Argument, Kernel, Program};
 use lightrft_collectives::nccl::{DeviceMemory, Stream};
 use lightrft_collectives::{Device, Dtype, Error as CollectiveError};
-use lightrft_sharding::cuda::{Argument, Gpu, GpuValues, Kernel, Program};
+use lightrft_sharding::cuda::{Gpu, GpuValues};
 use lightrft_sharding::{
     BoxError, FlatParam, FlatUnit, HostMemory, ParamSpec, StageGrads, StageSpec, StagedModel, UnitSpec,
     UnitValues,
@@ -219,7 +220,7 @@ type Gr<T> = Result<T, CollectiveError>;
 impl OnGpu {
     pub fn new(chain: Chain, gpu: &Gpu) -> Self {
         let stream = gpu.compute().clone();
-        let program = Program::new(&stream, KERNELS).unwrap();
+        let program = Program::new(&stream, KERNELS, &["--fmad=false"]).unwrap();
         let find = |name| program.kernel(&stream, name).unwrap();
         OnGpu {
             chain,

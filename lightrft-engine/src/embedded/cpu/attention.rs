@@ -1,10 +1,11 @@
 //! The layout of a page of the cache, and attention over a sequence's pages.
 
+use super::super::pages::PAGE_TOKENS;
 use super::lanes::LANES;
 use super::simd::{MOST_HEADS, Vectors, scores, softmax, values};
 
-/// Tokens of one page.
-pub(in super::super) const PAGE_TOKENS: usize = LANES;
+// The tokens of a page are the lanes of a vector.
+const _: () = assert!(PAGE_TOKENS == LANES);
 
 /// Where keys and values of every layer lie in a page of 16 tokens: keys `[layer, head, dim, token]`, so that the
 /// scores of a page come out side by side, then values `[layer, head, token, padded dim]`.

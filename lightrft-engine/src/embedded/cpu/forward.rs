@@ -1,12 +1,15 @@
 //! One step through the decoder: new tokens of any sequences, at any positions, side by side.
 
-use super::attention::{AttentionScratch, PAGE_TOKENS, attend};
+use super::super::pages::{PAGE_TOKENS, PageId};
+use super::super::step::{Column, Forward, Step};
+use super::attention::{AttentionScratch, attend};
+use super::cache::Cache;
 use super::columns::Columns;
 use super::lanes::LANES;
 use super::linear::{Linear, Logits, Matrix, Output, linear};
-use super::pool::{PageId, Pool};
 use super::simd::{Vectors, rms_norm};
 use super::team::Team;
+use crate::{Error, Result};
 
 /// A decoder's weights where they lie.
 #[derive(Debug)]
@@ -47,16 +50,6 @@ pub(in super::super) struct Layer<'a> {
     pub(in super::super) down: Linear<'a>,
 }
 
-/// A token to compute.
-#[derive(Clone, Copy, Debug)]
-pub(in super::super) struct Column {
-    pub(in super::super) token: u32,
-    /// Its position in its sequence.
-    pub(in super::super) position: usize,
-    /// Index of its sequence among the tables of the step.
-    pub(in super::super) sequence: usize,
-}
-
 /// Memory that a step uses again.
 #[derive(Debug, Default)]
 pub(in super::super) struct Work {
@@ -73,22 +66,49 @@ pub(in super::super) struct Work {
     /// Cosine and sine of each column's angles, `[column, head_dim / 2]`.
     turns: Vec<(f32, f32)>,
     /// What the step was for.
-    pub(in super::super) logits: Logits,
+    logits: Logits,
+}
+
+/// The model on the CPU.
+#[derive(Debug)]
+pub(in super::super) struct CpuForward<'a> {
+    pub(in super::super) model: Model<'a>,
+    pub(in super::super) team: &'a Team,
+    pub(in super::super) cache: &'a mut Cache,
+    pub(in super::super) work: &'a mut Work,
+}
+
+impl Forward for CpuForward<'_> {
+    fn vocabulary(&self) -> usize {
+        self.model.vocabulary()
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+        self.cache.grow(step.pages).map_err(|source| Error::Backend {
+            engine: "embedded",
+            operation: "taking memory for the key-value cache",
+            source: Box::new(source),
+        })?;
+        for (from, to) in step.copies {
+            self.cache.copy(*from, *to);
+        }
+        let (work, cache, team) = (&mut *self.work, &mut *self.cache, self.team);
+        team.enter(|| work.step(&self.model, team, cache, step));
+        Ok(())
+    }
+
+    fn logits<'l>(&'l self, wanted: usize, scratch: &'l mut Vec<f32>) -> &'l [f32] {
+        self.work.logits.row(wanted, scratch);
+        scratch
+    }
 }
 
 impl Work {
-    /// Computes `columns`, whose sequences' pages are `tables`; the columns of one sequence stand in their order. Their
-    /// keys and values are in the pages afterwards, and `self.logits` holds those of the columns `wanted`.
-    pub(in super::super) fn step(
-        &mut self,
-        model: &Model<'_>,
-        team: &Team,
-        pool: &mut Pool,
-        columns: &[Column],
-        tables: &[&[PageId]],
-        wanted: &[usize],
-    ) {
-        let layout = pool.layout();
+    /// Computes the columns of a step. Their keys and values are in the pages afterwards, and `self.logits` holds those
+    /// that are wanted.
+    fn step(&mut self, model: &Model<'_>, team: &Team, cache: &mut Cache, step: &Step<'_>) {
+        let Step { columns, tables, wanted, .. } = *step;
+        let layout = cache.layout();
         let (n, dim) = (columns.len(), layout.head_dim);
         self.embed(model, columns);
         self.turn(model, columns);
@@ -110,8 +130,8 @@ impl Work {
                     (layer.v, Output::Store(&mut self.v)),
                 ],
             );
-            self.remember(model, index, pool, columns, tables);
-            self.attention(model, team, index, pool, columns, tables);
+            self.remember(model, index, cache, columns, tables);
+            self.attention(model, team, index, cache, columns, tables);
             linear(team, &self.mixed, [(layer.o, Output::Add(&mut self.residual))]);
             norm(team, &self.residual, layer.mlp_norm, model.eps, &mut self.normed);
             self.act.shape(layer.gate.weight.elems() / model.hidden.max(1), n);
@@ -156,17 +176,17 @@ impl Work {
         &self,
         model: &Model<'_>,
         layer: usize,
-        pool: &mut Pool,
+        cache: &mut Cache,
         columns: &[Column],
         tables: &[&[PageId]],
     ) {
-        let layout = pool.layout();
+        let layout = cache.layout();
         let dim = layout.head_dim;
         let (mut k, mut v) = (vec![0.0; dim], vec![0.0; dim]);
         let weights = model.layers[layer].head_norms.map(|(_, k)| k);
         for (c, column) in columns.iter().enumerate() {
             let page = tables[column.sequence][column.position / PAGE_TOKENS];
-            let page = pool.page_mut(page);
+            let page = cache.page_mut(page);
             for head in 0..layout.kv_heads {
                 self.k.gather(c, head * dim, &mut k);
                 self.v.gather(c, head * dim, &mut v);
@@ -185,11 +205,11 @@ impl Work {
         model: &Model<'_>,
         team: &Team,
         layer: usize,
-        pool: &Pool,
+        cache: &Cache,
         columns: &[Column],
         tables: &[&[PageId]],
     ) {
-        let layout = pool.layout();
+        let layout = cache.layout();
         let dim = layout.head_dim;
         let group = model.heads / layout.kv_heads * dim;
         let mut rows = std::mem::take(&mut self.rows);
@@ -203,7 +223,7 @@ impl Work {
             for q in scratch.q.chunks_exact_mut(dim) {
                 place(q, weights, model.eps, self.turns_of(c, dim));
             }
-            let pages = tables[columns[c].sequence].iter().map(|id| pool.page(*id));
+            let pages = tables[columns[c].sequence].iter().map(|id| cache.page(*id));
             attend(layout, (layer, head), columns[c].position + 1, pages, scratch, out);
         });
         for (c, row) in rows.chunks_exact((model.heads * dim).max(1)).enumerate() {

@@ -4,18 +4,18 @@
 //! threads share it, and whether its past was computed at once, in pieces, or again.
 
 mod attention;
+mod cache;
 mod columns;
 mod forward;
 mod lanes;
 mod linear;
-mod pool;
 mod simd;
 mod team;
 
-pub(super) use attention::{PAGE_TOKENS, PageLayout};
-pub(super) use forward::{Column, Layer, Model, Work};
+pub(super) use attention::PageLayout;
+pub(super) use cache::Cache;
+pub(super) use forward::{CpuForward, Layer, Model, Work};
 pub(super) use lanes::BLOCK;
-pub(super) use linear::{Linear, Logits, Matrix};
-pub(super) use pool::{PageId, Pool};
+pub(super) use linear::{Linear, Matrix};
 pub(super) use simd::{Vectors, greatest, sum_exp, weigh};
 pub(super) use team::Team;

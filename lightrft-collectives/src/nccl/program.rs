@@ -4,9 +4,9 @@
 use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
-use lightrft_collectives::nccl::Stream;
-use lightrft_collectives::nccl::driver::symbols;
-use lightrft_collectives::{Error as CollectiveError, Result as GroupResult};
+use super::device::Stream;
+use super::library::symbols;
+use crate::error::{Error, Result};
 
 /// `nvrtcResult`.
 type Code = c_int;
@@ -28,8 +28,8 @@ symbols! {
 
 impl Nvrtc {
     /// The compiler of this machine, looked for once: `$NVRTC_LIB`, or by the names that its versions have.
-    fn get() -> GroupResult<&'static Nvrtc> {
-        static LIBRARY: OnceLock<GroupResult<Nvrtc>> = OnceLock::new();
+    fn get() -> Result<&'static Nvrtc> {
+        static LIBRARY: OnceLock<Result<Nvrtc>> = OnceLock::new();
         let load = || {
             let named = std::env::var_os("NVRTC_LIB").into_iter();
             let names = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"].map(OsString::from);
@@ -38,32 +38,34 @@ impl Nvrtc {
         LIBRARY.get_or_init(load).as_ref().map_err(Clone::clone)
     }
 
-    fn check(&self, code: Code, log: &str) -> GroupResult<()> {
+    fn check(&self, code: Code, log: &str) -> Result<()> {
         if code == 0 {
             return Ok(());
         }
         // SAFETY: returns a constant string, also for a code that it does not know.
         let text = unsafe { CStr::from_ptr((self.error_string)(code)) };
         let reason = format!("{} {log}", text.to_string_lossy());
-        Err(CollectiveError::Library { library: "NVRTC", reason: reason.trim_end().to_owned() })
+        Err(Error::Library { library: "NVRTC", reason: reason.trim_end().to_owned() })
     }
 }
 
-/// Machine code for processors of `capability` (major, minor), of CUDA C without headers. Products and sums are rounded
-/// apart.
+/// Machine code for processors of `capability` (major, minor), of CUDA C without headers, with further `options` of the
+/// compiler (`--fmad=false`, `-DNAME=VALUE`).
 ///
 /// # Errors
-/// [`CollectiveError::Library`] without NVRTC, and with its words about the source.
-pub(super) fn compile(source: &str, capability: [i32; 2]) -> GroupResult<Vec<u8>> {
+/// [`Error::Library`] without NVRTC, and with its words about the source.
+pub fn compile(source: &str, capability: [i32; 2], options: &[&str]) -> Result<Vec<u8>> {
     let nvrtc = Nvrtc::get()?;
     let text = |text: String| {
-        let with_zero = |_| CollectiveError::Library { library: "NVRTC", reason: "a zero byte".to_owned() };
+        let with_zero = |_| Error::Library { library: "NVRTC", reason: "a zero byte".to_owned() };
         CString::new(text).map_err(with_zero)
     };
     let source = text(source.to_owned())?;
     let [major, minor] = capability;
-    let options = [text(format!("--gpu-architecture=sm_{major}{minor}"))?, text("--fmad=false".to_owned())?];
-    let options = options.each_ref().map(|option| option.as_ptr());
+    let target = std::iter::once(format!("--gpu-architecture=sm_{major}{minor}"));
+    let options = target.chain(options.iter().map(|option| (*option).to_owned()));
+    let options: Vec<CString> = options.map(text).collect::<Result<_>>()?;
+    let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
     let mut program = std::ptr::null_mut();
     // SAFETY: a string that ends with zero, no headers; writes one handle.
     let created = unsafe {
@@ -77,7 +79,7 @@ pub(super) fn compile(source: &str, capability: [i32; 2]) -> GroupResult<Vec<u8>
     compiled
 }
 
-fn cubin(nvrtc: &Nvrtc, program: *mut c_void, options: &[*const c_char]) -> GroupResult<Vec<u8>> {
+fn cubin(nvrtc: &Nvrtc, program: *mut c_void, options: &[*const c_char]) -> Result<Vec<u8>> {
     // SAFETY: the program lives, as do the options.
     let code = unsafe { (nvrtc.compile)(program, options.len() as c_int, options.as_ptr()) };
     if code != 0 {
@@ -126,12 +128,12 @@ impl<'a> Argument<'a> {
 }
 
 impl Program {
-    /// Compiles `source` for the GPU of `stream`.
+    /// Compiles `source` for the GPU of `stream`, with further `options` of the compiler.
     ///
     /// # Errors
-    /// [`CollectiveError::Library`] without NVRTC, or with its words about the source; [`CollectiveError::Cuda`].
-    pub fn new(stream: &Stream, source: &str) -> GroupResult<Self> {
-        let image = compile(source, stream.gpu().capability())?;
+    /// [`Error::Library`] without NVRTC, or with its words about the source; [`Error::Cuda`].
+    pub fn new(stream: &Stream, source: &str, options: &[&str]) -> Result<Self> {
+        let image = compile(source, stream.gpu().capability(), options)?;
         // SAFETY: a whole cubin, which NVRTC has just made.
         let module = unsafe { stream.gpu().load_module(&image)? };
         Ok(Self { ordinal: stream.ordinal(), module })
@@ -140,8 +142,8 @@ impl Program {
     /// The kernel called `name`.
     ///
     /// # Errors
-    /// [`CollectiveError::Cuda`].
-    pub fn kernel(&self, stream: &Stream, name: &CStr) -> GroupResult<Kernel> {
+    /// [`Error::Cuda`].
+    pub fn kernel(&self, stream: &Stream, name: &CStr) -> Result<Kernel> {
         same_gpu(self.ordinal, stream)?;
         // SAFETY: the module is loaded on this GPU, and stays.
         let handle = unsafe { stream.gpu().kernel(self.module, name)? };
@@ -153,7 +155,7 @@ impl Kernel {
     /// Enqueues it on `stream`.
     ///
     /// # Errors
-    /// [`CollectiveError::Cuda`].
+    /// [`Error::Cuda`].
     ///
     /// # Safety
     /// `arguments` are of the kernel's parameter types, in their order and all of them; what it does with them, in its
@@ -164,7 +166,7 @@ impl Kernel {
         blocks: u32,
         threads: u32,
         arguments: &mut [Argument<'_>],
-    ) -> GroupResult<()> {
+    ) -> Result<()> {
         same_gpu(self.ordinal, stream)?;
         let mut arguments: Vec<*mut c_void> = arguments.iter().map(|argument| argument.0).collect();
         // SAFETY: the kernel is of this GPU; the rest is the caller's promise.
@@ -172,10 +174,10 @@ impl Kernel {
     }
 }
 
-fn same_gpu(ordinal: usize, stream: &Stream) -> GroupResult<()> {
+fn same_gpu(ordinal: usize, stream: &Stream) -> Result<()> {
     if ordinal == stream.ordinal() {
         return Ok(());
     }
     let message = format!("the stream is on GPU {}", stream.ordinal());
-    Err(CollectiveError::Cuda { doing: "use kernels", ordinal, code: 1, message })
+    Err(Error::Cuda { doing: "use kernels", ordinal, code: 1, message })
 }

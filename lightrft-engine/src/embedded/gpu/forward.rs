@@ -1,0 +1,381 @@
+//! One step through the decoder on a GPU
+#![allow(unsafe_code)]
+
+use lightrft_collectives::Result as DriverResult;
+use lightrft_collectives::nccl::Stream;
+use lightrft_collectives::nccl::driver::{Argument, Kernel};
+
+use super::super::step::{Forward, Step};
+use super::Gpu;
+use super::blas::{Product, WORKSPACE_BYTES};
+use super::memory::{Block, Pinned, failed, wait};
+use super::shape::{LayerPlan, Shape};
+use crate::Result;
+
+/// Most columns of one step while prompts are computed.
+pub(in super::super) const STEP_COLUMNS: usize = 2048;
+
+/// Columns of every product; the last one of a step is filled up.
+pub(super) const WIDTH: usize = 128;
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+
+/// Memory that steps use again. It grows, and is cleared when it is taken.
+#[derive(Debug)]
+pub(super) struct Work {
+    /// Columns that the activations have room for, a multiple of [`WIDTH`].
+    columns: usize,
+    residual: Block,
+    /// What a product reads: a normed residual stream, attention's output, or a SwiGLU's.
+    x: Block,
+    qkv: Block,
+    gate_up: Block,
+    /// Cosine and sine of each column's angles.
+    turns: Block,
+    /// Logits of [`WIDTH`] columns.
+    logits: Block,
+    /// The numbers of a step: pages, tokens, positions, tables, wanted columns.
+    numbers: Block,
+    staged: Pinned,
+    /// Logits of all wanted columns.
+    on_host: Pinned,
+    frequencies: Block,
+    workspace: Block,
+}
+
+/// Where the numbers of a step lie.
+#[derive(Clone, Copy, Debug)]
+struct Numbers {
+    pages: u64,
+    tokens: u64,
+    positions: u64,
+    tables: u64,
+    wanted: u64,
+}
+
+impl Work {
+    pub(super) fn new(gpu: &Gpu) -> Result<Self> {
+        let stream = &gpu.stream;
+        let none = || Block::zeroed(stream, 0, "memory for a step");
+        let bytes: Vec<u8> = gpu.frequencies.iter().flat_map(|f| f.to_ne_bytes()).collect();
+        let mut frequencies = Block::zeroed(stream, bytes.len() as u64, "memory for a step")?;
+        frequencies.write(0, &bytes)?;
+        Ok(Self {
+            columns: 0,
+            residual: none()?,
+            x: none()?,
+            qkv: none()?,
+            gate_up: none()?,
+            turns: none()?,
+            logits: Block::zeroed(stream, (WIDTH * gpu.shape.vocabulary * 4) as u64, "memory for logits")?,
+            numbers: none()?,
+            staged: Pinned::new(stream, 0)?,
+            on_host: Pinned::new(stream, 0)?,
+            frequencies,
+            workspace: Block::zeroed(stream, WORKSPACE_BYTES, "memory for products")?,
+        })
+    }
+
+    /// Makes room for the activations of so many columns.
+    fn reserve(&mut self, stream: &Stream, shape: &Shape, columns: usize) -> Result<()> {
+        let columns = columns.next_multiple_of(WIDTH);
+        if columns <= self.columns {
+            return Ok(());
+        }
+        let block = |features: usize, bytes: u64| {
+            Block::zeroed(stream, columns as u64 * features as u64 * bytes, "memory for a step")
+        };
+        // None of the old is kept beside the new.
+        for old in [&mut self.residual, &mut self.x, &mut self.qkv, &mut self.gate_up, &mut self.turns] {
+            *old = Block::zeroed(stream, 0, "memory for a step")?;
+        }
+        self.columns = 0;
+        self.residual = block(shape.hidden, 4)?;
+        let widest = shape.hidden.max(shape.queries()).max(shape.inner);
+        self.x = block(widest, shape.elements.bytes())?;
+        self.qkv = block(shape.qkv(), 4)?;
+        self.gate_up = block(2 * shape.inner, 4)?;
+        self.turns = block(shape.dim / 2, 8)?;
+        self.columns = columns;
+        Ok(())
+    }
+}
+
+/// Pinned memory of at least so many bytes that no copy is under way with.
+fn ready(pinned: &mut Pinned, stream: &Stream, bytes: usize) -> Result<()> {
+    if pinned.bytes() < bytes || pinned.is_busy() {
+        *pinned = Pinned::new(stream, bytes.next_power_of_two())?;
+    }
+    Ok(())
+}
+
+/// The model on a GPU.
+#[derive(Debug)]
+pub(in super::super) struct GpuForward<'a> {
+    gpu: &'a mut Gpu,
+    /// The GPU's own, taken out of it.
+    work: &'a mut Work,
+    /// Where the weights begin.
+    weights: u64,
+    most_pages: usize,
+}
+
+impl<'a> GpuForward<'a> {
+    pub(super) fn new(gpu: &'a mut Gpu, work: &'a mut Work, weights: u64, most_pages: usize) -> Result<Self> {
+        // SAFETY: it is freed in the order of the stream, and named anew before the next product.
+        unsafe { gpu.blas.use_workspace(&work.workspace) }.map_err(failed("start cuBLAS"))?;
+        Ok(Self { gpu, work, weights, most_pages })
+    }
+
+    /// Takes memory, and gives the GPU the numbers of the step.
+    fn prepare(&mut self, step: &Step<'_>) -> Result<Numbers> {
+        let Gpu { stream, cache, shape, .. } = &mut *self.gpu;
+        cache.grow(stream, step.pages, self.most_pages)?;
+        for (from, to) in step.copies {
+            let (from, to, bytes) = (cache.address(*from), cache.address(*to), cache.page_bytes() as usize);
+            // SAFETY: two pages of the cache, which this stream alone uses.
+            unsafe { stream.gpu().copy(to, from, bytes, stream.handle().0) }
+                .map_err(failed("copy a page"))?;
+        }
+        self.work.reserve(stream, shape, step.columns.len())?;
+
+        let pages: usize = step.tables.iter().map(|table| table.len()).sum();
+        let (columns, wanted) = (step.columns.len(), step.wanted.len());
+        let words = 2 * pages + 3 * columns + wanted;
+        ready(&mut self.work.staged, stream, 4 * words)?;
+        if self.work.numbers.bytes() < 4 * words as u64 {
+            let bytes = (4 * words).next_power_of_two() as u64;
+            self.work.numbers = Block::zeroed(stream, bytes, "memory for a step")?;
+        }
+        let mut starts = Vec::with_capacity(step.tables.len());
+        let mut next = 0_u32;
+        for table in step.tables {
+            starts.push(next);
+            next += table.len() as u32;
+        }
+        let addresses = step.tables.iter().flat_map(|table| table.iter()).flat_map(|page| {
+            let address = cache.address(*page);
+            // Low word first: GPUs are little-endian.
+            [address as u32, (address >> 32) as u32]
+        });
+        let numbers = addresses
+            .chain(step.columns.iter().map(|column| column.token))
+            .chain(step.columns.iter().map(|column| column.position as u32))
+            .chain(step.columns.iter().map(|column| starts[column.sequence]))
+            .chain(step.wanted.iter().map(|column| *column as u32));
+        self.work.staged.words_mut().iter_mut().zip(numbers).for_each(|(to, number)| *to = number);
+        self.work.numbers.write_pinned(&mut self.work.staged, 4 * words)?;
+        let at = |words: usize| self.work.numbers.address() + 4 * words as u64;
+        Ok(Numbers {
+            pages: at(0),
+            tokens: at(2 * pages),
+            positions: at(2 * pages + columns),
+            tables: at(2 * pages + 2 * columns),
+            wanted: at(2 * pages + 3 * columns),
+        })
+    }
+
+    fn pass(&self, numbers: Numbers, columns: usize) -> Pass<'_> {
+        Pass { gpu: self.gpu, work: self.work, weights: self.weights, numbers, columns }
+    }
+
+    /// Enqueues the step, and the copy of its logits.
+    fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
+        let numbers = self.prepare(step)?;
+        let wanted = step.wanted.len();
+        self.pass(numbers, step.columns.len()).layers(wanted).map_err(failed("compute a step"))?;
+        let row = 4 * self.gpu.shape.vocabulary;
+        ready(&mut self.work.on_host, &self.gpu.stream, wanted * row)?;
+        for first in (0..wanted).step_by(WIDTH) {
+            self.pass(numbers, wanted).head(first).map_err(failed("compute logits"))?;
+            let rows = WIDTH.min(wanted - first);
+            let Work { logits, on_host, .. } = &mut *self.work;
+            logits.read_pinned(on_host, first * row, rows * row)?;
+        }
+        Ok(())
+    }
+}
+
+impl Forward for GpuForward<'_> {
+    fn vocabulary(&self) -> usize {
+        self.gpu.shape.vocabulary
+    }
+
+    fn step(&mut self, step: &Step<'_>) -> Result<()> {
+        let enqueued = self.enqueue(step);
+        // Also where not all of it could be enqueued: what was must be over before its memory is used again.
+        wait(&self.gpu.stream, "compute a step")?;
+        self.work.staged.settled();
+        self.work.on_host.settled();
+        enqueued
+    }
+
+    fn logits<'l>(&'l self, wanted: usize, _: &'l mut Vec<f32>) -> &'l [f32] {
+        let vocabulary = self.gpu.shape.vocabulary;
+        let all = self.work.on_host.floats();
+        all.get(wanted * vocabulary..(wanted + 1) * vocabulary).unwrap_or_default()
+    }
+}
+
+/// A step on its way to the stream.
+#[derive(Debug)]
+struct Pass<'a> {
+    gpu: &'a Gpu,
+    work: &'a Work,
+    weights: u64,
+    numbers: Numbers,
+    columns: usize,
+}
+
+/// A kernel's arguments, in its order.
+macro_rules! arguments {
+    ($($value:expr),* $(,)?) => { &mut [$(Argument::new(&$value)),*] };
+}
+
+impl Pass<'_> {
+    /// Computes every layer, and leaves the normed columns that are wanted in `x`.
+    fn layers(&self, wanted: usize) -> DriverResult<()> {
+        let Gpu { shape, plan, kernels, .. } = self.gpu;
+        let numbers = self.numbers;
+        let (embedding, residual) = (self.weights + plan.embed, self.work.residual.address());
+        let (frequencies, turns) = (self.work.frequencies.address(), self.work.turns.address());
+        let hidden = shape.hidden as u32;
+        // SAFETY: the kernel's arguments; tokens are of the vocabulary, and each column has a row of the residual stream.
+        unsafe {
+            let arguments = arguments![embedding, numbers.tokens, residual, hidden];
+            self.launch(&kernels.embed, self.columns, THREADS, arguments)?;
+        }
+        // SAFETY: the kernel's arguments; each column has half a head of turns.
+        unsafe {
+            let arguments = arguments![numbers.positions, frequencies, turns];
+            self.launch(&kernels.turn, self.columns, 32, arguments)?;
+        }
+        let mut bias = None;
+        for (index, layer) in plan.layers.iter().enumerate() {
+            self.layer(index, layer, bias)?;
+            bias = layer.down_bias;
+        }
+        if wanted > 0 {
+            self.norm(bias, plan.norm, Some(numbers.wanted), wanted)?;
+        }
+        Ok(())
+    }
+
+    /// One layer. `bias` is what the layer before it has still to add to the residual stream.
+    fn layer(&self, index: usize, layer: &LayerPlan, bias: Option<u64>) -> DriverResult<()> {
+        let Gpu { shape, kernels, .. } = self.gpu;
+        let Numbers { pages, positions, tables, .. } = self.numbers;
+        let (qkv, x, gate_up) = (self.work.qkv.address(), self.work.x.address(), self.work.gate_up.address());
+        let (residual, turns) = (self.work.residual.address(), self.work.turns.address());
+        let at = index as u64 * shape.page_layer_elems();
+
+        self.norm(bias, layer.attention_norm, None, self.columns)?;
+        self.product(layer.qkv, [shape.qkv(), shape.hidden], qkv, Onto::Nothing)?;
+        let (query_norm, key_norm) = layer.head_norms.unzip();
+        let (bias, query_norm, key_norm) =
+            (self.weight(layer.qkv_bias), self.weight(query_norm), self.weight(key_norm));
+        // SAFETY: the kernel's arguments; each column has a row of `qkv` and of turns, and its sequence's table a page for
+        // its position, which no other sequence has.
+        unsafe {
+            let arguments =
+                arguments![qkv, bias, query_norm, key_norm, turns, positions, tables, pages, at, shape.eps];
+            self.launch(&kernels.place, self.columns, 128, arguments)?;
+        }
+        let blocks = self.columns * (shape.heads / shape.shared_heads());
+        // SAFETY: the kernel's arguments; the table of a column's sequence has pages for all positions up to its own.
+        unsafe {
+            let arguments = arguments![qkv, positions, tables, pages, at, x];
+            self.launch(&kernels.attend, blocks, kernels.attend_threads, arguments)?;
+        }
+        self.product(layer.o, [shape.hidden, shape.queries()], residual, Onto::Sum)?;
+
+        self.norm(layer.o_bias, layer.mlp_norm, None, self.columns)?;
+        self.product(layer.gate_up, [2 * shape.inner, shape.hidden], gate_up, Onto::Nothing)?;
+        // Each thread has about four elements.
+        let blocks = shape.inner.div_ceil(4 * THREADS as usize);
+        let (bias, inner, each) = (self.weight(layer.gate_up_bias), shape.inner as u32, blocks as u32);
+        // SAFETY: the kernel's arguments; each column has a row of both.
+        unsafe {
+            let arguments = arguments![gate_up, bias, x, inner, each];
+            self.launch(&kernels.gated, self.columns * blocks, THREADS, arguments)?;
+        }
+        self.product(layer.down, [shape.hidden, shape.inner], residual, Onto::Sum)
+    }
+
+    /// Logits of the wanted columns from `first` on, [`WIDTH`] at most.
+    fn head(&self, first: usize) -> DriverResult<()> {
+        let Gpu { shape, plan, .. } = self.gpu;
+        let product = Product {
+            weight: self.weights + plan.head,
+            x: self.work.x.address() + (first * shape.hidden) as u64 * shape.elements.bytes(),
+            out: self.work.logits.address(),
+            rows: shape.vocabulary,
+            inner: shape.hidden,
+            columns: WIDTH,
+            elements: shape.elements,
+            adds: false,
+        };
+        // SAFETY: `x` has room for a multiple of so many columns, and the logits for one such product.
+        unsafe { self.gpu.blas.multiply(&product) }
+    }
+
+    /// RMSNorm of the first `count` columns, or of those that `rows` names, into `x`.
+    fn norm(&self, bias: Option<u64>, weight: u64, rows: Option<u64>, count: usize) -> DriverResult<()> {
+        let shape = &self.gpu.shape;
+        let (residual, x) = (self.work.residual.address(), self.work.x.address());
+        let (bias, weight, rows) = (self.weight(bias), self.weights + weight, rows.unwrap_or(0));
+        let (hidden, many) = (shape.hidden as u32, count as u32);
+        // SAFETY: the kernel's arguments; there is room for whole products of columns, and rows are columns of the step.
+        unsafe {
+            let arguments = arguments![residual, bias, weight, rows, x, hidden, many, shape.eps];
+            self.launch(&self.gpu.kernels.rms_norm, count.next_multiple_of(WIDTH), THREADS, arguments)
+        }
+    }
+
+    /// Multiplies a weight with what is in `x`, as often as it takes for all columns.
+    fn product(&self, weight: u64, [rows, inner]: [usize; 2], out: u64, onto: Onto) -> DriverResult<()> {
+        let elements = self.gpu.shape.elements;
+        for first in (0..self.columns).step_by(WIDTH) {
+            let product = Product {
+                weight: self.weights + weight,
+                x: self.work.x.address() + (first * inner) as u64 * elements.bytes(),
+                out: out + (first * rows * size_of::<f32>()) as u64,
+                rows,
+                inner,
+                columns: WIDTH,
+                elements,
+                adds: onto == Onto::Sum,
+            };
+            // SAFETY: the plan's weight of this shape; activations have room for whole products.
+            unsafe { self.gpu.blas.multiply(&product)? };
+        }
+        Ok(())
+    }
+
+    /// The address of a weight, 0 for none.
+    fn weight(&self, at: Option<u64>) -> u64 {
+        at.map_or(0, |at| self.weights + at)
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`].
+    unsafe fn launch(
+        &self,
+        kernel: &Kernel,
+        blocks: usize,
+        threads: u32,
+        arguments: &mut [Argument<'_>],
+    ) -> DriverResult<()> {
+        // SAFETY: the caller's promise.
+        unsafe { kernel.launch(&self.gpu.stream, blocks as u32, threads, arguments) }
+    }
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Onto {
+    Nothing,
+    /// What its target holds.
+    Sum,
+}
