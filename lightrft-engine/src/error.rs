@@ -190,17 +190,21 @@ pub enum Error {
     #[cfg(feature = "embedded")]
     #[error(transparent)]
     Model(#[from] crate::embedded::ModelError),
-    /// The embedded engine's GPU, its driver or its libraries: they are missing, or they refused.
+    /// A GPU that is needed cannot be used: no CUDA driver, no such GPU, too little memory, or a failure on it.
     #[cfg(feature = "cuda")]
-    #[error("the embedded engine's GPU: cannot {operation}: {source}")]
+    #[error("{doing} (GPU {ordinal}): {source}; {advice}")]
     Gpu {
-        /// What was asked of it.
-        operation: &'static str,
-        /// What it said.
+        /// What was under way.
+        doing: &'static str,
+        /// The GPU's ordinal among those that this process sees.
+        ordinal: usize,
+        /// What to do.
+        advice: &'static str,
+        /// What the driver said.
         #[source]
         source: Box<lightrft_collectives::Error>,
     },
-    /// A GPU has too little memory for the embedded engine.
+    /// A GPU has too little memory for the embedded engine. What it had before it has still.
     #[cfg(feature = "cuda")]
     #[error(
         "GPU {ordinal} has {free_bytes} bytes free, {what} takes {needed_bytes}: let others give memory up, or take fewer \

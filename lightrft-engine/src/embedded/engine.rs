@@ -75,7 +75,7 @@ impl Default for Settings {
     }
 }
 
-/// An engine in this process, on the CPU.
+/// An engine in this process, on the CPU or on a GPU.
 ///
 /// Requests are drawn side by side, a token each a step: one that ends leaves at once, and the next begins in its place.
 /// A prompt is computed once for all its samples, which share its part of the cache; long prompts are computed in
@@ -83,13 +83,14 @@ impl Default for Settings {
 ///
 /// A completion's tokens and log-probabilities are the same bits whatever else is drawn with it, however many threads
 /// compute, and whether it had to give way and was computed again. They are the same on all processors with fused
-/// multiply-adds (x86-64 with AVX2 or AVX-512, AArch64).
+/// multiply-adds (x86-64 with AVX2 or AVX-512, AArch64). On a GPU they are the same bits on GPUs of one kind with the same
+/// version of cuBLAS, and differ from the CPU's by rounding. Tokens are drawn from logits by the same code on the host.
 ///
-/// The cache's memory is kept from one call to the next, until the engine sleeps. Sleeping at [`Level::One`] would move
-/// the weights to host memory, where they are, so nothing moves, and [`MemoryBytes::parked`] says that they are held.
-/// Sleeping at [`Level::Two`] frees them, provided that no clone of the [`Weights`] given to [`EmbeddedEngine::new`] or
-/// [`EmbeddedEngine::adopt`] is alive elsewhere. An update frees the former weights when it begins, so there is never
-/// more than one set.
+/// The cache's memory is kept from one call to the next, until the engine sleeps. Sleeping at [`Level::One`] moves the
+/// weights to host memory; on the CPU they are there, so nothing moves, and [`MemoryBytes::parked`] says that they are
+/// held. Sleeping at [`Level::Two`] frees them, on the CPU provided that no clone of the [`Weights`] given to
+/// [`EmbeddedEngine::new`] or [`EmbeddedEngine::adopt`] is alive elsewhere. There is never more than one set: on the CPU
+/// an update frees the former weights when it begins, on a GPU it writes over them.
 #[derive(Debug)]
 pub struct EmbeddedEngine {
     config: DecoderConfig,
@@ -102,10 +103,11 @@ pub struct EmbeddedEngine {
 }
 
 impl EmbeddedEngine {
-    /// An engine with these weights, awake. Tensors of [`Settings::dtype`] in host memory are shared, not copied.
+    /// An engine with these weights, awake. On the CPU tensors of [`Settings::dtype`] in host memory are shared, not copied.
     ///
     /// # Errors
-    /// [`Error::Model`] if the configuration contradicts itself, or names the tensor that does not fit it.
+    /// [`Error::Model`] if the configuration contradicts itself, or names the tensor that does not fit it; those of
+    /// [`EmbeddedEngine::without_weights`].
     pub fn new(config: DecoderConfig, weights: Weights, settings: Settings) -> Result<Self> {
         weights.check(&config)?;
         let mut engine = Self::without_weights(config, settings)?;
@@ -118,7 +120,8 @@ impl EmbeddedEngine {
     ///
     /// # Errors
     /// [`Error::Model`] if the configuration contradicts itself or the settings' type of weights is none;
-    /// [`Error::Backend`] if the system gives no threads; with a GPU the driver's, the libraries' and the GPU's own.
+    /// [`Error::Backend`] if the system gives no threads. With a GPU `Error::Gpu` without the driver, NVRTC, cuBLAS or
+    /// such a GPU, and `Error::GpuMemory`.
     pub fn without_weights(config: DecoderConfig, settings: Settings) -> Result<Self> {
         config.validate()?;
         if !matches!(settings.dtype, DType::F32 | DType::BF16 | DType::F16) {
@@ -142,7 +145,8 @@ impl EmbeddedEngine {
     /// `tokenizer.json` becomes it, if there is one.
     ///
     /// # Errors
-    /// [`Error::Model`] names the file, the field or the tensor that is wrong.
+    /// [`Error::Model`] names the file, the field or the tensor that is wrong; those of
+    /// [`EmbeddedEngine::without_weights`].
     pub fn from_folder(folder: &Path, mut settings: Settings) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if settings.detokenizer.is_none() && path.exists() {

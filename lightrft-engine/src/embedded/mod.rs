@@ -1,4 +1,4 @@
-//! An engine in this process: Llama, Qwen2 and Qwen3 folders, continuous batching over a paged cache on the CPU.
+//! An engine in this process: Llama, Qwen2 and Qwen3 folders, continuous batching over a paged cache, on the CPU or a GPU.
 //!
 //! ```
 //! use candle_core::Device;
@@ -19,6 +19,10 @@
 //! assert_eq!(completions[3].tokens.len(), completions[3].log_probs.len());
 //! # Ok::<_, lightrft_engine::Error>(())
 //! ```
+//!
+//! [`Settings::device`] puts weights, cache and arithmetic on a GPU (feature `cuda`). The driver, NVRTC and cuBLAS are looked
+//! for when such an engine is made: `libcuda.so.1`, `$NVRTC_LIB` or `libnvrtc.so.13`, `libnvrtc.so.12`, and `$CUBLAS_LIB`
+//! or `libcublas.so.13`, `libcublas.so.12`.
 //!
 //! [`EmbeddedEngine`] is the engine; [`Weights`] and [`DecoderConfig`] are its model, and [`Decoder`] the same forward pass
 //! on candle, with gradients, for a trainer. [`draw`] is the sampling of one token, with [`uniform`] for its random

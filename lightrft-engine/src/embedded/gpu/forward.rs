@@ -124,7 +124,8 @@ pub(in super::super) struct GpuForward<'a> {
 impl<'a> GpuForward<'a> {
     pub(super) fn new(gpu: &'a mut Gpu, work: &'a mut Work, weights: u64, most_pages: usize) -> Result<Self> {
         // SAFETY: it is freed in the order of the stream, and named anew before the next product.
-        unsafe { gpu.blas.use_workspace(&work.workspace) }.map_err(failed("start cuBLAS"))?;
+        unsafe { gpu.blas.use_workspace(&work.workspace) }
+            .map_err(failed(&gpu.stream, "naming memory for products"))?;
         Ok(Self { gpu, work, weights, most_pages })
     }
 
@@ -136,7 +137,7 @@ impl<'a> GpuForward<'a> {
             let (from, to, bytes) = (cache.address(*from), cache.address(*to), cache.page_bytes() as usize);
             // SAFETY: two pages of the cache, which this stream alone uses.
             unsafe { stream.gpu().copy(to, from, bytes, stream.handle().0) }
-                .map_err(failed("copy a page"))?;
+                .map_err(failed(stream, "copying a page"))?;
         }
         self.work.reserve(stream, shape, step.columns.len())?;
 
@@ -184,11 +185,13 @@ impl<'a> GpuForward<'a> {
     fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
         let numbers = self.prepare(step)?;
         let wanted = step.wanted.len();
-        self.pass(numbers, step.columns.len()).layers(wanted).map_err(failed("compute a step"))?;
+        self.pass(numbers, step.columns.len())
+            .layers(wanted)
+            .map_err(failed(&self.gpu.stream, "computing a step"))?;
         let row = 4 * self.gpu.shape.vocabulary;
         ready(&mut self.work.on_host, &self.gpu.stream, wanted * row)?;
         for first in (0..wanted).step_by(WIDTH) {
-            self.pass(numbers, wanted).head(first).map_err(failed("compute logits"))?;
+            self.pass(numbers, wanted).head(first).map_err(failed(&self.gpu.stream, "computing logits"))?;
             let rows = WIDTH.min(wanted - first);
             let Work { logits, on_host, .. } = &mut *self.work;
             logits.read_pinned(on_host, first * row, rows * row)?;
@@ -205,7 +208,7 @@ impl Forward for GpuForward<'_> {
     fn step(&mut self, step: &Step<'_>) -> Result<()> {
         let enqueued = self.enqueue(step);
         // Also where not all of it could be enqueued: what was must be over before its memory is used again.
-        wait(&self.gpu.stream, "compute a step")?;
+        wait(&self.gpu.stream, "computing a step")?;
         self.work.staged.settled();
         self.work.on_host.settled();
         enqueued

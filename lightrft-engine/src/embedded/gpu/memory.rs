@@ -19,19 +19,21 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// For so long the thread that waits asks again and again: steps are shorter, and waking up from a sleep is not.
 const SPIN: Duration = Duration::from_millis(50);
 
-/// What became of `operation` on a GPU.
-pub(super) fn failed(operation: &'static str) -> impl Fn(DriverError) -> Error {
-    move |source| Error::Gpu { operation, source: Box::new(source) }
+/// What became of something on the GPU of a stream.
+pub(super) fn failed(stream: &Stream, doing: &'static str) -> impl Fn(DriverError) -> Error + use<> {
+    let ordinal = stream.ordinal();
+    let advice = "where the next call fails too, the process has lost the GPU: start it again";
+    move |source| Error::Gpu { doing, ordinal, advice, source: Box::new(source) }
 }
 
 /// Bytes of the GPU's memory that nobody has.
 pub(super) fn free_bytes(stream: &Stream) -> Result<u64> {
-    stream.gpu().free_bytes().map(|bytes| bytes as u64).map_err(failed("ask for free memory"))
+    stream.gpu().free_bytes().map(|bytes| bytes as u64).map_err(failed(stream, "asking for free memory"))
 }
 
 /// Waits until the stream has done all that it was given.
 pub(super) fn wait(stream: &Stream, operation: &'static str) -> Result<()> {
-    let failed = failed(operation);
+    let failed = failed(stream, operation);
     let event = stream.record().map_err(&failed)?;
     let begin = Instant::now();
     while !event.has_passed().map_err(&failed)? {
@@ -54,9 +56,9 @@ pub(super) fn wait(stream: &Stream, operation: &'static str) -> Result<()> {
 
 /// Gives the GPU back what was freed on the stream.
 pub(super) fn give_back(stream: &Stream) -> Result<()> {
-    wait(stream, "give memory back")?;
+    wait(stream, "giving memory back")?;
     // SAFETY: the stream is live, and has nothing left to do.
-    unsafe { stream.gpu().trim(stream.handle().0) }.map_err(failed("give memory back"))
+    unsafe { stream.gpu().trim(stream.handle().0) }.map_err(failed(stream, "giving memory back"))
 }
 
 /// Bytes of the GPU's memory, freed in the order of a stream.
@@ -83,11 +85,11 @@ impl Block {
                 needed_bytes: bytes,
                 free_bytes: gpu.free_bytes().map_or(0, |bytes| bytes as u64),
             },
-            other => failed("allocate memory")(other),
+            other => failed(stream, "allocating memory")(other),
         })?;
         let block = Self { stream: stream.clone(), address, bytes };
         // SAFETY: just allocated on this stream.
-        unsafe { gpu.fill(address, 0, size, raw) }.map_err(failed("clear memory"))?;
+        unsafe { gpu.fill(address, 0, size, raw) }.map_err(failed(stream, "clearing memory"))?;
         Ok(block)
     }
 
@@ -101,43 +103,43 @@ impl Block {
 
     /// Overwrites the bytes from `at` on. `data` may be reused on return.
     pub(super) fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
-        self.check(at, data.len(), "copy to the GPU")?;
+        self.check(at, data.len(), "copying to the GPU")?;
         if data.is_empty() {
             return Ok(());
         }
         // SAFETY: so many bytes of ours, used on this stream alone.
         unsafe { self.stream.gpu().upload(self.address + at, data, self.stream.handle().0) }
-            .map_err(failed("copy to the GPU"))
+            .map_err(failed(&self.stream, "copying to the GPU"))
     }
 
     /// Overwrites the first bytes with those of `pinned`, which is busy until the stream has come here.
     pub(super) fn write_pinned(&mut self, pinned: &mut Pinned, bytes: usize) -> Result<()> {
-        self.check(0, if bytes <= pinned.bytes { bytes } else { usize::MAX }, "copy to the GPU")?;
+        self.check(0, if bytes <= pinned.bytes { bytes } else { usize::MAX }, "copying to the GPU")?;
         pinned.busy = true;
         let (gpu, raw) = (self.stream.gpu(), self.stream.handle().0);
         // SAFETY: so many bytes of ours on both sides; `busy` keeps the pinned ones until somebody has waited.
         unsafe { gpu.upload_pinned(self.address, pinned.address, bytes, raw) }
-            .map_err(failed("copy to the GPU"))
+            .map_err(failed(&self.stream, "copying to the GPU"))
     }
 
     /// Enqueues a copy of the first bytes into `pinned` from `at` on, which is busy until the stream has come here.
     pub(super) fn read_pinned(&self, pinned: &mut Pinned, at: usize, bytes: usize) -> Result<()> {
         let fits = at.checked_add(bytes).is_some_and(|end| end <= pinned.bytes);
-        self.check(0, if fits { bytes } else { usize::MAX }, "copy from the GPU")?;
+        self.check(0, if fits { bytes } else { usize::MAX }, "copying from the GPU")?;
         pinned.busy = true;
         let (gpu, raw) = (self.stream.gpu(), self.stream.handle().0);
         // SAFETY: so many bytes of ours on both sides; `busy` keeps the pinned ones until somebody has waited.
         unsafe { gpu.download_pinned(pinned.address.cast::<u8>().add(at).cast(), self.address, bytes, raw) }
-            .map_err(failed("copy from the GPU"))
+            .map_err(failed(&self.stream, "copying from the GPU"))
     }
 
     /// All bytes, once the stream has come here.
     pub(super) fn read(&self, to: &mut [u8]) -> Result<()> {
-        self.check(0, to.len(), "copy from the GPU")?;
-        wait(&self.stream, "copy from the GPU")?;
+        self.check(0, to.len(), "copying from the GPU")?;
+        wait(&self.stream, "copying from the GPU")?;
         // SAFETY: so many bytes of ours, used on this stream alone.
         unsafe { self.stream.gpu().download(to, self.address, self.stream.handle().0) }
-            .map_err(failed("copy from the GPU"))
+            .map_err(failed(&self.stream, "copying from the GPU"))
     }
 
     fn check(&self, at: u64, bytes: usize, operation: &'static str) -> Result<()> {
@@ -146,7 +148,7 @@ impl Block {
         }
         let message = format!("{bytes} bytes at {at} of {}", self.bytes);
         let (doing, ordinal) = ("use a buffer", self.stream.ordinal());
-        Err(failed(operation)(DriverError::Cuda { doing, ordinal, code: 1, message }))
+        Err(failed(&self.stream, operation)(DriverError::Cuda { doing, ordinal, code: 1, message }))
     }
 }
 
@@ -180,7 +182,8 @@ impl fmt::Debug for Pinned {
 impl Pinned {
     pub(super) fn new(stream: &Stream, bytes: usize) -> Result<Self> {
         let bytes = bytes.max(8);
-        let address = stream.gpu().allocate_pinned(bytes).map_err(failed("allocate pinned host memory"))?;
+        let address =
+            stream.gpu().allocate_pinned(bytes).map_err(failed(stream, "allocating pinned host memory"))?;
         let pinned = Self { stream: stream.clone(), address, bytes, busy: false };
         // SAFETY: so many bytes of ours. From now on they have values.
         unsafe { std::ptr::write_bytes(address.cast::<u8>(), 0, bytes) };

@@ -28,7 +28,7 @@ use blas::Blas;
 use cache::Cache;
 use forward::{GpuForward, Work};
 use kernels::Kernels;
-use memory::{failed, free_bytes, give_back, wait};
+use memory::{free_bytes, give_back, wait};
 use shape::{Plan, Shape};
 use weights::Weights;
 
@@ -50,17 +50,30 @@ pub(super) struct Gpu {
     stream: Stream,
 }
 
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.weights = Weights::Absent;
+        self.drop_cache();
+    }
+}
+
 impl Gpu {
     /// Looks for the GPU and its libraries, and compiles the kernels.
     pub(super) fn open(config: &DecoderConfig, dtype: DType, ordinal: usize) -> Result<Self> {
         let shape = Shape::new(config, dtype);
-        let stream = Stream::new(ordinal)
-            .map_err(failed("open it (NVIDIA's driver is needed; Device::Cpu needs none)"))?;
+        let failed =
+            |doing, advice| move |source| Error::Gpu { doing, ordinal, advice, source: Box::new(source) };
+        let stream = Stream::new(ordinal).map_err(failed(
+            "opening the embedded engine's GPU",
+            "NVIDIA's driver and such a GPU are needed; Device::Cpu needs none",
+        ))?;
         let kernels = Kernels::of(&stream, &shape).map_err(failed(
-            "compile the kernels (libnvrtc of CUDA 12 or 13 is needed; $NVRTC_LIB may name it)",
+            "compiling the embedded engine's kernels",
+            "libnvrtc of CUDA 12 or 13 is needed, where the loader finds it or $NVRTC_LIB names it",
         ))?;
         let blas = Blas::new(&stream).map_err(failed(
-            "start cuBLAS (libcublas of CUDA 12 or 13 is needed; $CUBLAS_LIB may name it)",
+            "starting cuBLAS",
+            "libcublas of CUDA 12 or 13 is needed, where the loader finds it or $CUBLAS_LIB names it",
         ))?;
         Ok(Self {
             plan: Plan::new(config, shape.elements),
@@ -82,7 +95,7 @@ impl Gpu {
 
     /// Every tensor has been staged.
     pub(super) fn commit(&mut self) -> Result<()> {
-        wait(&self.stream, "take the weights")
+        wait(&self.stream, "taking weights")
     }
 
     pub(super) fn drop_weights(&mut self) {

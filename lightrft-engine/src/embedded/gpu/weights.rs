@@ -69,7 +69,7 @@ impl Weights {
         if let Weights::Parked(bytes) = self {
             let mut block = Block::zeroed(stream, bytes.len() as u64, "memory for the weights")?;
             block.write(0, bytes)?;
-            wait(stream, "bring the weights back")?;
+            wait(stream, "bringing the weights back")?;
             *self = Weights::Here(block);
         }
         Ok(())

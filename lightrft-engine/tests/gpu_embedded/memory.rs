@@ -1,0 +1,120 @@
+//! What an engine takes of a GPU's memory, and gives back.
+
+use candle_core::{DType, Device as TensorDevice, Tensor};
+use lightrft_collectives::nccl::{DeviceMemory, Stream};
+use lightrft_engine::embedded::{DecoderConfig, EmbeddedEngine, Settings, Weights};
+use lightrft_engine::testing::TensorBytes;
+use lightrft_engine::{Engine, EngineExt, Error, Level, Parts, Request, Sampling, Version};
+
+use crate::support::{bits, engine, large, on_gpu, prompt, weights};
+
+fn free(stream: &Stream) -> u64 {
+    stream.gpu().free_bytes().unwrap() as u64
+}
+
+fn request() -> Request {
+    let sampling = Sampling { max_new_tokens: 20, seed: 3, ..Sampling::default() };
+    Request::new(prompt(1, 70), sampling).samples(6)
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu test"]
+fn gpu_sleep_frees_the_memory_and_waking_or_an_update_brings_the_weights_back() {
+    let stream = Stream::new(0).expect("these tests need a GPU");
+    let config = large();
+    let mut engine = engine(&config, 3, on_gpu());
+    let expected = bits(&engine.complete(&[request()]).unwrap());
+    let held = engine.memory_bytes().unwrap();
+    assert_eq!(held.weights, 4 * config.parameter_count() as u64);
+    assert!(held.cache > 0 && held.parked == 0, "{held:?}");
+
+    let awake = free(&stream);
+    engine.sleep(Level::One).unwrap();
+    let asleep = free(&stream);
+    println!("free: {awake} bytes awake, {asleep} asleep; {held:?}");
+    assert!(asleep >= awake + held.weights + held.cache, "{awake}, then {asleep}; {held:?}");
+    let parked = engine.memory_bytes().unwrap();
+    assert_eq!((parked.weights, parked.cache, parked.parked), (0, 0, held.weights));
+    engine.wake(Parts::Weights).unwrap();
+    engine.wake(Parts::Cache).unwrap();
+    assert_eq!(bits(&engine.complete(&[request()]).unwrap()), expected);
+
+    engine.sleep(Level::Two).unwrap();
+    let asleep = free(&stream);
+    assert!(asleep >= awake + held.weights + held.cache, "{awake}, then {asleep}; {held:?}");
+    assert_eq!(engine.memory_bytes().unwrap().parked, 0);
+    engine.wake(Parts::All).unwrap();
+    assert!(engine.complete(&[request()]).is_err(), "no weights have come yet");
+
+    // An update's tensors go where the weights are: there never is a second set.
+    let tensors: Vec<TensorBytes> = weights(&config, 3)
+        .iter()
+        .map(|(name, t)| {
+            let flat = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            TensorBytes::from_f32(name, t.dims(), &flat)
+        })
+        .collect();
+    let views: Vec<_> = tensors.iter().map(|t| t.view().unwrap()).collect();
+    for version in [1, 2] {
+        engine.replace_weights(Version(version), &views, 16 << 20).unwrap();
+        assert!(free(&stream) + held.weights + (80 << 20) >= asleep, "one set at most");
+    }
+    assert_eq!(bits(&engine.complete(&[request()]).unwrap()), expected);
+    engine.adopt(Version(3), &weights(&config, 4)).unwrap();
+    assert_ne!(bits(&engine.complete(&[request()]).unwrap()), expected);
+    drop(engine);
+    assert!(free(&stream) + (16 << 20) >= asleep, "an engine that is dropped gives back what it had");
+}
+
+fn constant(config: &DecoderConfig) -> Weights {
+    let parameters = config.parameter_groups().into_iter().flat_map(|g| g.parameters);
+    let full = |shape: Vec<usize>| Tensor::ones(shape, DType::F32, &TensorDevice::Cpu).unwrap();
+    parameters.map(|p| (p.name, full(p.shape))).collect()
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu test"]
+fn gpu_too_little_memory_is_an_error_with_the_numbers_and_mends_itself() {
+    let stream = Stream::new(0).expect("these tests need a GPU");
+    let config = large();
+    let fill = |leave: u64| {
+        let elems = ((free(&stream) - leave) / 4) as usize;
+        DeviceMemory::zeroed::<f32>(&stream, elems).unwrap()
+    };
+    let give_back = |memory: DeviceMemory| {
+        drop(memory);
+        assert!(stream.wait(std::time::Duration::from_secs(60)).unwrap());
+        // An engine that falls asleep hands the system all that was freed in this process.
+        engine(&crate::support::config(), 1, on_gpu()).sleep(Level::Two).unwrap();
+    };
+    // What the process takes once for libraries is taken.
+    engine(&config, 3, on_gpu()).complete(&[request()]).unwrap();
+    let others = fill(150 << 20);
+    let error = EmbeddedEngine::new(config.clone(), constant(&config), on_gpu()).unwrap_err();
+    match &error {
+        Error::GpuMemory { ordinal: 0, needed_bytes, free_bytes, .. } => {
+            assert_eq!(*needed_bytes, 4 * config.parameter_count() as u64);
+            assert!(*free_bytes < *needed_bytes);
+        }
+        other => panic!("{other:?}"),
+    }
+    println!("{error}");
+    give_back(others);
+
+    // Weights that are there, and no memory for a step or the cache.
+    let mut engine = engine(&config, 3, Settings { cache_bytes: Some(64 << 30), ..on_gpu() });
+    let others = fill(40 << 20);
+    let error = engine.complete(&[request()]).unwrap_err();
+    assert!(matches!(error, Error::GpuMemory { .. }), "{error:?}");
+    println!("{error}");
+    // Waking needs memory too.
+    engine.sleep(Level::One).unwrap();
+    let more = fill(40 << 20);
+    let error = engine.wake(Parts::All).unwrap_err();
+    assert!(matches!(error, Error::GpuMemory { .. }), "{error:?}");
+    assert!(engine.memory_bytes().unwrap().parked > 0, "it sleeps on, with its weights");
+    give_back(others);
+    give_back(more);
+    engine.wake(Parts::All).unwrap();
+    engine.complete(&[request()]).unwrap();
+}
