@@ -85,7 +85,7 @@ impl Shape {
     /// Query heads that one block of the attention kernel computes: as many as share keys, if they are not too many.
     pub(super) fn shared_heads(&self) -> usize {
         let group = self.heads / self.kv_heads.max(1);
-        (1..=group.min(MOST_SHARED)).rev().find(|shared| group % shared == 0).unwrap_or(1)
+        (1..=group.min(MOST_SHARED)).rev().find(|shared| group.is_multiple_of(*shared)).unwrap_or(1)
     }
 
     /// Elements of one layer in a page: for each key head, keys and then values of its tokens.
