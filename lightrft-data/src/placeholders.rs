@@ -24,12 +24,19 @@ pub(crate) fn pad_of(kind: MediaKind) -> &'static str {
 
 /// Where the next token stands, from `at` on, that may be one of ours: `<|` before `v`, before `A`, or two bytes before `a`.
 /// The tokens around each message of a chat are none of these. Blocks of 32 places are looked at in one go, which is
-/// several times faster than stopping at every `<`.
+/// several times faster than stopping at every `<`; the last block reaches back over places that have been looked at.
 fn next_token(text: &str, mut at: usize) -> Option<usize> {
     const PLACES: usize = 32;
     const MORE: usize = 4;
     let bytes = text.as_bytes();
-    while let Some(block) = bytes.get(at..).and_then(<[u8]>::first_chunk::<{ PLACES + MORE }>) {
+    let Some(last) = bytes.len().checked_sub(PLACES + MORE) else {
+        return bytes.get(at..)?.windows(2).position(|two| two == b"<|").map(|i| at + i);
+    };
+    // No token of ours is so short that it begins behind the last block's places.
+    const { assert!(AUDIO.len() > MORE) };
+    while at < last + PLACES {
+        let begin = at.min(last);
+        let block = bytes[begin..].first_chunk::<{ PLACES + MORE }>()?;
         // Numbers instead of branches, so that it is compiled to vector instructions.
         let may_begin = |i: usize| {
             let is = |ahead: usize, byte: u8| u8::from(block[i + ahead] == byte);
@@ -40,11 +47,14 @@ fn next_token(text: &str, mut at: usize) -> Option<usize> {
             any |= may_begin(i);
         }
         if any != 0 {
-            return (0..PLACES).find(|i| may_begin(*i) != 0).map(|i| at + i);
+            let found = (at - begin..PLACES).find(|i| may_begin(*i) != 0);
+            if let Some(i) = found {
+                return Some(begin + i);
+            }
         }
-        at += PLACES;
+        at = begin + PLACES;
     }
-    bytes.get(at..)?.windows(2).position(|two| two == b"<|").map(|i| at + i)
+    None
 }
 
 /// What follows the pads that `text` begins with, if there is at least one.
