@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::transfer::{self, UpdateReport, WeightSource};
@@ -186,6 +187,8 @@ pub struct Watch<'a> {
     started: Instant,
     limit: Duration,
     tell: Option<&'a mut dyn FnMut(Progress)>,
+    /// Nobody waits any more: the time is over.
+    stop: Option<&'a AtomicBool>,
 }
 
 impl fmt::Debug for Watch<'_> {
@@ -197,7 +200,7 @@ impl fmt::Debug for Watch<'_> {
 impl<'a> Watch<'a> {
     /// A watch that starts now and runs out after `limit`.
     pub fn within(limit: Duration) -> Self {
-        Self { started: Instant::now(), limit, tell: None }
+        Self { started: Instant::now(), limit, tell: None, stop: None }
     }
 
     /// The same watch, which also tells `listener` after every step of the engine.
@@ -206,8 +209,16 @@ impl<'a> Watch<'a> {
         Self { tell: Some(listener), ..self }
     }
 
+    /// The same watch, which also runs out when somebody sets `stop`.
+    pub(crate) fn until(self, stop: &'a AtomicBool) -> Self {
+        Self { stop: Some(stop), ..self }
+    }
+
     /// What is left, zero when it has run out. A driver takes this as its request's time-out.
     pub fn left(&self) -> Duration {
+        if self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            return Duration::ZERO;
+        }
         self.limit.saturating_sub(self.started.elapsed())
     }
 

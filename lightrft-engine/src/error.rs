@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use safetensors::Dtype;
 
-use crate::lifecycle::Refusal;
+use crate::lifecycle::{Refusal, State};
 
 /// The result of every call into an engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -248,6 +248,37 @@ pub enum Error {
     #[cfg(any(feature = "sglang", feature = "vllm"))]
     #[error(transparent)]
     Server(Box<crate::ServerError>),
+    /// One of several engines behind one handle.
+    #[error("replica {replica}: {source}")]
+    Replica {
+        /// Its index.
+        replica: usize,
+        /// Its own error.
+        #[source]
+        source: Box<Error>,
+    },
+    /// No engine of several is left: all died, and none could be restarted.
+    #[error("none of {count} replicas is left to {operation}; the last failure: {source}")]
+    NoReplica {
+        /// What was under way.
+        operation: &'static str,
+        /// How many there were.
+        count: usize,
+        /// What the last of them ended with, or why it could not be restarted.
+        #[source]
+        source: Box<Error>,
+    },
+    /// A request, or another that was sent along with it each time, is what engines died of.
+    #[error("request {request} was under way on {deaths} replicas that died; the last: {source}")]
+    Deadly {
+        /// Index of the request in the call.
+        request: usize,
+        /// How many engines died.
+        deaths: usize,
+        /// What the last of them ended with.
+        #[source]
+        source: Box<Error>,
+    },
     /// The engine itself failed.
     #[error("{engine}: {operation}: {source}")]
     Backend {
@@ -259,6 +290,20 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl Error {
+    /// Whether the engine is gone and stands at [`State::Dead`] since. Every call of a dead engine is
+    /// [refused](Error::Refused); the one that finds it dead may also say how it ended. Told by the error alone, for where
+    /// the engine cannot be asked: while an update borrows it.
+    pub fn is_death(&self) -> bool {
+        match self {
+            Error::Refused(refusal) => refusal.state == State::Dead,
+            #[cfg(any(feature = "sglang", feature = "vllm"))]
+            Error::Server(error) => error.is_the_end(),
+            _ => false,
+        }
+    }
 }
 
 #[cfg(any(feature = "sglang", feature = "vllm"))]

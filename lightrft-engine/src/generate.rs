@@ -11,6 +11,10 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// Completions to draw; at least one.
     pub samples: usize,
+    /// Index of the first of them, 0 unless a prompt's samples are drawn in several calls: sample `i` is the same in
+    /// whichever call it is drawn.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub first_sample: usize,
     /// How tokens are drawn, and when to stop.
     pub sampling: Sampling,
     /// Keys this request's random numbers, together with [`Sampling::seed`] and the sample's index. `None` takes the
@@ -27,13 +31,20 @@ pub struct Request {
 impl Request {
     /// One completion of `prompt`, drawn by `sampling`.
     pub fn new(prompt: impl Into<Vec<u32>>, sampling: Sampling) -> Self {
-        Self { prompt: prompt.into(), samples: 1, sampling, id: None, media: Vec::new() }
+        Self { prompt: prompt.into(), samples: 1, first_sample: 0, sampling, id: None, media: Vec::new() }
     }
 
     /// The same prompt with `samples` completions.
     #[must_use]
     pub fn samples(mut self, samples: usize) -> Self {
         self.samples = samples;
+        self
+    }
+
+    /// The same request, whose samples begin with number `first`.
+    #[must_use]
+    pub fn from_sample(mut self, first: usize) -> Self {
+        self.first_sample = first;
         self
     }
 
@@ -152,7 +163,7 @@ pub enum FinishReason {
 pub struct Completion {
     /// Index of the request in the call.
     pub request: usize,
-    /// Index of the sample, below [`Request::samples`].
+    /// Index of the sample, from [`Request::first_sample`] on.
     pub sample: usize,
     /// The tokens drawn, without the prompt, with the stop token if there was one.
     pub tokens: Vec<u32>,
@@ -227,6 +238,9 @@ fn check(index: usize, request: &Request, limits: Limits) -> Result<()> {
     if u32::try_from(request.samples).is_err() {
         return bad("samples", &request.samples, "fewer than 2^32 were expected");
     }
+    if u32::try_from(request.samples.saturating_add(request.first_sample)).is_err() {
+        return bad("first_sample", &request.first_sample, "numbers of samples below 2^32 were expected");
+    }
     if !(s.temperature.is_finite() && s.temperature >= 0.0) {
         return bad("temperature", &s.temperature, "a finite number of at least 0 was expected");
     }
@@ -273,6 +287,11 @@ fn check(index: usize, request: &Request, limits: Limits) -> Result<()> {
         );
     }
     Ok(())
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde asks for it
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 fn distinct(tokens: &[u32]) -> usize {

@@ -39,6 +39,7 @@
 
 mod engine;
 mod error;
+mod fleet;
 mod generate;
 mod lifecycle;
 mod media;
@@ -61,6 +62,7 @@ pub mod wire;
 
 pub use engine::{Engine, EngineExt, MemoryBytes, Progress, Watch};
 pub use error::{Error, Result};
+pub use fleet::{DataParallel, Replica, ReplicaEvent, Restarts, Service};
 pub use generate::{
     Completion, FinishReason, Limits, LogProbs, Request, Sampling, check_requests, refuse_stop_strings,
 };

@@ -137,8 +137,9 @@ fn byte_len(dtype: Dtype, shape: &[usize]) -> Option<usize> {
 /// - A pushed tensor is copied or sent before `push` returns: the bytes may be reused at once.
 /// - Every parameter is pushed exactly once, in any order and in any number of buckets. Order by layer: engines that
 ///   fuse projections finish a layer as soon as all of its parts are there.
+/// - It may move to another thread between two calls.
 /// - Dropped before [`commit`](Update::commit), or after a commit that failed, the engine is stale.
-pub trait Update: fmt::Debug {
+pub trait Update: fmt::Debug + Send {
     /// Hands over a bucket of whole parameters.
     ///
     /// # Errors

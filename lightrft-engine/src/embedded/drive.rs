@@ -67,7 +67,7 @@ impl Drive<'_> {
                 let Row { request, sample, tokens, log_probs, .. } = row;
                 completions.push(Completion {
                     request,
-                    sample,
+                    sample: requests[request].first_sample + sample,
                     tokens,
                     log_probs,
                     finish,
@@ -104,7 +104,7 @@ impl Drive<'_> {
             let u = uniform(DrawKey {
                 seed: request.sampling.seed,
                 request: request.id.unwrap_or(row.request as u64),
-                sample: row.sample as u32,
+                sample: (request.first_sample + row.sample) as u32,
                 position: row.tokens.len() as u32,
             });
             let past = Past { prompt: &request.prompt, completion: &row.tokens };
@@ -123,7 +123,7 @@ impl Drive<'_> {
         let sampling = &requests[row.request].sampling;
         let drawn = drawn.map_err(|unusable| Error::Logits {
             request: row.request,
-            sample: row.sample,
+            sample: requests[row.request].first_sample + row.sample,
             position: row.tokens.len(),
             reason: unusable.to_string(),
         })?;

@@ -110,6 +110,13 @@ pub enum ServerError {
         /// The end of its output.
         last_lines: String,
     },
+    /// The server no longer answers; it is one that somebody else started, so nothing more is known of it.
+    #[error("the server is gone: {source}")]
+    Gone {
+        /// How it was found.
+        #[source]
+        source: Box<ServerError>,
+    },
     /// The server runs but did not become ready in time.
     #[error("{engine} was not ready after {waited:?}; its log {} ends:\n{last_lines}", log.display())]
     NotReady {
@@ -132,6 +139,16 @@ impl ServerError {
             ServerError::Connection { .. } | ServerError::Exited { .. } | ServerError::Timeout { .. } => true,
             _ => false,
         }
+    }
+
+    /// Whether the server is known to be gone.
+    pub(crate) fn is_the_end(&self) -> bool {
+        matches!(self, ServerError::Exited { .. } | ServerError::Gone { .. })
+    }
+
+    /// The error of a call after which the server no longer answered.
+    pub(crate) fn gone(self) -> Self {
+        if self.is_the_end() { self } else { ServerError::Gone { source: Box::new(self) } }
     }
 
     /// Whether a server ended because somebody else had its port.

@@ -21,12 +21,12 @@ pub(crate) fn jobs(requests: &[Request], most: usize) -> Vec<Job> {
     let mut jobs = Vec::new();
     for (request, asked) in requests.iter().enumerate() {
         if asked.sampling.temperature == 0.0 {
-            jobs.push(Job { request, first: 0, drawn: 1, wanted: asked.samples });
+            jobs.push(Job { request, first: asked.first_sample, drawn: 1, wanted: asked.samples });
             continue;
         }
         for first in (0..asked.samples).step_by(most.max(1)) {
             let drawn = most.max(1).min(asked.samples - first);
-            jobs.push(Job { request, first, drawn, wanted: drawn });
+            jobs.push(Job { request, first: asked.first_sample + first, drawn, wanted: drawn });
         }
     }
     jobs

@@ -271,11 +271,13 @@ impl SglangEngine {
             Some(Ok(())) => return error.into(),
             Some(Err(ended)) => {
                 self.state = State::Dead;
-                return ended.into();
+                ended.into()
             }
-            None => self.state = State::Dead,
+            None => {
+                self.state = State::Dead;
+                error.gone().into()
+            }
         }
-        error.into()
     }
 
     fn asked(&self, requests: &[Request]) -> Result<Vec<Ask>> {

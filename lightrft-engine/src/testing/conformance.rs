@@ -149,6 +149,13 @@ fn a_seed_decides_whatever_the_company(mut subject: Subject) {
     assert_ne!(pair, tokens(engine, sampled(8).samples(2)), "another seed draws other tokens");
     let three = tokens(engine, sampled(7).samples(3));
     assert_eq!(pair, three[..2], "a sample does not depend on how many there are");
+    let rest = engine.complete(&[sampled(7).samples(2).from_sample(1)]).expect("generates");
+    assert_eq!(rest.iter().map(|c| c.sample).collect::<Vec<_>>(), [1, 2], "samples keep their numbers");
+    assert_eq!(
+        (&rest[0].tokens, &rest[1].tokens),
+        (&three[1], &three[2]),
+        "a sample is the same in any call"
+    );
 
     let other = Request::new([4; 9], Sampling { max_new_tokens: 3, ..Sampling::default() }).with_id(9);
     let mine = sampled(7).with_id(0);

@@ -24,6 +24,8 @@ pub struct ScriptedEngine {
     weights: BTreeMap<String, Vec<u8>>,
     script: Option<Script>,
     events: Vec<Event>,
+    /// Calls before the one that it dies at.
+    calls_left: Option<usize>,
 }
 
 impl fmt::Debug for ScriptedEngine {
@@ -42,6 +44,7 @@ impl ScriptedEngine {
             weights: BTreeMap::new(),
             script: None,
             events: Vec::new(),
+            calls_left: None,
         };
         engine.weights = engine.example_weights(0).into_iter().map(|t| (t.name, t.bytes)).collect();
         engine
@@ -52,6 +55,14 @@ impl ScriptedEngine {
     #[must_use]
     pub fn replying(mut self, reply: impl FnMut(&Request, usize) -> Vec<u32> + Send + 'static) -> Self {
         self.script = Some(Box::new(reply));
+        self
+    }
+
+    /// The same engine, which dies at its call number `call`, from 0. Those of [`Update`] count, refused ones do not; a call
+    /// of [`generate`](Engine::generate) ends in its middle, after half of the completions.
+    #[must_use]
+    pub fn dying_at(mut self, call: usize) -> Self {
+        self.calls_left = Some(call);
         self
     }
 
@@ -86,6 +97,24 @@ impl ScriptedEngine {
         self.state = self.state.after(event)?;
         self.events.push(event);
         Ok(())
+    }
+
+    /// Counts a call, and tells whether it is the last one.
+    fn dies(&mut self) -> bool {
+        let left = self.calls_left.as_mut();
+        left.is_some_and(|left| std::mem::replace(left, left.saturating_sub(1)) == 0)
+    }
+
+    /// Counts a call that is allowed, and dies if it is the last one.
+    fn survive(&mut self, event: Event) -> Result<()> {
+        self.state.after(event)?;
+        if self.dies() { self.die(event) } else { Ok(()) }
+    }
+
+    fn die(&mut self, event: Event) -> Result<()> {
+        self.step(Event::Die)?;
+        self.weights.clear();
+        self.step(event)
     }
 
     fn fingerprint(&self) -> u64 {
@@ -149,13 +178,17 @@ impl Engine for ScriptedEngine {
         self.state.after(Event::Generate)?;
         check_requests(requests, self.limits)?;
         refuse_stop_strings(requests)?;
+        let dies = self.dies();
         let mut progress =
             Progress { total: requests.iter().map(|r| r.samples).sum(), ..Progress::default() };
         let weights = self.fingerprint();
         let mut completions = Vec::with_capacity(progress.total);
         for (index, request) in requests.iter().enumerate() {
-            for sample in 0..request.samples {
+            for sample in request.first_sample..request.first_sample + request.samples {
                 watch.report(progress)?;
+                if dies && progress.done >= progress.total / 2 {
+                    self.die(Event::Generate)?;
+                }
                 let completion = self.complete_one(index, request, sample, weights);
                 progress.done += 1;
                 progress.tokens += completion.tokens.len();
@@ -168,6 +201,7 @@ impl Engine for ScriptedEngine {
     }
 
     fn sleep(&mut self, level: Level) -> Result<()> {
+        self.survive(Event::Sleep(level))?;
         self.step(Event::Sleep(level))?;
         if !self.state.has_weights() {
             self.weights.clear();
@@ -176,10 +210,12 @@ impl Engine for ScriptedEngine {
     }
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
+        self.survive(Event::Wake(parts))?;
         self.step(Event::Wake(parts))
     }
 
     fn begin_update(&mut self, to: Version) -> Result<Box<dyn Update + '_>> {
+        self.survive(Event::BeginUpdate)?;
         self.step(Event::BeginUpdate)?;
         self.weights.clear();
         Ok(Box::new(ScriptedUpdate { engine: self, to }))
@@ -242,6 +278,7 @@ impl Update for ScriptedUpdate<'_> {
                 return Err(Error::RepeatedTensor { name });
             }
         }
+        self.engine.survive(Event::Commit)?;
         for tensor in bucket {
             self.engine.weights.insert(tensor.name().to_owned(), tensor.bytes().to_vec());
         }
@@ -256,6 +293,7 @@ impl Update for ScriptedUpdate<'_> {
             let (total, count) = (names.len(), missing.len());
             return Err(Error::MissingTensors { version: self.to, missing: count, total, examples: missing });
         }
+        self.engine.survive(Event::Commit)?;
         self.engine.step(Event::Commit)?;
         self.engine.version = self.to;
         Ok(())

@@ -187,16 +187,16 @@ impl VllmEngine {
     /// Passes a result on; if it is the kind of failure that a dying server leaves, looks whether this one is dead.
     fn settle<T>(&mut self, result: Result<T>) -> Result<T> {
         let Err(error) = result else { return result };
-        let suspicious = matches!(&error, Error::Server(error) if error.may_be_the_end());
-        if !suspicious {
-            return Err(error);
-        }
+        let error = match error {
+            Error::Server(error) if error.may_be_the_end() => error,
+            error => return Err(error),
+        };
         if self.control.is_healthy(PROBE) {
-            return Err(error);
+            return Err(Error::Server(error));
         }
         let ended = self.process.as_mut().and_then(|process| process.ends_within(PROBE).err());
         self.step(Event::Die)?;
-        Err(ended.map_or(error, Error::from))
+        Err(ended.unwrap_or_else(|| error.gone()).into())
     }
 
     /// A control call, settled.

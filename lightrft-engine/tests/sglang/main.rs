@@ -413,7 +413,8 @@ fn a_server_that_is_gone_is_a_dead_engine() {
     let mut engine = engine(&fake);
     fake.fail("/generate", Fault::Death);
     let error = engine.complete(&[greedy()]).unwrap_err();
-    assert!(matches!(&error, Error::Server(e) if matches!(**e, ServerError::Connection { .. })), "{error:?}");
+    assert!(matches!(&error, Error::Server(e) if matches!(**e, ServerError::Gone { .. })), "{error:?}");
+    assert!(error.is_death());
     assert_eq!(engine.state(), State::Dead);
     assert!(matches!(engine.complete(&[greedy()]), Err(Error::Refused(_))));
     assert!(matches!(engine.sleep(Level::One), Err(Error::Refused(_))));
