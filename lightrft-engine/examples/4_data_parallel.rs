@@ -21,8 +21,8 @@ fn main() -> Result<(), Error> {
     let make = move |replica| -> Result<Box<dyn Engine>> {
         let engine = ScriptedEngine::new(64);
         let dies = replica == 1 && first.swap(false, Ordering::SeqCst);
-        // After an update of three calls, and one of generate.
-        Ok(Box::new(if dies { engine.dying_at(4) } else { engine }))
+        // After an update of three calls: begin, push, commit.
+        Ok(Box::new(if dies { engine.dying_at(3) } else { engine }))
     };
     let mut engines = DataParallel::new(2, make)?
         .with_weights(give_weights)

@@ -17,6 +17,8 @@ pub(super) type Make = Box<dyn Fn(usize) -> Result<Box<dyn Engine>> + Send + Syn
 /// Gives a fresh engine the weights of a version.
 pub(super) type Weights = Box<dyn Fn(&mut dyn Engine, Version) -> Result<()> + Send + Sync>;
 
+type Listener = Box<dyn FnMut(&ReplicaEvent<'_>) + Send>;
+
 /// Replicas of one model behind one handle, which is an engine itself.
 ///
 /// ```
@@ -77,7 +79,7 @@ pub(super) struct Shared {
     /// Where the handle stands if no replica does.
     pub(super) alone: State,
     pub(super) restarts: Restarts,
-    listener: Option<Box<dyn FnMut(&ReplicaEvent<'_>) + Send>>,
+    listener: Option<Listener>,
 }
 
 /// How a replica is made.

@@ -268,7 +268,7 @@ impl SglangEngine {
         // A server of ours that does not answer and does not end has no more than a bad time.
         let ended = self.process.as_mut().map(|process| process.ends_within(LAST_BREATH));
         match ended {
-            Some(Ok(())) => return error.into(),
+            Some(Ok(())) => error.into(),
             Some(Err(ended)) => {
                 self.state = State::Dead;
                 ended.into()

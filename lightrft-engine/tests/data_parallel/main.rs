@@ -214,7 +214,7 @@ fn a_dead_replicas_requests_are_answered_by_others_and_it_is_restarted_before_th
 fn a_restarted_replica_is_given_the_current_weights_by_the_callers_source() {
     let make = |replica, count| {
         let engine = ScriptedEngine::new(32);
-        // After an update of three calls.
+        // After an update of four calls: begin, push, push, commit.
         boxed(if (replica, count) == (0, 0) { engine.dying_at(4) } else { engine })
     };
     let mut engines = DataParallel::new(2, counted(make)).unwrap().with_weights(give);
