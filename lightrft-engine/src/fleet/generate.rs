@@ -30,10 +30,15 @@ struct Open {
     deaths: usize,
 }
 
-/// What one replica was asked, and what came of it.
+/// What one replica is asked.
 struct Share {
     open: Vec<Open>,
     requests: Vec<Request>,
+}
+
+/// What was heard of it.
+#[derive(Default)]
+struct Heard {
     progress: Progress,
     ended: Option<Result<Vec<Completion>, Failure>>,
 }
@@ -52,7 +57,7 @@ impl Share {
             }
         };
         let requests = open.iter().map(ask).collect();
-        Self { open, requests, progress: Progress::default(), ended: None }
+        Self { open, requests }
     }
 
     /// The completions under the caller's numbers, if they are all that was asked and of these weights.
@@ -119,6 +124,8 @@ impl DataParallel {
         let mut progress =
             Progress { total: requests.iter().map(|r| r.samples).sum(), ..Progress::default() };
         watch.report(progress)?;
+        // Never falls: what a replica had drawn when it died does not count back.
+        let mut furthest = progress;
         let mut last = self.restart(Event::Generate);
         let in_service = self.in_service().count();
         let mut open: Vec<Open> =
@@ -133,7 +140,7 @@ impl DataParallel {
                     return Err(Error::NoReplica { operation: OPERATION, count: self.members.len(), source });
                 }
             }
-            let found = self.round(requests, std::mem::take(&mut open), progress, watch)?;
+            let found = self.round(requests, std::mem::take(&mut open), progress, &mut furthest, watch)?;
             for completion in found.answers {
                 progress.done += 1;
                 progress.tokens += completion.tokens.len();
@@ -146,12 +153,10 @@ impl DataParallel {
                 return Err(Error::Deadly { request, deaths, source: Box::new(last.unwrap_or_else(nobody)) });
             }
             if !open.is_empty() {
-                watch.report(progress)?;
+                watch.report(furthest)?;
             }
         }
-        if progress.total == 0 || progress.done == progress.total {
-            watch.report(progress)?;
-        }
+        watch.report(progress)?;
         answers.sort_unstable_by_key(|completion| (completion.request, completion.sample));
         Ok(answers)
     }
@@ -162,16 +167,18 @@ impl DataParallel {
         requests: &[Request],
         open: Vec<Open>,
         before: Progress,
+        furthest: &mut Progress,
         watch: &mut Watch<'_>,
     ) -> Result<Found> {
         let mut members: Vec<&mut Member> =
             self.members.iter_mut().filter(|member| member.is_in_service()).collect();
         let costs: Vec<Piece> = open.iter().map(|open| open.piece).collect();
         let dealt = deal(&costs, members.len());
-        let mut shares: Vec<Share> = dealt
+        let shares: Vec<Share> = dealt
             .into_iter()
             .map(|share| Share::new(share.into_iter().map(|at| open[at]).collect(), requests))
             .collect();
+        let mut heard: Vec<Heard> = shares.iter().map(|_| Heard::default()).collect();
         let stop = AtomicBool::new(false);
         let left = watch.left();
         let (tell, told) = mpsc::channel();
@@ -180,13 +187,13 @@ impl DataParallel {
                 let Some(engine) = member.engine.as_deref_mut().filter(|_| !share.requests.is_empty()) else {
                     continue;
                 };
-                let (mine, tell, stop) = (share.requests.clone(), tell.clone(), &stop);
+                let (mine, tell, stop) = (share.requests.as_slice(), tell.clone(), &stop);
                 let also = tell.clone();
                 let work = move || {
                     let mut listener = |progress| drop(tell.send((at, Told::Progress(progress))));
                     let ended = caught(OPERATION, || {
                         let mut watch = Watch::within(left).telling(&mut listener).until(stop);
-                        let done = engine.generate(&mine, &mut watch);
+                        let done = engine.generate(mine, &mut watch);
                         done.map_err(|error| Failure::new(error, Some(engine.state())))
                     });
                     drop(tell.send((at, Told::Ended(ended))));
@@ -196,17 +203,15 @@ impl DataParallel {
                 }
             }
             drop(tell);
-            listen(&mut shares, told, before, &stop, watch)
+            listen(&mut heard, told, before, furthest, &stop, watch)
         });
         let version = self.shared.version;
         let mut found = Found::default();
         let mut failed = None;
-        for (member, mut share) in members.into_iter().zip(shares) {
+        for ((member, share), heard) in members.into_iter().zip(shares).zip(heard) {
             let replica = member.record.index;
-            let ended = share
-                .ended
-                .take()
-                .map(|ended| ended.and_then(|found| share.answers(found, version).map_err(Failure::Failed)));
+            let answers = |found| share.answers(found, version).map_err(Failure::Failed);
+            let ended = heard.ended.map(|ended| ended.and_then(answers));
             match ended {
                 None => {}
                 Some(Ok(answers)) => {
@@ -255,36 +260,36 @@ struct Found {
 
 /// Hears all replicas out, and tells the caller how far they are together. The first failure stops the others.
 fn listen(
-    shares: &mut [Share],
+    heard: &mut [Heard],
     told: mpsc::Receiver<(usize, Told)>,
     before: Progress,
+    furthest: &mut Progress,
     stop: &AtomicBool,
     watch: &mut Watch<'_>,
 ) -> Result<()> {
     let mut late = Ok(());
-    let mut furthest = before;
     for (at, told) in told {
         match told {
-            Told::Progress(progress) => shares[at].progress = progress,
+            Told::Progress(progress) => heard[at].progress = progress,
             Told::Ended(ended) => {
                 if matches!(ended, Err(Failure::Failed(_))) {
                     stop.store(true, Ordering::Relaxed);
                 }
-                shares[at].ended = Some(ended);
+                heard[at].ended = Some(ended);
                 // The last progress of a share that is done was told already.
                 continue;
             }
         }
-        let together = shares.iter().fold(before, |sum, share| Progress {
-            done: sum.done + share.progress.done,
-            tokens: sum.tokens + share.progress.tokens,
+        let together = heard.iter().fold(before, |sum, heard| Progress {
+            done: sum.done + heard.progress.done,
+            tokens: sum.tokens + heard.progress.tokens,
             ..sum
         });
-        // The last word is the caller's, when all are in order; and what a dead replica had drawn does not count back.
+        // The last word is the caller's, when all are in order.
         furthest.done = furthest.done.max(together.done).min(furthest.total.saturating_sub(1));
         furthest.tokens = furthest.tokens.max(together.tokens);
         if late.is_ok() && !stop.load(Ordering::Relaxed) {
-            late = watch.report(furthest);
+            late = watch.report(*furthest);
             if late.is_err() {
                 stop.store(true, Ordering::Relaxed);
             }

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use faulty::{Call, Faulty, failure};
 use lightrft_engine::testing::{ScriptedEngine, Subject, TensorBytes, conformance};
 use lightrft_engine::{
-    Cache, DataParallel, Engine, EngineExt, Error, Level, NamedTensor, Parts, Replica, ReplicaEvent, Request,
-    Restarts, Result, Sampling, Service, State, Version, Watch,
+    Cache, DataParallel, Engine, EngineExt, Error, Level, NamedTensor, Parts, Progress, Replica,
+    ReplicaEvent, Request, Restarts, Result, Sampling, Service, State, Version, Watch,
 };
 
 const LONG: Duration = Duration::from_secs(60);
@@ -575,6 +575,25 @@ fn the_callers_deadline_is_every_replicas() {
     let error = engines.generate(&prompts(4), &mut Watch::within(Duration::from_millis(50))).unwrap_err();
     assert!(matches!(error, Error::Deadline { done: 0, total: 8, .. }), "{error:?}");
     assert_eq!(engines.state(), State::READY);
+}
+
+#[test]
+fn progress_is_told_of_all_together_and_never_falls_whoever_dies() {
+    let make = |replica, count| {
+        let engine = ScriptedEngine::new(32);
+        boxed(if (replica, count) == (0, 0) { engine.dying_at(0) } else { engine })
+    };
+    let mut engines = DataParallel::new(3, counted(make)).unwrap();
+    let mut seen = Vec::new();
+    let mut listener = |progress: Progress| seen.push(progress);
+    let mut watch = Watch::within(LONG).telling(&mut listener);
+    let found = engines.generate(&prompts(12), &mut watch).unwrap();
+    assert_eq!(services(&engines)[0], Service::Down);
+    let tokens = found.iter().map(|c| c.tokens.len()).sum();
+    assert_eq!(seen.first(), Some(&Progress { done: 0, total: 24, tokens: 0 }));
+    assert_eq!(seen.last(), Some(&Progress { done: 24, total: 24, tokens }));
+    assert!(seen.windows(2).all(|w| w[0].done <= w[1].done && w[0].tokens <= w[1].tokens), "{seen:?}");
+    assert!(seen.len() > 12, "told in between");
 }
 
 #[test]
