@@ -73,6 +73,13 @@ pub trait Engine: fmt::Debug + Send {
     fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
         None
     }
+
+    /// The GPU on which it takes the buckets of an update, by [`Update::push_gpu`]; `None` where it takes them from the
+    /// host.
+    #[cfg(feature = "cuda")]
+    fn gpu_buckets(&self) -> Option<crate::cuda::GpuBuckets> {
+        None
+    }
 }
 
 /// What an engine holds, in bytes.

@@ -32,11 +32,14 @@
 //! | `embedded` | `embedded::EmbeddedEngine`: Llama and Qwen2 folders on candle, in this process |
 //! | `vllm` | `vllm::VllmEngine`: drives a vLLM server that it starts or is pointed at |
 //! | `sglang` | `sglang::SglangEngine`: drives an `SGLang` server that it starts or is pointed at |
+//! | `cuda` | weights from GPU memory; with `vllm`, into a server on the same GPU without the host |
 //! | `testing` | `testing::ScriptedEngine`, and `testing::conformance` for any engine |
 //! | `wire` | `wire`: the bytes of vLLM's and `SGLang`'s weight messages, without torch |
 //!
 //! Not here: gathering prompts of many ranks, and gathering sharded parameters for an update (`lightrft-strategy`).
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod engine;
 mod error;
 mod fleet;

@@ -146,6 +146,17 @@ pub trait Update: fmt::Debug + Send {
     /// [`Error::UnknownTensor`], [`Error::RepeatedTensor`], [`Error::Shape`], [`Error::Dtype`]; or the engine's own.
     fn push(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()>;
 
+    /// Hands over a bucket that lies on the GPU which [`Engine::gpu_buckets`](crate::Engine::gpu_buckets) names, and gives
+    /// its memory back once nobody reads it any more. Memory that may still be read is kept, and an error returned.
+    ///
+    /// # Errors
+    /// Those of [`push`](Update::push); [`Error::Gpu`]; [`Error::Backend`] from an engine that names no GPU.
+    #[cfg(feature = "cuda")]
+    fn push_gpu(&mut self, bucket: crate::cuda::GpuBucket) -> Result<crate::cuda::GpuBucket> {
+        let source = format!("{bucket:?} was pushed to an engine that takes weights from the host").into();
+        Err(Error::Backend { engine: "an engine", operation: "update weights", source })
+    }
+
     /// Makes the pushed parameters the engine's weights, under the version that was announced.
     ///
     /// # Errors

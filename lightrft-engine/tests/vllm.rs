@@ -16,7 +16,7 @@ use lightrft_engine::{
 };
 use serde_json::{Value, json};
 use servers::http::{Answer, HttpServer};
-use servers::vllm::{FakeVllm, weights};
+use servers::vllm::{FakeVllm, Release, weights};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -70,6 +70,64 @@ fn the_driver_keeps_the_contract_of_an_engine_and_the_rules_of_the_server() {
             assert_eq!(left.len(), 2, "nothing is left of the weights' folders: {left:?}");
         }
     }
+}
+
+/// The oldest release that is known to work says less, and lacks routes.
+#[test]
+fn an_old_server_is_driven_as_well() {
+    for transfer in [folder_transfer, memory_transfer] {
+        let fakes = std::cell::RefCell::new(Vec::new());
+        conformance(|| {
+            let fake = FakeVllm::new();
+            fake.fake.lock().unwrap().release = Release::Old;
+            let engine = attach(&fake, transfer(&fake));
+            fakes.borrow_mut().push(fake);
+            Subject { engine: Box::new(engine), weights: weights(1) }
+        });
+        for fake in fakes.into_inner() {
+            assert_eq!(fake.broken(), Vec::<String>::new());
+        }
+    }
+    let fake = FakeVllm::new();
+    fake.fake.lock().unwrap().release = Release::Old;
+    let mut engine = attach(&fake, memory_transfer(&fake));
+    let pictures = Request::new([5], Sampling::greedy(1)).with_media([Media::image(b"\x89PNG")]);
+    let error = engine.complete(&[pictures.clone()]).unwrap_err();
+    assert!(matches!(error, Error::Request { field: "media", .. }), "{error}");
+    let api = json!({"components": {"schemas": {"GenerateRequest": {"properties": {"content_parts": {}}}}}});
+    fake.instead("/openapi.json", 1, Answer::Json(200, api));
+    attach(&fake, memory_transfer(&fake)).complete(&[pictures]).unwrap();
+    // A part that is awake draws nothing before the whole is.
+    engine.sleep(Level::One).unwrap();
+    engine.wake(Parts::Weights).unwrap();
+    assert_eq!(fake.server.asked().last().unwrap().path, "/pause?mode=wait");
+    engine.wake(Parts::Cache).unwrap();
+    engine.complete(&[greedy()]).unwrap();
+    assert_eq!(fake.broken(), Vec::<String>::new());
+}
+
+/// A program that stands for an old vLLM, which ends at a flag that it does not know.
+#[test]
+fn a_flag_that_an_old_vllm_does_not_know_is_left_out_when_it_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("vllm");
+    let script = "#!/bin/sh\necho \"$@\" >> \"$TRIES\"\ncase \"$*\" in *--enable-scale-out*) \
+        echo 'vllm: error: unrecognized arguments: --enable-scale-out' >&2; exit 2;; esac\nexit 9\n";
+    std::fs::write(&program, script).unwrap();
+    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
+    std::fs::set_permissions(&program, permissions).unwrap();
+    let tries = folder.path().join("tries");
+    let mut start = Start::new("/models/m");
+    start.program = program;
+    start.log = Some(folder.path().join("log"));
+    start.variables.insert("TRIES".into(), tries.clone().into());
+    let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    let Error::Server(server) = &error else { panic!("{error}") };
+    assert!(matches!(&**server, ServerError::Exited { status, .. } if status.code() == Some(9)), "{error}");
+    let tries = std::fs::read_to_string(tries).unwrap();
+    let asked: Vec<bool> = tries.lines().map(|line| line.contains("--enable-scale-out")).collect();
+    assert_eq!(asked, [true, false]);
 }
 
 #[test]

@@ -45,6 +45,9 @@ symbols! {
     fn event_query = "cuEventQuery"(usize) -> Code;
     fn mem_alloc_async = "cuMemAllocAsync"(*mut u64, usize, usize) -> Code;
     fn mem_free_async = "cuMemFreeAsync"(u64, usize) -> Code;
+    fn mem_alloc = "cuMemAlloc_v2"(*mut u64, usize) -> Code;
+    fn mem_free = "cuMemFree_v2"(u64) -> Code;
+    fn ipc_mem_handle = "cuIpcGetMemHandle"(*mut [u8; 64], u64) -> Code;
     fn memset_async = "cuMemsetD8Async"(u64, u8, usize, usize) -> Code;
     fn upload_async = "cuMemcpyHtoDAsync_v2"(u64, *const c_void, usize, usize) -> Code;
     fn download_async = "cuMemcpyDtoHAsync_v2"(*mut c_void, u64, usize, usize) -> Code;
@@ -173,6 +176,11 @@ impl Gpu {
         Ok(Gpu { context, uuid, capability, pool, ..gpu })
     }
 
+    /// The same in every process that sees this GPU.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.uuid
+    }
+
     /// Number of GPUs that this process sees; an error where there is no driver.
     pub(super) fn count() -> Result<usize> {
         let (driver, mut count) = (Driver::get()?, 0);
@@ -293,6 +301,37 @@ impl Gpu {
         let Ok(_current) = self.enter() else { return };
         // SAFETY: the caller's promise.
         unsafe { (self.driver.mem_free_async)(pointer, stream) };
+    }
+
+    /// Memory apart from the pool, which other processes may be let into.
+    pub(super) fn allocate_apart(&self, bytes: usize) -> Result<u64> {
+        let _current = self.enter()?;
+        let mut pointer = 0;
+        // SAFETY: writes one address.
+        self.check("allocate memory", unsafe { (self.driver.mem_alloc)(&mut pointer, bytes) })?;
+        Ok(pointer)
+    }
+
+    /// Frees memory once what uses it is done. An error is of no use to anyone.
+    ///
+    /// # Safety
+    /// `pointer` is of [`allocate_apart`](Self::allocate_apart), and nothing that uses it is enqueued any more.
+    pub(super) unsafe fn free_apart(&self, pointer: u64) {
+        let Ok(_current) = self.enter() else { return };
+        // SAFETY: the caller's promise.
+        unsafe { (self.driver.mem_free)(pointer) };
+    }
+
+    /// What another process opens an allocation by.
+    ///
+    /// # Safety
+    /// `pointer` is of [`allocate_apart`](Self::allocate_apart).
+    pub(super) unsafe fn export(&self, pointer: u64) -> Result<[u8; 64]> {
+        let _current = self.enter()?;
+        let mut handle = [0; 64];
+        // SAFETY: the caller's promise; writes one handle.
+        self.check("export memory", unsafe { (self.driver.ipc_mem_handle)(&mut handle, pointer) })?;
+        Ok(handle)
     }
 
     /// # Safety

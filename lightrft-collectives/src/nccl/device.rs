@@ -81,6 +81,10 @@ impl Stream {
         &self.0.gpu
     }
 
+    pub(super) fn shared_gpu(&self) -> Arc<Gpu> {
+        self.0.gpu.clone()
+    }
+
     /// The GPU's ordinal among those that this process sees.
     pub fn ordinal(&self) -> usize {
         self.0.gpu.ordinal()

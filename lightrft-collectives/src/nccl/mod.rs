@@ -39,6 +39,7 @@ mod communicator;
 mod cuda;
 mod device;
 mod enqueue;
+mod exported;
 mod library;
 mod life;
 mod program;
@@ -51,6 +52,7 @@ mod watchdog;
 #[doc(hidden)]
 pub mod driver {
     pub use super::cuda::{Current, Gpu};
+    pub use super::exported::{ExportedMemory, download};
     pub use super::library::{Library, open, symbols, why};
     pub use super::program::{Argument, Kernel, Program, compile};
 }

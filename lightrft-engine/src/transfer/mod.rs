@@ -11,6 +11,7 @@
 #[cfg(any(feature = "sglang", feature = "vllm"))]
 mod checksums;
 mod folder;
+mod memory;
 mod pipeline;
 mod plan;
 mod staging;

@@ -6,9 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::WeightSource;
+use super::memory::{Home, Memory};
 use super::plan::{Bucket, Item, Plan};
 use super::staging::{Filled, Staging};
-use crate::{Engine, Error, NamedTensor, Result, Version};
+use crate::{Engine, Error, NamedTensor, Result, Update, Version};
 
 /// Buckets in memory: one that is gathered, one that is pushed.
 const BUCKETS: usize = 2;
@@ -41,18 +42,19 @@ pub(crate) fn run<E: Engine + ?Sized>(
     let buckets = plan.buckets(bucket_bytes);
     // A filled bucket waits nowhere: there is room for one, and the other is being gathered or pushed.
     let (fill, filled) = sync_channel::<Filled>(1);
-    let (give_back, empty) = sync_channel::<Vec<u8>>(BUCKETS);
+    let (give_back, empty) = sync_channel::<Memory>(BUCKETS);
     for _ in 0..BUCKETS {
         // Memory is taken when the first bucket needs it, and then goes to and fro.
-        give_back.try_send(Vec::new()).map_err(|_| Error::Source("no room for a bucket".into()))?;
+        give_back.try_send(Memory::none()).map_err(|_| Error::Source("no room for a bucket".into()))?;
     }
+    let home = Home::of(engine);
     let (gathered, gathering, pushed) = thread::scope(|scope| {
         let sender = Sender { plan, buckets: &buckets, filled, give_back };
         let sending = scope.spawn(move || sender.send(engine, to));
-        let mut staging = Staging::new(plan, &buckets, fill, empty);
+        let mut staging = Staging::new(plan, &buckets, home, fill, empty);
         let gave = source.give(&mut staging);
         let gave_for = started.elapsed();
-        let (gathered, waited) = staging.finish(gave);
+        let (gathered, waited, _memory) = staging.finish(gave);
         (gathered, gave_for.saturating_sub(waited), sending.join())
     });
     let pushing = match pushed {
@@ -96,7 +98,7 @@ struct Sender<'a> {
     plan: &'a Plan,
     buckets: &'a [Bucket],
     filled: Receiver<Filled>,
-    give_back: SyncSender<Vec<u8>>,
+    give_back: SyncSender<Memory>,
 }
 
 impl Sender<'_> {
@@ -108,20 +110,41 @@ impl Sender<'_> {
         let mut busy = before.elapsed();
         for filled in &self.filled {
             let before = Instant::now();
-            let Filled::Bucket { index, bytes } = filled else {
+            let Filled::Bucket { index, memory } = filled else {
                 update.commit().map_err(Unsent::Refused)?;
                 return Ok(busy + before.elapsed());
             };
-            update.push(&self.tensors(index, &bytes).map_err(Unsent::Refused)?).map_err(Unsent::Refused)?;
+            let memory = self.push(update.as_mut(), index, memory).map_err(Unsent::Refused)?;
             busy += before.elapsed();
-            // Once the source is done nobody waits for memory any more.
-            self.give_back.send(bytes).ok();
+            self.give_back.send(memory).ok();
         }
         Err(Unsent::Incomplete)
     }
 
+    /// Pushes a bucket; returns its memory.
+    fn push(&self, update: &mut dyn Update, index: usize, memory: Memory) -> Result<Memory> {
+        match memory {
+            Memory::Host(bytes) => {
+                update.push(&self.tensors(index, &bytes)?)?;
+                Ok(Memory::Host(bytes))
+            }
+            #[cfg(feature = "cuda")]
+            Memory::Gpu(memory) => {
+                let bucket = self.buckets.get(index).ok_or_else(lost)?;
+                let items = self.plan.items().iter().skip(bucket.first).take(bucket.places.len());
+                let info = |item: &Item| crate::TensorInfo {
+                    name: item.engine_name.clone(),
+                    dtype: item.dtype,
+                    shape: item.shape.clone(),
+                };
+                let bucket =
+                    crate::cuda::GpuBucket::new(items.map(info).collect(), bucket.places.clone(), memory);
+                Ok(Memory::Gpu(update.push_gpu(bucket)?.into_memory()))
+            }
+        }
+    }
+
     fn tensors<'b>(&'b self, bucket: usize, bytes: &'b [u8]) -> Result<Vec<NamedTensor<'b>>> {
-        let lost = || Error::Source("a bucket that is not in the plan".into());
         let bucket = self.buckets.get(bucket).ok_or_else(lost)?;
         let items = self.plan.items().get(bucket.first..).ok_or_else(lost)?;
         let tensor = |(item, place): (&'b Item, &Range<usize>)| {
@@ -130,4 +153,8 @@ impl Sender<'_> {
         };
         items.iter().zip(&bucket.places).map(tensor).collect()
     }
+}
+
+fn lost() -> Error {
+    Error::Source("a bucket that is not in the plan".into())
 }

@@ -1,16 +1,18 @@
 //! The gathering side of an update: tensors are written into buckets, full buckets leave for the sender.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
+use super::memory::{Home, Memory};
 use super::plan::{Bucket, Plan};
 use crate::{Error, NamedTensor, Result};
 
 /// What the gathering side tells the sender.
 pub(super) enum Filled {
     /// A bucket of the plan, with its bytes.
-    Bucket { index: usize, bytes: Vec<u8> },
+    Bucket { index: usize, memory: Memory },
     /// Every bucket was sent and the source is content: the update may be committed. Where the channel ends without
     /// it, the update must not.
     All,
@@ -27,9 +29,12 @@ pub struct Staging<'a> {
     next: usize,
     /// The bucket that is being filled, with its memory while there is one.
     bucket: usize,
-    memory: Option<Vec<u8>>,
+    memory: Option<Memory>,
+    /// Where buckets lie, and the bytes of the largest.
+    home: Home,
+    most: usize,
     filled: SyncSender<Filled>,
-    empty: Receiver<Vec<u8>>,
+    empty: Receiver<Memory>,
     waited: Duration,
     /// Set by the first failure: a source that goes on must not bring the order into disorder.
     failed: bool,
@@ -45,11 +50,24 @@ impl<'a> Staging<'a> {
     pub(super) fn new(
         plan: &'a Plan,
         buckets: &'a [Bucket],
+        home: Home,
         filled: SyncSender<Filled>,
-        empty: Receiver<Vec<u8>>,
+        empty: Receiver<Memory>,
     ) -> Self {
-        let waited = Duration::ZERO;
-        Self { plan, buckets, next: 0, bucket: 0, memory: None, filled, empty, waited, failed: false }
+        let most = buckets.iter().map(|bucket| bucket.bytes).max().unwrap_or(0);
+        Self {
+            plan,
+            buckets,
+            next: 0,
+            bucket: 0,
+            memory: None,
+            home,
+            most,
+            filled,
+            empty,
+            waited: Duration::ZERO,
+            failed: false,
+        }
     }
 
     /// Copies the next tensor.
@@ -64,10 +82,27 @@ impl<'a> Staging<'a> {
             let announced = format!("{:?}{:?}", item.dtype, item.shape);
             return self.fail(source(format!("{tensor:?} was announced as {announced}")));
         }
-        self.fill(tensor.name(), |bytes| {
-            bytes.copy_from_slice(tensor.bytes());
-            Ok(())
-        })
+        self.put(tensor.name(), |memory, place| memory.copy(place, tensor.bytes()))
+    }
+
+    /// Copies the next tensor, called `name`, from GPU memory, as the stream that uses it comes to it: what the stream was
+    /// given before is in it, and what it is given after may overwrite it. Where buckets lie on the same GPU nothing is
+    /// waited for; else it is copied to the host.
+    ///
+    /// # Errors
+    /// Those of [`fill`](Staging::fill); [`Error::Source`] as well if it has another type or number of elements than
+    /// announced, or lies on another GPU than the buckets; [`Error::Gpu`].
+    #[cfg(feature = "cuda")]
+    pub fn copy_from_gpu(&mut self, name: &str, from: &lightrft_collectives::Device<'_>) -> Result<()> {
+        if let Some(item) = self.plan.items().get(self.next)
+            && (item.dtype, item.bytes) != (from.dtype(), from.bytes())
+            && item.trainer_name == name
+        {
+            let (announced, got) = (format!("{:?}{:?}", item.dtype, item.shape), from.dtype());
+            let what = format!("`{name}` was announced as {announced}, and is {} of {got:?}", from.len());
+            return self.fail(source(what));
+        }
+        self.put(name, |memory, place| memory.copy_from_gpu(place, from))
     }
 
     /// Has `write` write the bytes of the next tensor, called `name`. They may hold anything before.
@@ -76,6 +111,10 @@ impl<'a> Staging<'a> {
     /// [`Error::Source`] if another tensor was announced to come next, or the engine takes no more (its own error is
     /// what the update then reports); what `write` returns.
     pub fn fill(&mut self, name: &str, write: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        self.put(name, |memory, place| memory.fill(place, write))
+    }
+
+    fn put(&mut self, name: &str, write: impl FnOnce(&mut Memory, Range<usize>) -> Result<()>) -> Result<()> {
         if self.failed {
             return Err(source("an earlier tensor was refused".to_owned()));
         }
@@ -93,7 +132,7 @@ impl<'a> Staging<'a> {
         Ok(())
     }
 
-    fn write_next(&mut self, write: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+    fn write_next(&mut self, write: impl FnOnce(&mut Memory, Range<usize>) -> Result<()>) -> Result<()> {
         let Some(bucket) = self.buckets.get(self.bucket) else {
             return Err(source("more tensors than the plan's buckets hold".to_owned()));
         };
@@ -101,9 +140,8 @@ impl<'a> Staging<'a> {
             Some(memory) => memory,
             None => self.memory_for(bucket.bytes)?,
         };
-        let place = bucket.places.get(self.next - bucket.first).cloned();
-        match place.and_then(|place| memory.get_mut(place)) {
-            Some(bytes) => write(bytes)?,
+        match bucket.places.get(self.next - bucket.first) {
+            Some(place) => write(&mut memory, place.clone())?,
             None => return Err(source("a tensor lies outside of its bucket".to_owned())),
         }
         self.next += 1;
@@ -113,7 +151,7 @@ impl<'a> Staging<'a> {
         }
         let index = self.bucket;
         self.bucket += 1;
-        self.send(Filled::Bucket { index, bytes: memory })
+        self.send(Filled::Bucket { index, memory })
     }
 
     fn send(&mut self, filled: Filled) -> Result<()> {
@@ -124,18 +162,11 @@ impl<'a> Staging<'a> {
     }
 
     /// Memory that the sender has done with, in the size of the next bucket.
-    fn memory_for(&mut self, bytes: usize) -> Result<Vec<u8>> {
+    fn memory_for(&mut self, bytes: usize) -> Result<Memory> {
         let before = Instant::now();
         let memory = self.empty.recv();
         self.waited += before.elapsed();
-        let mut memory = memory.map_err(|_| engine_gone())?;
-        if memory.len() < bytes {
-            // What is there is worth nothing: give it back before asking for more.
-            memory = Vec::new();
-            memory.try_reserve_exact(bytes).map_err(|e| source(format!("a bucket of {bytes} bytes: {e}")))?;
-            memory.resize(bytes, 0);
-        }
-        Ok(memory)
+        self.home.memory(memory.map_err(|_| engine_gone())?, bytes, self.most)
     }
 
     fn fail(&mut self, error: Error) -> Result<()> {
@@ -145,14 +176,15 @@ impl<'a> Staging<'a> {
     }
 
     /// Ends the stream: with a word that all is there if the source says so and every announced tensor came, else
-    /// without. Returns how long the source waited for the engine.
-    pub(super) fn finish(mut self, gave: Result<()>) -> (Result<()>, Duration) {
+    /// without. Returns how long the source waited for the engine, and what holds the memory of buckets: memory that
+    /// another process has open must not go before the update has ended.
+    pub(super) fn finish(mut self, gave: Result<()>) -> (Result<()>, Duration, Receiver<Memory>) {
         let ended = gave.and_then(|()| match self.plan.items().get(self.next) {
             _ if self.failed => Err(source("its source went on after a tensor was refused".to_owned())),
             Some(item) => Err(source(format!("`{}` was announced and never came", item.trainer_name))),
             None => self.send(Filled::All),
         });
-        (ended, self.waited)
+        (ended, self.waited, self.empty)
     }
 }
 

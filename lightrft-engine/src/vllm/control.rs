@@ -69,6 +69,23 @@ impl Control {
         Self { http: self.http.clone(), within: self.within.min(within) }
     }
 
+    /// How long one of its calls may take.
+    #[cfg(feature = "cuda")]
+    pub(super) fn patience(&self) -> Duration {
+        self.within
+    }
+
+    /// The GPU's own number of each worker, from the plug-in that servers started here have.
+    #[cfg(feature = "cuda")]
+    pub(super) fn gpus_of_workers(&self) -> Result<Vec<String>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            results: Vec<String>,
+        }
+        let reply = self.http.post("/collective_rpc", &json!({"method": "lightrft_gpu"}), self.within)?;
+        Ok(reply.json::<Answer>()?.results)
+    }
+
     /// A control call with nothing to say.
     pub(super) fn post(&self, path: &str) -> Result<()> {
         self.http.post(path, &json!({}), self.within).map(drop)
@@ -101,6 +118,22 @@ impl Control {
                 tracing::warn!(%version, "this vLLM is newer than those that are known to work (0.23 to 0.32)");
                 Ok(version)
             }
+        }
+    }
+
+    /// Whether pictures and films may come with a prompt's tokens. Servers that do not know of them would leave them out
+    /// without a word.
+    pub(super) fn takes_media(&self, version: &str) -> Result<bool> {
+        if !is_old(version) {
+            return Ok(true);
+        }
+        match self.http.get("/openapi.json", self.within) {
+            Ok(reply) => {
+                let api: Value = reply.json()?;
+                Ok(!api["components"]["schemas"]["GenerateRequest"]["properties"]["content_parts"].is_null())
+            }
+            Err(ServerError::Status { status: 404 | 405, .. }) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 
@@ -172,7 +205,8 @@ impl Control {
             success: bool,
         }
         let reply = self.http.post("/reset_prefix_cache", &json!({}), self.within)?;
-        if !reply.json::<Answer>()?.success {
+        // Older servers only say that they were asked.
+        if !reply.bytes.is_empty() && !reply.json::<Answer>()?.success {
             return Err(reply.unexpected("the prefix cache is in use and was not reset"));
         }
         for path in ["/reset_mm_cache", "/reset_encoder_cache"] {
@@ -184,6 +218,18 @@ impl Control {
         }
         Ok(())
     }
+}
+
+/// Whether a version is older than those that were tried last, and may know less than they do.
+pub(super) fn is_old(version: &str) -> bool {
+    major_minor(version).is_some_and(|found| found < NEWEST)
+}
+
+/// Whether a server's `ipc` backend is told at its beginning, and not with each bucket, that buffers hold many tensors.
+/// 0.23 is told with each; of those after it, which one began is found out by asking.
+#[cfg(feature = "cuda")]
+pub(super) fn knows_packed_init(version: &str) -> bool {
+    major_minor(version) != Some(OLDEST)
 }
 
 fn major_minor(version: &str) -> Option<(u64, u64)> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::flight::Requests;
-use super::settings::{Attach, Driver, Start};
+use super::settings::{Attach, Driver, SCALE_OUT, Start, TokenRoute};
 use super::transfer::{Transport, transport};
 use super::update::VllmUpdate;
 use super::verify;
@@ -56,6 +56,7 @@ pub struct VllmEngine {
     transport: Box<dyn Transport>,
     model: Model,
     limits: Limits,
+    takes_media: bool,
     state: State,
     version: Version,
 }
@@ -67,15 +68,21 @@ impl VllmEngine {
     /// [`Error::Settings`]; [`Error::Server`] with the end of the server's log if it ends or does not become ready.
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
+        let transport = transport(&start.driver.transfer)?;
         let plugin = plugin_folder()?;
-        let (process, control) = match start.port {
-            Some(port) => launch(start, port, plugin.path(), tell)?,
-            None => on_a_free_port("vLLM", |port| launch(start, port, plugin.path(), tell))?,
+        let mut launched = |route| match start.port {
+            Some(port) => launch(start, port, route, plugin.path(), tell),
+            None => on_a_free_port("vLLM", |port| launch(start, port, route, plugin.path(), tell)),
+        };
+        let (process, control) = match launched(TokenRoute::Asked) {
+            Err(Error::Server(error)) if knows_no_scale_out(&error) => launched(TokenRoute::Always)?,
+            result => result?,
         };
         let folder = Path::new(&start.model);
         let folder = folder.join("config.json").exists().then_some(folder);
         let base = control.http.base().to_owned();
-        let mut engine = Self::connect(control, &base, start.key.clone(), folder, start.driver.clone())?;
+        let mut engine =
+            Self::connect(control, &base, start.key.clone(), folder, start.driver.clone(), transport)?;
         engine.process = Some(process);
         engine._plugin = Some(plugin);
         Ok(engine)
@@ -87,6 +94,11 @@ impl VllmEngine {
     /// [`Error::Settings`]; [`Error::Server`] if it does not answer, or is too old.
     pub fn attach(attach: &Attach) -> Result<Self> {
         attach.driver.check()?;
+        Self::attach_with(attach, transport(&attach.driver.transfer)?)
+    }
+
+    /// The same, with another way for weights than the settings name.
+    pub(super) fn attach_with(attach: &Attach, transport: Box<dyn Transport>) -> Result<Self> {
         let http = Http::new("vLLM", &attach.url, attach.key.clone())?;
         let control = Control::new(http, attach.driver.control_within);
         Self::connect(
@@ -95,7 +107,17 @@ impl VllmEngine {
             attach.key.clone(),
             attach.model.as_deref(),
             attach.driver.clone(),
+            transport,
         )
+    }
+
+    /// Lets its control calls take this long from now on.
+    #[cfg(all(test, feature = "cuda"))]
+    pub(super) fn patience(&mut self, within: Duration) {
+        let http = Http::new("vLLM", self.url(), self.key.clone());
+        if let Ok(http) = http {
+            self.control = Control::new(http, within);
+        }
     }
 
     fn connect(
@@ -104,6 +126,7 @@ impl VllmEngine {
         key: Option<ApiKey>,
         folder: Option<&Path>,
         driver: Driver,
+        mut transport: Box<dyn Transport>,
     ) -> Result<Self> {
         let version = control.check_version()?;
         let served = control.served()?;
@@ -122,6 +145,8 @@ impl VllmEngine {
             verify::check(&control, &model)?;
         }
         let context_tokens = served.max_model_len.unwrap_or(usize::MAX);
+        let takes_media = control.takes_media(&version)?;
+        transport.meet(&control, &version)?;
         let named = control.weight_version()?;
         if named.is_none() {
             control.name_weights(driver.version)?;
@@ -133,9 +158,10 @@ impl VllmEngine {
             generation: Http::new("vLLM", url, key.clone())?.reusing_connections(),
             key,
             flight: Arc::default(),
-            transport: transport(&driver.transfer),
+            transport,
             model,
             limits: Limits { vocabulary, context_tokens },
+            takes_media,
             state: State::READY,
             version: named.unwrap_or(driver.version),
             control,
@@ -205,10 +231,10 @@ impl VllmEngine {
         self.settle(result)
     }
 
-    pub(super) fn with_transport(
+    pub(super) fn with_transport<T>(
         &mut self,
-        call: impl FnOnce(&mut dyn Transport, &Control) -> Result<()>,
-    ) -> Result<()> {
+        call: impl FnOnce(&mut dyn Transport, &Control) -> Result<T>,
+    ) -> Result<T> {
         let result = call(self.transport.as_mut(), &self.control);
         self.settle(result)
     }
@@ -256,6 +282,12 @@ impl VllmEngine {
                     }
                     continue;
                 };
+                if count > 0 && !self.takes_media {
+                    return bad(
+                        format!("{count} of {kind:?}"),
+                        "this vLLM takes none with a prompt's tokens",
+                    );
+                }
                 let pads = request.prompt.iter().filter(|token| **token == pad).count();
                 if pads != count {
                     return bad(
@@ -362,11 +394,12 @@ impl Engine for VllmEngine {
                 (_, _) => Parts::Cache,
             };
             self.control(|control| control.wake(wake))?;
-            if matches!(next, State::Stale { .. }) {
-                // Awake, the server would serve others from weights that are not there.
-                self.control(Control::pause)?;
-            } else if next.can_generate() {
+            if next.can_generate() {
                 self.control(Control::resume)?;
+            } else {
+                // Older servers go on drawing as soon as a part of them wakes: from weights or into a cache that are
+                // not there.
+                self.control(Control::pause)?;
             }
         }
         self.step(Event::Wake(parts))
@@ -405,6 +438,12 @@ impl Engine for VllmEngine {
         let known = &self.model.parameters;
         (!known.is_empty()).then(|| known.clone())
     }
+
+    #[cfg(feature = "cuda")]
+    fn gpu_buckets(&self) -> Option<crate::cuda::GpuBuckets> {
+        // Checksums are taken of what passes through the host.
+        if self.verifies() { None } else { self.transport.buckets() }
+    }
 }
 
 /// An id that no other request of the server has, of this process or of another.
@@ -427,13 +466,20 @@ fn plugin_folder() -> Result<tempfile::TempDir> {
     })
 }
 
+/// Whether a server ended since it is older than the flag by which newer ones are asked for their route for tokens.
+fn knows_no_scale_out(error: &ServerError) -> bool {
+    let refused = |text: &str| text.contains("unrecognized arguments") && text.contains(SCALE_OUT);
+    matches!(error, ServerError::Exited { last_lines, .. } if refused(last_lines))
+}
+
 fn launch(
     start: &Start,
     port: u16,
+    route: TokenRoute,
     plugin: &Path,
     tell: &mut dyn FnMut(&StartProgress),
 ) -> Result<(ServerProcess, Control)> {
-    let mut process = ServerProcess::start(&start.command(port, plugin))?;
+    let mut process = ServerProcess::start(&start.command(port, route, plugin))?;
     let http = Http::new("vLLM", &format!("http://127.0.0.1:{port}"), start.key.clone())?;
     let control = Control::new(http, start.driver.control_within);
     process.wait_until_ready(start.ready_within, |within| control.is_healthy(within), tell)?;

@@ -29,15 +29,23 @@ impl Requests {
     }
 
     /// Ends the requests of the call that is under way, if one is: its completions have the tokens drawn so far, and
-    /// those that had not begun have none. Returns when all have ended.
+    /// those that had not begun have none. Returns when all have ended. A server without a route for single requests
+    /// (vLLM 0.23) ends those of its other clients too.
     ///
     /// # Errors
     /// [`ServerError::Timeout`] if that took longer than `within`; the server's own.
     pub fn abort(&self, within: Duration) -> Result<()> {
         self.flight.abort(within, |ids, left| {
             let ids: Vec<String> = ids.iter().map(|id| format!("{PREFIX}{id}")).collect();
-            self.http.post("/abort_requests", &json!({"request_ids": ids}), left)?;
-            Ok(())
+            match self.http.post("/abort_requests", &json!({"request_ids": ids}), left) {
+                // Older ones only end all of their requests at once.
+                Err(ServerError::Status { status: 404 | 405, .. }) => {
+                    self.http.post("/pause?mode=abort&clear_cache=false", &json!({}), left)?;
+                    self.http.post("/resume", &json!({}), left)?;
+                    Ok(())
+                }
+                result => Ok(result.map(drop)?),
+            }
         })
     }
 

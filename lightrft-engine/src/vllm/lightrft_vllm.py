@@ -48,7 +48,7 @@ class SharedMemoryEngine(NCCLWeightTransferEngine):
         if not current_platform.is_cpu():
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info):
+    def receive_weights(self, update_info, load_weights=None):
         descriptor = os.open(update_info.file, os.O_RDONLY)
         try:
             # vLLM holds tensors until their layer is whole, longer than this call: they keep the mapping, and so
@@ -67,7 +67,8 @@ class SharedMemoryEngine(NCCLWeightTransferEngine):
             else:
                 weight = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
             weights.append((name, weight))
-        self.model.load_weights(weights)
+        # Older ones say who is to load them.
+        (load_weights or self.model.load_weights)(weights)
 
     def shutdown(self):
         pass
@@ -84,4 +85,8 @@ if current_platform.is_cpu():
 
 
 class Extension:
-    """Nothing is added to the worker: importing this module is what counts."""
+    """Importing this module is what counts; besides, the worker says where it is."""
+
+    def lightrft_gpu(self):
+        """The GPU's own number, the same in every process."""
+        return "none" if current_platform.is_cpu() else str(torch.cuda.get_device_properties(self.device).uuid)

@@ -26,6 +26,8 @@
 mod control;
 mod engine;
 mod flight;
+#[cfg(feature = "cuda")]
+mod ipc;
 mod reply;
 mod settings;
 mod staging;

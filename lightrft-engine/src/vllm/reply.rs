@@ -77,6 +77,10 @@ fn token(scan: &mut Scan<'_>) -> Read<u32> {
     scan.integer("a token")
 }
 
+fn named_token(scan: &mut Scan<'_>) -> Read<Option<u32>> {
+    Ok(scan.string()?.strip_prefix("token_id:").and_then(|token| token.parse().ok()))
+}
+
 fn stop_reason(scan: &mut Scan<'_>) -> Read<StopReason> {
     if scan.is_string() {
         return Ok(StopReason::Text(scan.string()?.into_owned()));
@@ -96,6 +100,8 @@ fn log_probs(scan: &mut Scan<'_>) -> Read<Option<(Vec<f32>, Vec<u32>)>> {
                     scan.object(|key, scan| {
                         match key {
                             "token_id" => of = Some(token(scan)?),
+                            // Older servers write the token as `token_id:7`.
+                            "token" => of = of.or(scan.option(named_token)?.flatten()),
                             "logprob" => log_prob = Some(scan.float()?),
                             _ => scan.skip()?,
                         }

@@ -8,6 +8,18 @@ use std::time::Duration;
 use crate::server::{ApiKey, ServerCommand, Verify};
 use crate::{Error, LogProbs, Result, Version};
 
+/// The flag of newer servers that opens their route for tokens.
+pub(super) const SCALE_OUT: &str = "--enable-scale-out";
+
+/// How a server comes to have its route for tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TokenRoute {
+    /// It must be asked for it.
+    Asked,
+    /// It has it always, and does not know the flag.
+    Always,
+}
+
 /// A server to start.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -80,6 +92,11 @@ impl Start {
     pub(super) fn check(&self) -> Result<()> {
         let bad =
             |field, value: String, expected| Err(Error::Settings { engine: "vLLM", field, value, expected });
+        #[cfg(feature = "cuda")]
+        if self.tensor_parallel > 1 && matches!(self.driver.transfer, Transfer::CudaIpc { .. }) {
+            let value = self.tensor_parallel.to_string();
+            return bad("tensor_parallel", value, "1 was expected: weights go to one GPU by CudaIpc");
+        }
         if self.tensor_parallel == 0 {
             return bad("tensor_parallel", "0".into(), "at least 1 was expected");
         }
@@ -110,7 +127,7 @@ impl Start {
     }
 
     /// The command line of a server on `port`, with the worker's plug-in in `plugin`.
-    pub(super) fn command(&self, port: u16, plugin: &Path) -> ServerCommand {
+    pub(super) fn command(&self, port: u16, route: TokenRoute, plugin: &Path) -> ServerCommand {
         let mut command = ServerCommand::new("vLLM", &self.program);
         command.log = self.log.clone();
         command.key = self.key.clone();
@@ -122,7 +139,10 @@ impl Start {
             .arg("--port")
             .arg(port.to_string());
         // Without it, the model folder's own settings change what a request leaves out, and add stop tokens.
-        command.arg("--generation-config").arg("vllm").arg("--enable-scale-out");
+        command.arg("--generation-config").arg("vllm");
+        if route == TokenRoute::Asked {
+            command.arg(SCALE_OUT);
+        }
         let mut option = |name: &str, value: Option<String>| {
             if let Some(value) = value {
                 command.arg(name).arg(value);
@@ -146,6 +166,12 @@ impl Start {
         option("--worker-extension-cls", Some("lightrft_vllm.Extension".to_owned()));
         if matches!(self.driver.transfer, Transfer::SharedMemory { .. }) {
             option("--weight-transfer-config", Some(r#"{"backend":"lightrft"}"#.to_owned()));
+        }
+        #[cfg(feature = "cuda")]
+        if matches!(self.driver.transfer, Transfer::CudaIpc { .. }) {
+            command.arg("--weight-transfer-config").arg(r#"{"backend":"ipc"}"#);
+            // Handles of GPU memory come as pickles.
+            command.variable("VLLM_ALLOW_INSECURE_SERIALIZATION", "1");
         }
         if self.sleep_mode {
             command.arg("--enable-sleep-mode");
@@ -275,5 +301,16 @@ pub enum Transfer {
     SharedMemory {
         /// Where the files are made, and removed again; `/dev/shm` if it is not said.
         folder: Option<PathBuf>,
+    },
+    /// Bucket by bucket through memory of a GPU that both sides see, without the host: CUDA IPC. Two buckets are held there
+    /// while an update lasts. Weights that lie on that GPU are copied within it, those of the host are uploaded.
+    ///
+    /// A server started here is told (`--weight-transfer-config '{"backend":"ipc"}'` and
+    /// `VLLM_ALLOW_INSECURE_SERIALIZATION=1`), one that is attached to must have been. That variable lets whoever reaches
+    /// the server's control routes run code in it: keep them to this machine. The model lies on one GPU.
+    #[cfg(feature = "cuda")]
+    CudaIpc {
+        /// The GPU's ordinal among those that this process sees; the server may count them differently.
+        gpu: usize,
     },
 }

@@ -12,16 +12,35 @@ use serde_json::json;
 use super::control::Control;
 use super::settings::Transfer;
 use super::staging::{StagingFolder, default_parent};
+#[cfg(feature = "cuda")]
+use crate::cuda::{GpuBucket, GpuBuckets};
 use crate::{Error, NamedTensor, Result};
 
 /// One way for weights. Its calls come in the order `begin`, any number of `send`, `finish`; or `abandon` at any point
 /// after `begin`, and then `begin` again.
 pub(super) trait Transport: fmt::Debug + Send {
+    /// Learns what the server is, and refuses one that this way does not reach.
+    fn meet(&mut self, _: &Control, _version: &str) -> Result<()> {
+        Ok(())
+    }
+
     /// Prepares the server, which is paused.
     fn begin(&mut self, control: &Control) -> Result<()>;
 
     /// Hands over a bucket. After an error the update cannot be finished.
     fn send(&mut self, control: &Control, bucket: &[NamedTensor<'_>]) -> Result<()>;
+
+    /// The GPU on which it takes buckets, if it does.
+    #[cfg(feature = "cuda")]
+    fn buckets(&self) -> Option<GpuBuckets> {
+        None
+    }
+
+    /// Hands over a bucket that lies on that GPU, and gives it back once the server has it.
+    #[cfg(feature = "cuda")]
+    fn send_gpu(&mut self, _: &Control, bucket: GpuBucket) -> Result<GpuBucket> {
+        Err(failed("send weights", format!("{bucket:?} where weights were expected on the host")))
+    }
 
     /// Makes the server use what was sent.
     fn finish(&mut self, control: &Control) -> Result<()>;
@@ -31,8 +50,8 @@ pub(super) trait Transport: fmt::Debug + Send {
 }
 
 /// The transport that the settings ask for.
-pub(super) fn transport(transfer: &Transfer) -> Box<dyn Transport> {
-    match transfer {
+pub(super) fn transport(transfer: &Transfer) -> Result<Box<dyn Transport>> {
+    Ok(match transfer {
         Transfer::Folder { staging } => Box::new(Folder {
             parent: staging.clone().unwrap_or_else(default_parent),
             staged: None,
@@ -44,10 +63,15 @@ pub(super) fn transport(transfer: &Transfer) -> Box<dyn Transport> {
             files: 0,
             greeted: false,
         }),
-    }
+        #[cfg(feature = "cuda")]
+        Transfer::CudaIpc { gpu } => Box::new(super::ipc::CudaIpc::new(GpuBuckets::on(*gpu)?)),
+    })
 }
 
-fn failed(operation: &'static str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+pub(super) fn failed(
+    operation: &'static str,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> Error {
     Error::Backend { engine: "vLLM", operation, source: source.into() }
 }
 
@@ -174,7 +198,7 @@ impl Transport for SharedMemory {
 /// Ends whatever update the server has open. Layers that have not got all of their parts hold on to those that came, and
 /// would take them for parts of the next update; the end of an update clears that. One that failed is over already, and
 /// takes another one to clear.
-fn clear(control: &Control) -> Result<()> {
+pub(super) fn clear(control: &Control) -> Result<()> {
     if control.post("/finish_weight_update").is_err() {
         control.post("/start_weight_update")?;
         control.post("/finish_weight_update")?;

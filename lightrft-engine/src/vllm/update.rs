@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use safetensors::Dtype;
 
+use super::control::Control;
 use super::engine::VllmEngine;
-use super::transfer::TYPES;
+use super::transfer::{TYPES, Transport};
 use crate::transfer::Checksums;
 use crate::{Error, Event, NamedTensor, Result, Update, Version};
 
@@ -29,25 +30,42 @@ impl<'a> VllmUpdate<'a> {
     }
 
     /// Refuses what the model does not have, as far as it is known.
-    fn check(&self, tensor: &NamedTensor<'_>) -> Result<()> {
-        let name = || tensor.name().to_owned();
-        let floats = matches!(tensor.dtype(), Dtype::F32 | Dtype::BF16 | Dtype::F16);
+    fn check(&self, name: &str, got: Dtype, shape: &[usize]) -> Result<()> {
+        let named = || name.to_owned();
         let parameters = &self.engine.model().parameters;
-        match parameters.get(tensor.name()) {
-            None if !parameters.is_empty() => return Err(Error::UnknownTensor { name: name() }),
-            Some(shape) if shape != tensor.shape() => {
-                let (got, expected) = (tensor.shape().to_vec(), shape.clone());
-                return Err(Error::Shape { name: name(), got, expected });
+        match parameters.get(name) {
+            None if !parameters.is_empty() => return Err(Error::UnknownTensor { name: named() }),
+            Some(expected) if expected != shape => {
+                let (got, expected) = (shape.to_vec(), expected.clone());
+                return Err(Error::Shape { name: named(), got, expected });
             }
             _ => {}
         }
-        if !floats {
-            return Err(Error::Dtype { name: name(), got: tensor.dtype(), expected: TYPES });
+        if !matches!(got, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
+            return Err(Error::Dtype { name: named(), got, expected: TYPES });
         }
-        if self.pushed.contains(tensor.name()) {
-            return Err(Error::RepeatedTensor { name: name() });
+        if self.pushed.contains(name) {
+            return Err(Error::RepeatedTensor { name: named() });
         }
         Ok(())
+    }
+
+    /// Refuses a bucket that cannot be taken whole; returns its names.
+    fn check_all<'t>(
+        &self,
+        tensors: impl Iterator<Item = (&'t str, Dtype, &'t [usize])>,
+    ) -> Result<BTreeSet<String>> {
+        let mut taken = BTreeSet::new();
+        for (name, dtype, shape) in tensors {
+            self.check(name, dtype, shape)?;
+            if !taken.insert(name.to_owned()) {
+                return Err(Error::RepeatedTensor { name: name.to_owned() });
+            }
+        }
+        if self.broken {
+            return Err(broken());
+        }
+        Ok(taken)
     }
 
     /// Names that were not pushed, and how many there are in all.
@@ -62,8 +80,8 @@ impl<'a> VllmUpdate<'a> {
         (missing, total)
     }
 
-    fn push_all(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()> {
-        let sent = self.engine.with_transport(|transport, control| transport.send(control, bucket));
+    fn send<T>(&mut self, call: impl FnOnce(&mut dyn Transport, &Control) -> Result<T>) -> Result<T> {
+        let sent = self.engine.with_transport(call);
         self.broken = sent.is_err();
         sent
     }
@@ -84,22 +102,22 @@ fn missing_parts(names: &BTreeSet<String>) -> Vec<String> {
 
 impl Update for VllmUpdate<'_> {
     fn push(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()> {
-        let mut taken = BTreeSet::new();
-        for tensor in bucket {
-            self.check(tensor)?;
-            if !taken.insert(tensor.name().to_owned()) {
-                return Err(Error::RepeatedTensor { name: tensor.name().to_owned() });
-            }
-        }
-        if self.broken {
-            return Err(broken());
-        }
-        self.push_all(bucket)?;
+        let mut taken = self.check_all(bucket.iter().map(|t| (t.name(), t.dtype(), t.shape())))?;
+        self.send(|transport, control| transport.send(control, bucket))?;
         if let Some(checksums) = &mut self.checksums {
             bucket.iter().for_each(|tensor| checksums.add(tensor));
         }
         self.pushed.append(&mut taken);
         Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn push_gpu(&mut self, bucket: crate::cuda::GpuBucket) -> Result<crate::cuda::GpuBucket> {
+        let tensors = bucket.tensors().iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice()));
+        let mut taken = self.check_all(tensors)?;
+        let bucket = self.send(|transport, control| transport.send_gpu(control, bucket))?;
+        self.pushed.append(&mut taken);
+        Ok(bucket)
     }
 
     fn commit(mut self: Box<Self>) -> Result<()> {

@@ -187,6 +187,16 @@ fn completion(reply: &Reply, choice: Choice, asked: Asked<'_>) -> Result<Complet
                 None => return Err(wrong("stopped by a text that was not asked for".to_owned())),
             }
         }
+        (Some("stop"), None) => match (tokens.last(), sampling.stop_strings.len()) {
+            // Tokens are looked at before texts.
+            (Some(token), _) if sampling.stop_tokens.contains(token) => FinishReason::Stop(*token),
+            (_, 1) => FinishReason::StopString(0),
+            (_, texts) => {
+                return Err(wrong(format!(
+                    "stopped, and this server does not say by which of {texts} texts"
+                )));
+            }
+        },
         (reason, _) => return Err(wrong(format!("finish_reason {reason:?} with an unknown stop_reason"))),
     };
     let log_probs = match asked.ask {

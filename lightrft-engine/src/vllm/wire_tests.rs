@@ -72,6 +72,35 @@ fn stop_texts_aborts_and_servers_without_versions_are_understood() {
     assert_eq!(old[1].version, Version(9));
 }
 
+/// As vLLM 0.23.0 answers: tokens of log-probabilities as text, and no word of what stopped it.
+#[test]
+fn replies_of_the_oldest_release_are_understood() {
+    let reply = |reason: &str, last: u32| {
+        let content: Vec<Value> = [169, last]
+            .map(|token| json!({"token": format!("token_id:{token}"), "logprob": -0.5, "bytes": null, "top_logprobs": []}))
+            .into();
+        let choice = |index| {
+            json!({"index": index, "logprobs": {"content": content}, "finish_reason": reason,
+                "token_ids": [169, last], "routed_experts": null})
+        };
+        json!({"request_id": "x", "choices": [choice(0), choice(1)], "prompt_logprobs": null}).to_string()
+    };
+    let found = parsed(reply("stop", 308)).unwrap().remove(1);
+    assert_eq!(
+        (found.finish, found.log_probs, found.version),
+        (FinishReason::Stop(308), vec![-0.5; 2], Version(9))
+    );
+    assert_eq!(parsed(reply("length", 7)).unwrap()[0].finish, FinishReason::Length);
+    assert_eq!(parsed(reply("abort", 7)).unwrap()[0].finish, FinishReason::Aborted);
+    let error = parsed(reply("stop", 7)).unwrap_err();
+    assert!(error.to_string().contains("2 texts"), "{error}");
+    let mut one = request();
+    one.sampling.stop_strings.truncate(1);
+    let found = completions(&Reply::of(reply("stop", 7).into_bytes()), asked(&one)).unwrap();
+    assert_eq!(found[0].finish, FinishReason::StopString(0));
+    assert!(parsed(reply("stop", 308).replacen("token_id:169", "token_id:168", 1)).is_err());
+}
+
 #[test]
 fn a_greedy_completion_is_given_as_often_as_it_is_wanted() {
     let request = Request::new([1], Sampling::greedy(3)).samples(4);

@@ -12,9 +12,28 @@ use super::http::{Answer, Asked, HttpServer};
 
 const VOCABULARY: u64 = 32;
 
+/// Memory of a GPU that the fake shares with a test, by the handles that it was exported by.
+pub(crate) type GpuMemory = Arc<Mutex<BTreeMap<Vec<u8>, Vec<u8>>>>;
+
+/// Which vLLM it behaves like.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) enum Release {
+    /// 0.23.0.
+    Old,
+    /// 0.32.0.
+    #[default]
+    New,
+}
+
 /// Where the fake stands.
 #[derive(Debug, Default)]
 pub(crate) struct Fake {
+    pub(crate) release: Release,
+    pub(crate) gpu: GpuMemory,
+    /// The GPU that its workers say they are on.
+    pub(crate) gpu_uuid: Option<String>,
+    /// Its `ipc` backend was told so at its beginning.
+    packed: bool,
     weights: BTreeMap<String, Vec<u8>>,
     staged: BTreeMap<String, Vec<u8>>,
     pub(crate) version: String,
@@ -30,6 +49,8 @@ pub(crate) struct Fake {
     pub(crate) healthy: bool,
     /// Every update that comes changes a bit of this parameter.
     pub(crate) spoils: Option<&'static str>,
+    /// As `instead`, once so many others were answered.
+    later: Vec<(&'static str, usize, Answer)>,
 }
 
 /// The fake, what it does, and the folder of its model.
@@ -88,6 +109,12 @@ impl FakeVllm {
         self.fake.lock().unwrap().instead.push((path, times, answer));
     }
 
+    /// Answers so, once, after `others` of a path that begins with `path` were answered as usual.
+    #[allow(dead_code)]
+    pub(crate) fn after(&self, path: &'static str, others: usize, answer: Answer) {
+        self.fake.lock().unwrap().later.push((path, others, answer));
+    }
+
     pub(crate) fn folder(&self) -> PathBuf {
         self.folder.path().to_owned()
     }
@@ -101,14 +128,26 @@ impl Fake {
             *times -= 1;
             return answer.clone();
         }
+        if let Some(at) = self.later.iter().position(|(path, ..)| asked.path.starts_with(path)) {
+            match &mut self.later[at].1 {
+                0 => return self.later.remove(at).2,
+                others => *others -= 1,
+            }
+        }
         let ok = |value: Value| Answer::Json(200, value);
         let (path, query) = asked.path.split_once('?').unwrap_or((&asked.path, ""));
         let body = asked.json();
         match (asked.method.as_str(), path) {
             ("GET", "/health") if self.healthy => Answer::Text(200, String::new()),
             ("GET", "/health") => Answer::Text(503, String::new()),
+            ("GET", "/version") if self.release == Release::Old => ok(json!({"version": "0.23.0"})),
             ("GET", "/version") => ok(json!({"version": "0.32.0"})),
             ("GET", "/v1/models") => ok(json!({"data": [{"id": "fake", "root": root, "max_model_len": 64}]})),
+            ("GET", "/weight_info") | ("POST", "/update_weight_version" | "/abort_requests")
+                if self.release == Release::Old =>
+            {
+                Answer::Json(404, json!({"detail": "Not Found"}))
+            }
             ("GET", "/weight_info") => ok(json!({"weight_version": self.version})),
             ("GET", "/metrics") => {
                 Answer::Text(200, "vllm:generation_tokens_total{engine=\"0\"} 7.0\n".into())
@@ -136,17 +175,30 @@ impl Fake {
             }
             ("POST", "/wake_up") => {
                 self.asleep.retain(|part| !query.contains(part));
-                self.paused &= !self.asleep.is_empty();
+                self.paused &= self.release == Release::New && !self.asleep.is_empty();
                 ok(json!({"status": "awake"}))
             }
             ("POST", "/reset_prefix_cache") => {
                 self.cached = false;
-                ok(json!({"success": true}))
+                match self.release {
+                    Release::Old => Answer::Text(200, String::new()),
+                    Release::New => ok(json!({"success": true})),
+                }
             }
             ("POST", "/reset_mm_cache" | "/reset_encoder_cache") => Answer::Text(200, String::new()),
+            ("POST", "/collective_rpc") if body["method"] == "lightrft_gpu" => match &self.gpu_uuid {
+                Some(uuid) => ok(json!({"results": [uuid]})),
+                None => Self::failed("no attribute lightrft_gpu"),
+            },
             ("POST", "/collective_rpc") => self.reload(body["kwargs"]["weights_path"].as_str().unwrap()),
             ("POST", "/weight_checker") => ok(json!({"checksums": self.checksums()})),
-            ("POST", "/init_weight_transfer_engine") => ok(json!({"message": "ok"})),
+            ("POST", "/init_weight_transfer_engine") => {
+                self.packed = body["init_info"]["packed"] == true;
+                if self.packed && self.release == Release::Old {
+                    return Self::failed("__init__() got an unexpected keyword argument 'packed'");
+                }
+                ok(json!({"message": "ok"}))
+            }
             ("POST", "/start_weight_update") => self.start(),
             ("POST", "/update_weights") => self.update(&body["update_info"]),
             ("POST", "/finish_weight_update") => self.finish(),
@@ -177,6 +229,9 @@ impl Fake {
         if !self.updating {
             return Self::failed("start_weight_update must be called before update_weights");
         }
+        if let Some(pickle) = info["ipc_handles_pickled"].as_str() {
+            return self.update_from_gpu(info, pickle);
+        }
         let file = std::fs::read(info["file"].as_str().unwrap()).unwrap();
         self.rule(file.len() as u64 == info["bytes"].as_u64().unwrap(), "a file of another length");
         let names = info["names"].as_array().unwrap();
@@ -188,6 +243,47 @@ impl Fake {
             let begin = info["offsets"][at].as_u64().unwrap() as usize;
             self.staged.insert(name, file[begin..begin + 4 * elems as usize].to_vec());
         }
+        Answer::Json(200, json!({"message": "ok"}))
+    }
+
+    /// As the `ipc` backend does: tensors back to back from where the pickle says.
+    fn update_from_gpu(&mut self, info: &Value, pickle: &str) -> Answer {
+        use base64::Engine as _;
+        let told = match self.release {
+            Release::Old => info["packed"] == true,
+            Release::New => self.packed && info["packed"].is_null(),
+        };
+        if !told {
+            self.updating = false;
+            return Self::failed("packed was told where this release does not look for it");
+        }
+        let pickle = base64::engine::general_purpose::STANDARD.decode(pickle).unwrap();
+        let text = String::from_utf8_lossy(&pickle);
+        self.rule(text.contains(self.gpu_uuid.as_deref().unwrap_or("-")), "a handle of another GPU");
+        // The handle, the bytes of the storage, where it begins in the allocation.
+        let mark = b"B\x40\0\0\0";
+        let at = pickle.windows(mark.len()).position(|window| window == mark).unwrap() + mark.len();
+        let (handle, rest) = pickle[at..].split_at(64);
+        let number = |at: usize| {
+            assert_eq!(rest[at], b'J');
+            u32::from_le_bytes(rest[at + 1..at + 5].try_into().unwrap()) as usize
+        };
+        let (bytes, begin) = (number(0), number(5));
+        let Some(memory) = self.gpu.lock().unwrap().get(handle).cloned() else {
+            self.rule(false, "memory that is not there any more");
+            self.updating = false;
+            return Self::failed("CUDA error: invalid resource handle");
+        };
+        let storage = &memory[begin..begin + bytes];
+        let mut offset = 0;
+        for (name, size) in
+            info["names"].as_array().unwrap().iter().zip(info["tensor_sizes"].as_array().unwrap())
+        {
+            let size = size.as_u64().unwrap() as usize;
+            self.staged.insert(name.as_str().unwrap().to_owned(), storage[offset..offset + size].to_vec());
+            offset += size;
+        }
+        self.rule(offset == bytes, "a storage of another length than its tensors");
         Answer::Json(200, json!({"message": "ok"}))
     }
 
@@ -271,16 +367,27 @@ impl Fake {
                 }
             }
             let log_prob = -(VOCABULARY as f64).ln();
-            let content: Vec<Value> =
-                tokens.iter().map(|t| json!({"token_id": t, "logprob": log_prob})).collect();
-            json!({
+            let old = self.release == Release::Old;
+            let token_log_prob = |token: &u64| match old {
+                true => json!({"token": format!("token_id:{token}"), "logprob": log_prob}),
+                false => json!({"token_id": token, "logprob": log_prob}),
+            };
+            let content: Vec<Value> = tokens.iter().map(token_log_prob).collect();
+            let mut choice = json!({
                 "index": index,
                 "finish_reason": if reason.is_null() { "length" } else { "stop" },
                 "stop_reason": reason,
                 "token_ids": tokens,
                 "logprobs": if sampling["logprobs"].is_null() { json!(null) } else { json!({"content": content}) },
                 "weight_versions": [{"version": self.version, "start": 0, "end": tokens.len()}],
-            })
+            });
+            if old {
+                choice
+                    .as_object_mut()
+                    .unwrap()
+                    .retain(|key, _| !["stop_reason", "weight_versions"].contains(&key.as_str()));
+            }
+            choice
         };
         let choices: Vec<Value> = (0..number("n")).map(choice).collect();
         Answer::Json(200, json!({"request_id": body["request_id"], "choices": choices}))

@@ -1,0 +1,292 @@
+//! Weights through GPU memory, with a stand-in for the GPU and a server that keeps vLLM's rules.
+
+#[path = "../../tests/servers/mod.rs"]
+#[allow(dead_code)] // it serves other tests too
+mod servers;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
+
+use lightrft_collectives::Device;
+use servers::http::Answer;
+use servers::vllm::{FakeVllm, GpuMemory as Shared, Release};
+
+use super::*;
+use crate::cuda::Card;
+use crate::testing::{Subject, TensorBytes, conformance};
+use crate::vllm::{Attach, Transfer, VllmEngine};
+use crate::{Dtype, Engine, EngineExt, Identity, Request, Sampling, State, TensorSlice, Version};
+
+const UUID: [u8; 16] = [0xab; 16];
+
+/// Memory that the server finds by its handle, as long as it lives, and that notes what becomes of it.
+#[derive(Debug, Default)]
+struct StandIn {
+    shared: Shared,
+    made: AtomicU8,
+    /// What happened, in order, with the number of the buffer.
+    log: Arc<Mutex<Vec<(&'static str, u8)>>>,
+}
+
+#[derive(Debug)]
+struct Buffer {
+    shared: Shared,
+    log: Arc<Mutex<Vec<(&'static str, u8)>>>,
+    number: u8,
+    /// Not there for others before it has settled.
+    pending: Vec<(usize, Vec<u8>)>,
+    bytes: usize,
+}
+
+impl Card for StandIn {
+    fn uuid(&self) -> [u8; 16] {
+        UUID
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Box<dyn GpuMemory>> {
+        let number = self.made.fetch_add(1, Ordering::SeqCst);
+        let (shared, log) = (self.shared.clone(), self.log.clone());
+        shared.lock().unwrap().insert(vec![number; 64], vec![0; bytes]);
+        log.lock().unwrap().push(("made", number));
+        Ok(Box::new(Buffer { shared, log, number, pending: Vec::new(), bytes }))
+    }
+}
+
+impl GpuMemory for Buffer {
+    fn uuid(&self) -> [u8; 16] {
+        UUID
+    }
+
+    fn handle(&self) -> [u8; 64] {
+        [self.number; 64]
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn upload(&mut self, at: usize, from: &[u8]) -> Result<()> {
+        // What the last one was taken from is worth nothing from now on.
+        if self.pending.is_empty() {
+            self.shared.lock().unwrap().get_mut(&vec![self.number; 64]).unwrap().fill(0xee);
+        }
+        self.pending.push((at, from.to_vec()));
+        Ok(())
+    }
+
+    fn copy(&mut self, _: usize, _: &Device<'_>) -> Result<()> {
+        Err(failed("copy", "there is no GPU"))
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        let mut shared = self.shared.lock().unwrap();
+        let memory = shared.get_mut(&vec![self.number; 64]).unwrap();
+        for (at, from) in self.pending.drain(..) {
+            memory[at..at + from.len()].copy_from_slice(&from);
+        }
+        self.log.lock().unwrap().push(("settled", self.number));
+        Ok(())
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.shared.lock().unwrap().remove(&vec![self.number; 64]);
+        self.log.lock().unwrap().push(("freed", self.number));
+    }
+}
+
+fn uuid() -> String {
+    GpuUuid(UUID).to_string()
+}
+
+fn engine(fake: &FakeVllm, release: Release) -> (VllmEngine, Arc<StandIn>) {
+    let card = Arc::new(StandIn::default());
+    let mut state = fake.fake.lock().unwrap();
+    (state.gpu, state.gpu_uuid, state.release) = (card.shared.clone(), Some(uuid()), release);
+    drop(state);
+    let transport = Box::new(CudaIpc::new(GpuBuckets::of(card.clone())));
+    (VllmEngine::attach_with(&Attach::new(fake.server.url()), transport).unwrap(), card)
+}
+
+fn weights(seed: u64) -> Vec<TensorBytes> {
+    let crates_own = |t: lightrft_engine::testing::TensorBytes| TensorBytes {
+        name: t.name,
+        dtype: t.dtype,
+        shape: t.shape,
+        bytes: t.bytes,
+    };
+    servers::vllm::weights(seed).into_iter().map(crates_own).collect()
+}
+
+fn greedy(engine: &mut VllmEngine) -> Vec<u32> {
+    engine.complete(&[Request::new([1, 2, 3], Sampling::greedy(4))]).unwrap().remove(0).tokens
+}
+
+/// What a server draws from these weights, which it was given another way.
+fn drawn_from(weights: &[TensorBytes]) -> Vec<u32> {
+    let fake = FakeVllm::new();
+    let mut attach = Attach::new(fake.server.url());
+    attach.driver.transfer = Transfer::Folder { staging: Some(fake.folder()) };
+    let mut engine = VllmEngine::attach(&attach).unwrap();
+    replace(&mut engine, 1, weights).unwrap();
+    greedy(&mut engine)
+}
+
+/// Bucket by bucket from the caller's own memory.
+fn replace(engine: &mut VllmEngine, to: u64, weights: &[TensorBytes]) -> Result<()> {
+    let views: Vec<_> = weights.iter().map(|t| t.view().unwrap()).collect();
+    engine.replace_weights(Version(to), &views, 100)
+}
+
+/// Gathered into buckets that lie on the GPU.
+fn gather(engine: &mut VllmEngine, to: u64, weights: &[TensorBytes]) -> Result<()> {
+    let views: Vec<_> = weights.iter().map(|t| t.view().unwrap()).collect();
+    engine.update_from(Version(to), &mut TensorSlice::new(&views), &Identity, 100).map(drop)
+}
+
+type Way = fn(&mut VllmEngine, u64, &[TensorBytes]) -> Result<()>;
+const WAYS: [Way; 2] = [replace, gather];
+
+#[test]
+fn the_driver_keeps_the_contract_of_an_engine_with_weights_through_gpu_memory() {
+    for release in [Release::Old, Release::New] {
+        let fakes = std::cell::RefCell::new(Vec::new());
+        conformance(|| {
+            let fake = FakeVllm::new();
+            let (engine, card) = engine(&fake, release);
+            fakes.borrow_mut().push((fake, card));
+            Subject { engine: Box::new(engine), weights: weights(1) }
+        });
+        for (fake, card) in fakes.into_inner() {
+            assert_eq!(fake.broken(), Vec::<String>::new());
+            assert!(card.shared.lock().unwrap().is_empty(), "GPU memory is left: {card:?}");
+        }
+    }
+}
+
+#[test]
+fn weights_arrive_by_two_buffers_in_turns_and_these_are_freed_at_the_end() {
+    let (first, second) = (weights(1), weights(2));
+    let expected = [drawn_from(&first), drawn_from(&second)];
+    assert_ne!(expected[0], expected[1]);
+    for (way, release) in WAYS.into_iter().zip([Release::New, Release::Old]) {
+        let fake = FakeVllm::new();
+        let (mut engine, card) = engine(&fake, release);
+        way(&mut engine, 1, &first).unwrap();
+        assert_eq!(greedy(&mut engine), expected[0]);
+        card.log.lock().unwrap().clear();
+        way(&mut engine, 2, &second).unwrap();
+        assert_eq!(greedy(&mut engine), expected[1]);
+        assert_eq!(fake.broken(), Vec::<String>::new());
+        let log = card.log.lock().unwrap().clone();
+        let of = |what| log.iter().filter(|(w, _)| *w == what).map(|(_, n)| *n).collect::<Vec<_>>();
+        let settled = of("settled");
+        assert!(settled.len() >= 3, "{log:?}");
+        assert!(settled.windows(2).all(|pair| pair[0] != pair[1]), "one buffer twice in a row: {log:?}");
+        let (mut made, mut freed) = (of("made"), of("freed"));
+        (made.sort_unstable(), freed.sort_unstable());
+        assert_eq!(made, freed);
+    }
+}
+
+#[test]
+fn a_buffer_is_not_touched_before_the_server_has_answered() {
+    // Memory whose call had no reply is kept until the server has answered to another: it may be reading still.
+    let fake = FakeVllm::new();
+    let (mut engine, card) = engine(&fake, Release::New);
+    let slow = weights(3);
+    fake.instead("/update_weights", 1, Answer::Hang);
+    let attach_within = std::time::Duration::from_millis(300);
+    engine.patience(attach_within);
+    for way in WAYS {
+        let error = way(&mut engine, 1, &slow).unwrap_err();
+        assert!(matches!(error, Error::Server(_) | Error::Backend { .. }), "{error}");
+        assert!(matches!(engine.state(), State::Stale { .. }), "{}", engine.state());
+        engine.patience(std::time::Duration::from_secs(60));
+        way(&mut engine, 2, &slow).unwrap();
+        assert_eq!(greedy(&mut engine), drawn_from(&slow));
+        assert_eq!(fake.broken(), Vec::<String>::new());
+        fake.instead("/update_weights", 1, Answer::Hang);
+        engine.patience(attach_within);
+    }
+    drop(engine);
+    assert!(card.shared.lock().unwrap().is_empty(), "{card:?}");
+}
+
+#[test]
+fn an_update_that_fails_anywhere_leaves_it_stale_and_the_next_mends_it() {
+    let new = weights(1);
+    let expected = drawn_from(&new);
+    let paths = ["/start_weight_update", "/update_weights", "/finish_weight_update"];
+    for (way, path, before) in WAYS
+        .into_iter()
+        .flat_map(|way| paths.into_iter().flat_map(move |path| [0, 1].map(|before| (way, path, before))))
+    {
+        let fake = FakeVllm::new();
+        let (mut engine, card) = engine(&fake, Release::New);
+        way(&mut engine, 1, &weights(0)).unwrap();
+        let bad = Answer::Json(500, serde_json::json!({"error": {"message": "Worker failed"}}));
+        if before == 1 && path == "/update_weights" {
+            // The last of the buckets, which nobody waits for by pushing another.
+            let buckets = fake.server.asked().iter().filter(|asked| asked.path == path).count();
+            fake.after(path, buckets - 1, bad);
+        } else {
+            fake.instead(path, 1, bad);
+        }
+        way(&mut engine, 2, &new).unwrap_err();
+        assert!(matches!(engine.state(), State::Stale { .. }), "{path}: {}", engine.state());
+        way(&mut engine, 3, &new).unwrap();
+        assert_eq!(greedy(&mut engine), expected, "{path}");
+        assert_eq!(fake.broken(), Vec::<String>::new(), "{path}");
+        drop(engine);
+        assert!(card.shared.lock().unwrap().is_empty(), "{path}: {card:?}");
+    }
+}
+
+#[test]
+fn a_server_on_another_gpu_is_refused_before_anything_is_sent() {
+    let fake = FakeVllm::new();
+    fake.fake.lock().unwrap().gpu_uuid = Some("00000000-0000-0000-0000-000000000000".to_owned());
+    let card = Arc::new(StandIn::default());
+    let transport = Box::new(CudaIpc::new(GpuBuckets::of(card)));
+    let error = VllmEngine::attach_with(&Attach::new(fake.server.url()), transport).unwrap_err();
+    assert!(
+        matches!(&error, Error::Settings { field: "transfer", value, .. } if value.contains(&uuid())),
+        "{error}"
+    );
+    assert!(!fake.server.asked().iter().any(|asked| asked.path.contains("weight_transfer")));
+}
+
+#[test]
+fn without_a_gpu_the_error_says_what_to_do() {
+    let mut attach = Attach::new("http://127.0.0.1:1");
+    // No machine has as many.
+    attach.driver.transfer = Transfer::CudaIpc { gpu: 4096 };
+    let error = VllmEngine::attach(&attach).unwrap_err();
+    assert!(matches!(&error, Error::Gpu { ordinal: 4096, .. }), "{error}");
+    assert!(error.to_string().contains("another way"), "{error}");
+    let mut start = crate::vllm::Start::new("/no/such/model");
+    (start.driver.transfer, start.tensor_parallel) = (Transfer::CudaIpc { gpu: 0 }, 2);
+    let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(matches!(&error, Error::Settings { field: "tensor_parallel", .. }), "{error}");
+}
+
+#[test]
+fn tensors_with_a_gap_between_them_are_messages_of_their_own() {
+    let (places, bytes) = layout([6, 8, 16, 32, 3].into_iter());
+    assert_eq!((places.as_slice(), bytes), (&[0..6, 16..24, 32..48, 48..80, 80..83][..], 83));
+    assert_eq!(runs(&places), [0..1, 1..2, 2..5]);
+    assert!(runs(&[]).is_empty());
+    let card = Arc::new(StandIn::default());
+    let transport = CudaIpc::new(GpuBuckets::of(card.clone()));
+    let info = |name: &str, dtype, elems| TensorInfo { name: name.to_owned(), dtype, shape: vec![elems] };
+    let tensors = vec![info("a", Dtype::BF16, 3), info("b", Dtype::F32, 2)];
+    let (places, bytes) = layout([6, 8].into_iter());
+    let bucket = GpuBucket::new(tensors, places, card.allocate(bytes).unwrap());
+    let messages = transport.messages(&bucket).unwrap();
+    let names: BTreeMap<usize, &Value> =
+        messages.iter().map(|message| &message["update_info"]["names"]).enumerate().collect();
+    assert_eq!(names, BTreeMap::from([(0, &json!(["a"])), (1, &json!(["b"]))]));
+}
