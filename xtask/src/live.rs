@@ -1,4 +1,4 @@
-//! `cargo xtask live`: an engine's driver against real servers on the CPU, in a folder that a script made ready.
+//! `cargo xtask live`: an engine's driver against real servers, on the CPU or on a GPU, in a folder that a script made ready.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -8,15 +8,18 @@ use crate::USAGE;
 use crate::steps::command_line;
 use crate::workspace::Workspace;
 
-/// Servers that can be had, the test program for each, and a file by which a folder is known to be ready.
-const SERVERS: [(&str, &str, &str); 2] =
-    [("vllm", "live_vllm", "models/vl-b/expected.json"), ("sglang", "live_sglang", "sg/sglang/__init__.py")];
+/// Servers that can be had, the features and the test program for each, and a file by which a folder is known to be ready.
+const SERVERS: [(&str, &str, &str, &str); 3] = [
+    ("vllm", "vllm,testing", "live_vllm", "models/vl-b/expected.json"),
+    ("vllm-gpu", "vllm,cuda,testing", "live_vllm_gpu", "models/b/expected.json"),
+    ("sglang", "sglang,testing", "live_sglang", "sg/sglang/__init__.py"),
+];
 
 /// Runs the tests of the server that the first argument names, in the folder that the second names. A folder that is
 /// not ready is a failure: nobody shall take tests for passed that did not run.
 pub(crate) fn run(workspace: &Workspace, args: &[OsString]) -> ExitCode {
     let found = args.first().and_then(|name| SERVERS.into_iter().find(|(server, ..)| name == server));
-    let (Some((server, test, mark)), true) = (found, args.len() <= 2) else {
+    let (Some((server, features, test, mark)), true) = (found, args.len() <= 2) else {
         let known: Vec<_> = SERVERS.iter().map(|(server, ..)| *server).collect();
         eprintln!(
             "xtask: `live` takes a server, one of: {}; and a folder, target/live by default",
@@ -35,7 +38,7 @@ pub(crate) fn run(workspace: &Workspace, args: &[OsString]) -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut cargo = workspace.cargo();
-    cargo.args(["test", "-p", "lightrft-engine", "--features"]).arg(format!("{server},testing"));
+    cargo.args(["test", "-p", "lightrft-engine", "--features", features]);
     cargo.args(["--test", test, "--", "--ignored", "--nocapture", "--test-threads=1"]);
     cargo.env("LIGHTRFT_LIVE", &folder);
     eprintln!("live: {}", command_line(&cargo));
@@ -71,6 +74,8 @@ mod tests {
         let failed = format!("{:?}", run(&workspace, &args(&["vllm", "/no/such/folder"])));
         assert_eq!(failed, format!("{:?}", ExitCode::FAILURE));
         let usage = format!("{:?}", ExitCode::from(USAGE));
+        let failed_on_gpu = format!("{:?}", run(&workspace, &args(&["vllm-gpu", "/no/such/folder"])));
+        assert_eq!(failed_on_gpu, failed);
         for bad in [&[][..], &["nosuch"], &["vllm", "a", "b"]] {
             assert_eq!(format!("{:?}", run(&workspace, &args(bad))), usage);
         }

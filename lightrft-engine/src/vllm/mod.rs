@@ -16,9 +16,14 @@
 //! A server that was started here ends with this process, however that ends. Its weights are replaced through
 //! [`Engine::begin_update`](crate::Engine::begin_update), by a [`Transfer`].
 //!
-//! vLLM 0.23 to 0.32 are known to work; the log warns of newer ones, older ones are refused. Sleeping, waking, updates
-//! and aborting need its development routes (`VLLM_SERVER_DEV_MODE=1`), and generating needs `--enable-scale-out`: a
-//! server started here has both, one that is attached to must have been given them.
+//! vLLM 0.23 to 0.32 are supported: the oldest was run on a GPU, the newest on a CPU. The log warns of newer ones, older
+//! ones are refused. Sleeping, waking, updates and aborting need its development routes (`VLLM_SERVER_DEV_MODE=1`), and
+//! generating needs `--enable-scale-out` where there is such a flag: a server started here has both, one that is attached
+//! to must have been given them.
+//!
+//! What 0.23 lacks: pictures and films with a prompt's tokens (refused), the version of the weights that drew a completion
+//! (the driver's own count stands for it), which of several stop texts ended one (an error, if there are several), and a
+//! route to abort single requests (all of the server's are aborted).
 //!
 //! Where vLLM differs from the contract of [`Sampling`](crate::Sampling): with `min_new_tokens`, it does not draw the
 //! model's own end-of-text token before that many tokens either, be it a stop token or not.

@@ -148,15 +148,24 @@ pub(super) struct Asked<'a> {
 pub(super) fn completions(reply: &Reply, asked: Asked<'_>) -> Result<Vec<Completion>> {
     let mut choices = reply.scan(choices)?;
     choices.sort_by_key(|choice| choice.index);
-    if !choices.iter().map(|choice| choice.index).eq(0..asked.job.drawn) {
+    // Some servers leave samples out that were aborted before the others.
+    let aborted = choices.iter().any(|choice| choice.finish_reason.as_deref() == Some("abort"));
+    let subset = choices.windows(2).all(|pair| pair[0].index < pair[1].index)
+        && choices.last().is_some_and(|last| last.index < asked.job.drawn);
+    if !(aborted && subset) && !choices.iter().map(|choice| choice.index).eq(0..asked.job.drawn) {
         let found: Vec<usize> = choices.iter().map(|choice| choice.index).take(8).collect();
         return Err(reply
             .unexpected(&format!("{} choices were asked for, got {found:?}", asked.job.drawn))
             .into());
     }
-    let mut completions = Vec::with_capacity(asked.job.wanted);
+    let mut completions = asked.job.unbegun(asked.version);
+    completions.truncate(asked.job.drawn);
     for choice in choices {
-        completions.push(completion(reply, choice, asked)?);
+        let at = choice.index;
+        let found = completion(reply, choice, asked)?;
+        if let Some(place) = completions.get_mut(at) {
+            *place = found;
+        }
     }
     if let Some(first) = completions.first().cloned() {
         let more = completions.len()..asked.job.wanted;

@@ -99,6 +99,17 @@ fn replies_of_the_oldest_release_are_understood() {
     let found = completions(&Reply::of(reply("stop", 7).into_bytes()), asked(&one)).unwrap();
     assert_eq!(found[0].finish, FinishReason::StopString(0));
     assert!(parsed(reply("stop", 308).replacen("token_id:169", "token_id:168", 1)).is_err());
+    // As it answers to an abort: samples are left out.
+    let mut some: Value = serde_json::from_str(&reply("abort", 7)).unwrap();
+    some["choices"].as_array_mut().unwrap().remove(0);
+    let found = parsed(some.to_string()).unwrap();
+    let tokens: Vec<_> = found.iter().map(|c| (c.sample, c.tokens.len(), c.finish)).collect();
+    assert_eq!(tokens, [(5, 0, FinishReason::Aborted), (6, 2, FinishReason::Aborted)]);
+    some["choices"][0]["finish_reason"] = json!("length");
+    assert!(parsed(some.to_string()).is_err(), "a sample is missing that nobody aborted");
+    some["choices"][0]["finish_reason"] = json!("abort");
+    some["choices"][0]["index"] = json!(2);
+    assert!(parsed(some.to_string()).is_err(), "a sample that nobody asked for");
 }
 
 #[test]
