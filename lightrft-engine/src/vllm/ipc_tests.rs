@@ -186,7 +186,8 @@ fn weights_arrive_by_two_buffers_in_turns_and_these_are_freed_at_the_end() {
         assert!(settled.len() >= 3, "{log:?}");
         assert!(settled.windows(2).all(|pair| pair[0] != pair[1]), "one buffer twice in a row: {log:?}");
         let (mut made, mut freed) = (of("made"), of("freed"));
-        (made.sort_unstable(), freed.sort_unstable());
+        made.sort_unstable();
+        freed.sort_unstable();
         assert_eq!(made, freed);
     }
 }
