@@ -92,11 +92,12 @@ fn an_old_server_is_driven_as_well() {
     fake.fake.lock().unwrap().release = Release::Old;
     let mut engine = attach(&fake, memory_transfer(&fake));
     let pictures = Request::new([5], Sampling::greedy(1)).with_media([Media::image(b"\x89PNG")]);
-    let error = engine.complete(&[pictures.clone()]).unwrap_err();
+    let pictures = [pictures];
+    let error = engine.complete(&pictures).unwrap_err();
     assert!(matches!(error, Error::Request { field: "media", .. }), "{error}");
     let api = json!({"components": {"schemas": {"GenerateRequest": {"properties": {"content_parts": {}}}}}});
     fake.instead("/openapi.json", 1, Answer::Json(200, api));
-    attach(&fake, memory_transfer(&fake)).complete(&[pictures]).unwrap();
+    attach(&fake, memory_transfer(&fake)).complete(&pictures).unwrap();
     // A part that is awake draws nothing before the whole is.
     engine.sleep(Level::One).unwrap();
     engine.wake(Parts::Weights).unwrap();

@@ -111,15 +111,6 @@ impl VllmEngine {
         )
     }
 
-    /// Lets its control calls take this long from now on.
-    #[cfg(all(test, feature = "cuda"))]
-    pub(super) fn patience(&mut self, within: Duration) {
-        let http = Http::new("vLLM", self.url(), self.key.clone());
-        if let Ok(http) = http {
-            self.control = Control::new(http, within);
-        }
-    }
-
     fn connect(
         control: Control,
         url: &str,

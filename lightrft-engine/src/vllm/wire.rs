@@ -148,12 +148,12 @@ pub(super) struct Asked<'a> {
 pub(super) fn completions(reply: &Reply, asked: Asked<'_>) -> Result<Vec<Completion>> {
     let mut choices = reply.scan(choices)?;
     choices.sort_by_key(|choice| choice.index);
+    let whole = choices.iter().map(|choice| choice.index).eq(0..asked.job.drawn);
     // Some servers leave samples out that were aborted before the others.
-    let aborted = choices.iter().any(|choice| choice.finish_reason.as_deref() == Some("abort"));
-    let some_of_them = choices.windows(2).all(|pair| pair[0].index < pair[1].index)
+    let left_out = choices.iter().any(|choice| choice.finish_reason.as_deref() == Some("abort"))
+        && choices.windows(2).all(|pair| pair[0].index < pair[1].index)
         && choices.last().is_some_and(|last| last.index < asked.job.drawn);
-    let enough = aborted || choices.len() == asked.job.drawn;
-    if !some_of_them || !enough {
+    if !whole && !left_out {
         let found: Vec<usize> = choices.iter().map(|choice| choice.index).take(8).collect();
         return Err(reply
             .unexpected(&format!("{} choices were asked for, got {found:?}", asked.job.drawn))
