@@ -81,7 +81,7 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_mends_itself() {
         let elems = ((free(&stream) - leave) / 4) as usize;
         DeviceMemory::zeroed::<f32>(&stream, elems).unwrap()
     };
-    let give_back = |memory: DeviceMemory| {
+    let give_back = |memory: Vec<DeviceMemory>| {
         drop(memory);
         assert!(stream.wait(std::time::Duration::from_secs(60)).unwrap());
         // An engine that falls asleep hands the system all that was freed in this process.
@@ -99,7 +99,7 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_mends_itself() {
         other => panic!("{other:?}"),
     }
     println!("{error}");
-    give_back(others);
+    give_back(vec![others]);
 
     // Weights that are there, and no memory for a step or the cache.
     let mut engine = engine(&config, 3, Settings { cache_bytes: Some(64 << 30), ..on_gpu() });
@@ -113,8 +113,7 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_mends_itself() {
     let error = engine.wake(Parts::All).unwrap_err();
     assert!(matches!(error, Error::GpuMemory { .. }), "{error:?}");
     assert!(engine.memory_bytes().unwrap().parked > 0, "it sleeps on, with its weights");
-    give_back(others);
-    give_back(more);
+    give_back(vec![others, more]);
     engine.wake(Parts::All).unwrap();
     engine.complete(&[request()]).unwrap();
 }

@@ -1,6 +1,8 @@
 //! One step through the decoder on a GPU
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
+
 use lightrft_collectives::Result as DriverResult;
 use lightrft_collectives::nccl::Stream;
 use lightrft_collectives::nccl::driver::{Argument, Kernel};
@@ -8,6 +10,7 @@ use lightrft_collectives::nccl::driver::{Argument, Kernel};
 use super::super::step::{Forward, Step};
 use super::Gpu;
 use super::blas::{Product, WORKSPACE_BYTES};
+use super::graph::Graph;
 use super::memory::{Block, Pinned, failed, wait};
 use super::shape::{LayerPlan, Shape};
 use crate::Result;
@@ -16,7 +19,7 @@ use crate::Result;
 pub(in super::super) const STEP_COLUMNS: usize = 2048;
 
 /// Columns of every product; the last one of a step is filled up.
-pub(super) const WIDTH: usize = 128;
+pub(super) const WIDTH: usize = 256;
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -35,13 +38,29 @@ pub(super) struct Work {
     turns: Block,
     /// Logits of [`WIDTH`] columns.
     logits: Block,
-    /// The numbers of a step: pages, tokens, positions, tables, wanted columns.
+    /// The numbers of a step: tokens, positions, tables, wanted columns, pages.
     numbers: Block,
+    /// The page of columns that only fill a step up.
+    spare_page: Block,
+    /// The layers of steps of so many columns, with the weights and the memory of now.
+    graphs: BTreeMap<usize, Recorded>,
+    /// Where the weights of the graphs begin.
+    weights: u64,
     staged: Pinned,
     /// Logits of all wanted columns.
     on_host: Pinned,
     frequencies: Block,
     workspace: Block,
+}
+
+/// What is known of a number of columns.
+#[derive(Debug)]
+enum Recorded {
+    /// It was computed: all that is loaded at first use is loaded.
+    Once,
+    Ready(Graph),
+    /// It could not be recorded.
+    Never,
 }
 
 /// Where the numbers of a step lie.
@@ -70,6 +89,9 @@ impl Work {
             turns: none()?,
             logits: Block::zeroed(stream, (WIDTH * gpu.shape.vocabulary * 4) as u64, "memory for logits")?,
             numbers: none()?,
+            spare_page: Block::zeroed(stream, gpu.cache.page_bytes(), "memory for a step")?,
+            graphs: BTreeMap::new(),
+            weights: 0,
             staged: Pinned::new(stream, 0)?,
             on_host: Pinned::new(stream, 0)?,
             frequencies,
@@ -91,6 +113,7 @@ impl Work {
             *old = Block::zeroed(stream, 0, "memory for a step")?;
         }
         self.columns = 0;
+        self.graphs.clear();
         self.residual = block(shape.hidden, 4)?;
         let widest = shape.hidden.max(shape.queries()).max(shape.inner);
         self.x = block(widest, shape.elements.bytes())?;
@@ -126,11 +149,15 @@ impl<'a> GpuForward<'a> {
         // SAFETY: it is freed in the order of the stream, and named anew before the next product.
         unsafe { gpu.blas.use_workspace(&work.workspace) }
             .map_err(failed(&gpu.stream, "naming memory for products"))?;
+        if work.weights != weights {
+            work.graphs.clear();
+            work.weights = weights;
+        }
         Ok(Self { gpu, work, weights, most_pages })
     }
 
-    /// Takes memory, and gives the GPU the numbers of the step.
-    fn prepare(&mut self, step: &Step<'_>) -> Result<Numbers> {
+    /// Takes memory, and gives the GPU the numbers of the step, filled up to `filled` columns and as many wanted ones.
+    fn prepare(&mut self, step: &Step<'_>, filled: usize) -> Result<Numbers> {
         let Gpu { stream, cache, shape, .. } = &mut *self.gpu;
         cache.grow(stream, step.pages, self.most_pages)?;
         for (from, to) in step.copies {
@@ -141,39 +168,48 @@ impl<'a> GpuForward<'a> {
         }
         self.work.reserve(stream, shape, step.columns.len())?;
 
-        let pages: usize = step.tables.iter().map(|table| table.len()).sum();
-        let (columns, wanted) = (step.columns.len(), step.wanted.len());
-        let words = 2 * pages + 3 * columns + wanted;
+        // Each kind of number has room for whole products, so that it lies at the same place in many steps.
+        let room = filled.next_multiple_of(WIDTH);
+        let pages: usize = 1 + step.tables.iter().map(|table| table.len()).sum::<usize>();
+        let words = 4 * room + 2 * pages;
         ready(&mut self.work.staged, stream, 4 * words)?;
         if self.work.numbers.bytes() < 4 * words as u64 {
             let bytes = (4 * words).next_power_of_two() as u64;
+            self.work.graphs.clear();
             self.work.numbers = Block::zeroed(stream, bytes, "memory for a step")?;
         }
+        // The first page is the spare one.
         let mut starts = Vec::with_capacity(step.tables.len());
-        let mut next = 0_u32;
+        let mut next = 1_u32;
         for table in step.tables {
             starts.push(next);
             next += table.len() as u32;
         }
-        let addresses = step.tables.iter().flat_map(|table| table.iter()).flat_map(|page| {
-            let address = cache.address(*page);
+        let (numbers, addresses) = self.work.staged.words_mut().split_at_mut(4 * room);
+        // Columns that fill up are the first token of nobody.
+        numbers.fill(0);
+        for (at, column) in step.columns.iter().enumerate() {
+            numbers[at] = column.token;
+            numbers[room + at] = column.position as u32;
+            numbers[2 * room + at] = starts[column.sequence];
+        }
+        for (at, column) in step.wanted.iter().enumerate() {
+            numbers[3 * room + at] = *column as u32;
+        }
+        let used = step.tables.iter().flat_map(|table| table.iter()).map(|page| cache.address(*page));
+        let used = std::iter::once(self.work.spare_page.address()).chain(used);
+        for (to, address) in addresses.chunks_exact_mut(2).zip(used) {
             // Low word first: GPUs are little-endian.
-            [address as u32, (address >> 32) as u32]
-        });
-        let numbers = addresses
-            .chain(step.columns.iter().map(|column| column.token))
-            .chain(step.columns.iter().map(|column| column.position as u32))
-            .chain(step.columns.iter().map(|column| starts[column.sequence]))
-            .chain(step.wanted.iter().map(|column| *column as u32));
-        self.work.staged.words_mut().iter_mut().zip(numbers).for_each(|(to, number)| *to = number);
+            to.copy_from_slice(&[address as u32, (address >> 32) as u32]);
+        }
         self.work.numbers.write_pinned(&mut self.work.staged, 4 * words)?;
         let at = |words: usize| self.work.numbers.address() + 4 * words as u64;
         Ok(Numbers {
-            pages: at(0),
-            tokens: at(2 * pages),
-            positions: at(2 * pages + columns),
-            tables: at(2 * pages + 2 * columns),
-            wanted: at(2 * pages + 3 * columns),
+            tokens: at(0),
+            positions: at(room),
+            tables: at(2 * room),
+            wanted: at(3 * room),
+            pages: at(4 * room),
         })
     }
 
@@ -181,13 +217,52 @@ impl<'a> GpuForward<'a> {
         Pass { gpu: self.gpu, work: self.work, weights: self.weights, numbers, columns }
     }
 
+    /// Enqueues the layers for so many columns, all of them wanted: kernel by kernel at first, as one graph later.
+    fn again(&mut self, numbers: Numbers, filled: usize) -> DriverResult<()> {
+        let pass = self.pass(numbers, filled);
+        let now = match self.work.graphs.get(&filled) {
+            // SAFETY: graphs are forgotten when any memory that they use is taken anew.
+            Some(Recorded::Ready(graph)) => return unsafe { graph.launch() },
+            Some(Recorded::Never) => return pass.layers(filled),
+            None => {
+                pass.layers(filled)?;
+                Recorded::Once
+            }
+            // SAFETY: the layers of a step can be computed any number of times.
+            Some(Recorded::Once) => {
+                match unsafe { Graph::record(&self.gpu.stream, || pass.layers(filled)) } {
+                    Ok(graph) => {
+                        // SAFETY: as above.
+                        unsafe { graph.launch() }?;
+                        Recorded::Ready(graph)
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, filled, "steps are enqueued kernel by kernel");
+                        pass.layers(filled)?;
+                        Recorded::Never
+                    }
+                }
+            }
+        };
+        self.work.graphs.insert(filled, now);
+        Ok(())
+    }
+
     /// Enqueues the step, and the copy of its logits.
     fn enqueue(&mut self, step: &Step<'_>) -> Result<()> {
-        let numbers = self.prepare(step)?;
-        let wanted = step.wanted.len();
-        self.pass(numbers, step.columns.len())
-            .layers(wanted)
-            .map_err(failed(&self.gpu.stream, "computing a step"))?;
+        let (columns, wanted) = (step.columns.len(), step.wanted.len());
+        let failed_at = failed(&self.gpu.stream, "computing a step");
+        let numbers = if columns <= WIDTH && wanted > 0 {
+            // Few numbers of columns, each of which is recorded.
+            let filled = columns.next_power_of_two();
+            let numbers = self.prepare(step, filled)?;
+            self.again(numbers, filled).map_err(failed_at)?;
+            numbers
+        } else {
+            let numbers = self.prepare(step, columns)?;
+            self.pass(numbers, columns).layers(wanted).map_err(failed_at)?;
+            numbers
+        };
         let row = 4 * self.gpu.shape.vocabulary;
         ready(&mut self.work.on_host, &self.gpu.stream, wanted * row)?;
         for first in (0..wanted).step_by(WIDTH) {

@@ -4,12 +4,16 @@
 //! the model then. Activations are `[column, features]`, a column for each token of a step; the residual stream and what
 //! products give are f32, what they read is of the weights' type.
 //!
+//! Steps of up to [`forward::WIDTH`] columns are filled up to a power of two and recorded as CUDA graphs, since enqueuing
+//! their kernels one by one takes longer than computing them.
+//!
 //! A column's bits do not depend on its company: products are of one width, columns that are not there filling them up, so
 //! that cuBLAS takes the same kernel for all; and the own kernels look at nothing but the column and its past.
 
 mod blas;
 mod cache;
 mod forward;
+mod graph;
 mod kernels;
 mod memory;
 mod shape;
@@ -73,7 +77,7 @@ impl Gpu {
         ))?;
         let blas = Blas::new(&stream).map_err(failed(
             "starting cuBLAS",
-            "libcublas of CUDA 12 or 13 is needed, where the loader finds it or $CUBLAS_LIB names it",
+            "libcublas of CUDA 12 or 13 is needed, where the loader finds it or $CUBLAS_LIB names it, and some memory",
         ))?;
         Ok(Self {
             plan: Plan::new(config, shape.elements),
