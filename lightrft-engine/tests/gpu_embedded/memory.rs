@@ -81,11 +81,12 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_mends_itself() {
         let elems = ((free(&stream) - leave) / 4) as usize;
         DeviceMemory::zeroed::<f32>(&stream, elems).unwrap()
     };
-    let give_back = |memory: Vec<DeviceMemory>| {
+    let mut another = engine(&crate::support::config(), 1, on_gpu());
+    let mut give_back = |memory: Vec<DeviceMemory>| {
         drop(memory);
         assert!(stream.wait(std::time::Duration::from_secs(60)).unwrap());
         // An engine that falls asleep hands the system all that was freed in this process.
-        engine(&crate::support::config(), 1, on_gpu()).sleep(Level::Two).unwrap();
+        another.sleep(Level::Two).unwrap();
     };
     // What the process takes once for libraries is taken.
     engine(&config, 3, on_gpu()).complete(&[request()]).unwrap();

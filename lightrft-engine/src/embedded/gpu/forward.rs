@@ -193,8 +193,12 @@ impl<'a> GpuForward<'a> {
             numbers[room + at] = column.position as u32;
             numbers[2 * room + at] = starts[column.sequence];
         }
-        for (at, column) in step.wanted.iter().enumerate() {
-            numbers[3 * room + at] = *column as u32;
+        // A row is normed once: those that fill up are the ones that nobody wants.
+        let mut unwanted = vec![true; filled];
+        step.wanted.iter().for_each(|column| unwanted[*column] = false);
+        let others = (0..filled).filter(|column| unwanted[*column]);
+        for (to, column) in numbers[3 * room..].iter_mut().zip(step.wanted.iter().copied().chain(others)) {
+            *to = column as u32;
         }
         let used = step.tables.iter().flat_map(|table| table.iter()).map(|page| cache.address(*page));
         let used = std::iter::once(self.work.spare_page.address()).chain(used);
@@ -228,9 +232,10 @@ impl<'a> GpuForward<'a> {
                 pass.layers(filled)?;
                 Recorded::Once
             }
-            // SAFETY: the layers of a step can be computed any number of times.
             Some(Recorded::Once) => {
-                match unsafe { Graph::record(&self.gpu.stream, || pass.layers(filled)) } {
+                // SAFETY: the layers of a step can be computed any number of times.
+                let recorded = unsafe { Graph::record(&self.gpu.stream, || pass.layers(filled)) };
+                match recorded {
                     Ok(graph) => {
                         // SAFETY: as above.
                         unsafe { graph.launch() }?;
