@@ -29,10 +29,10 @@
 //!
 //! | feature | what it adds |
 //! |---|---|
-//! | `embedded` | `embedded::EmbeddedEngine`: Llama and Qwen2 folders on candle, in this process |
+//! | `embedded` | `embedded::EmbeddedEngine`: Llama, Qwen2 and Qwen3 folders, in this process |
 //! | `vllm` | `vllm::VllmEngine`: drives a vLLM server that it starts or is pointed at |
 //! | `sglang` | `sglang::SglangEngine`: drives an `SGLang` server that it starts or is pointed at |
-//! | `cuda` | weights from GPU memory; with `vllm`, into a server on the same GPU without the host |
+//! | `cuda` | weights from GPU memory; with `vllm`, into a server on the same GPU without the host; with `embedded`, that engine on a GPU |
 //! | `testing` | `testing::ScriptedEngine`, and `testing::conformance` for any engine |
 //! | `wire` | `wire`: the bytes of vLLM's and `SGLang`'s weight messages, without torch |
 //!
