@@ -5,7 +5,7 @@ mod common;
 
 use common::{config, on_ranks, settings, write_folder};
 use lightrft_engine::embedded::{EmbeddedEngine, Settings};
-use lightrft_engine::{Completion, Engine, Request, Sampling, State, Version};
+use lightrft_engine::{Completion, DataParallel, Engine, Request, Sampling, State, Version};
 use lightrft_strategy::model::{Sequence, TokenBatch};
 use lightrft_strategy::{Strategy, StrategyConfig};
 
@@ -78,6 +78,32 @@ fn an_engine_shared_by_two_ranks_gives_each_what_its_own_engine_would() {
     let shared: Vec<Vec<_>> = run(2).iter().map(|cs| cs.iter().map(key).collect()).collect();
     assert_eq!(own, shared);
     assert!(own.iter().flatten().all(|(_, _, _, version)| *version == Version(4)));
+}
+
+#[test]
+fn replicas_behind_one_handle_give_each_rank_what_one_engine_would() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &config(serde_json::json!({})), 11);
+    let run = |replicas: usize| {
+        on_ranks(2, |world| {
+            let config = StrategyConfig { engine_tp_size: 2, ..settings(12, 6) };
+            let strategy = Strategy::with_world(config, world)?;
+            let mut actor = strategy.prepare_actor(folder.path())?;
+            let decoder = actor.model.model().decoder().config().clone();
+            let make = move |_| {
+                let engine = EmbeddedEngine::without_weights(decoder.clone(), Settings::default())?;
+                Ok(Box::new(engine) as Box<dyn Engine>)
+            };
+            let mut engine =
+                strategy.holds_engine().then(|| DataParallel::new(replicas, make)).transpose()?;
+            let mut engine = engine.as_mut().map(|e| e as &mut dyn Engine);
+            strategy.update_engine_weights(&mut actor, engine.as_deref_mut(), Version(4))?;
+            strategy.gather_and_generate(engine, &requests(strategy.rank()))
+        })
+    };
+    let one = run(1);
+    assert!(one.iter().flatten().all(|completion| completion.version == Version(4)));
+    assert_eq!(run(3), one);
 }
 
 #[test]
