@@ -34,6 +34,8 @@ pub(crate) struct Fake {
     pub(crate) gpu_uuid: Option<String>,
     /// Its `ipc` backend was told so at its beginning.
     packed: bool,
+    /// The handle of memory that it has open until the update ends.
+    mapped: Option<Vec<u8>>,
     weights: BTreeMap<String, Vec<u8>>,
     staged: BTreeMap<String, Vec<u8>>,
     pub(crate) version: String,
@@ -274,6 +276,7 @@ impl Fake {
             self.updating = false;
             return Self::failed("CUDA error: invalid resource handle");
         };
+        self.mapped = Some(handle.to_vec());
         let storage = &memory[begin..begin + bytes];
         let mut offset = 0;
         for (name, size) in
@@ -290,6 +293,10 @@ impl Fake {
     fn finish(&mut self) -> Answer {
         if !self.updating {
             return Self::failed("finish_weight_update called without a matching start_weight_update");
+        }
+        if let Some(handle) = self.mapped.take() {
+            let lives = self.gpu.lock().unwrap().contains_key(&handle);
+            self.rule(lives, "memory was freed that it had open");
         }
         self.updating = false;
         self.take();
