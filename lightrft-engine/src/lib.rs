@@ -43,6 +43,9 @@ pub mod cuda;
 mod engine;
 mod error;
 mod fleet;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod generate;
 mod lifecycle;
 mod media;

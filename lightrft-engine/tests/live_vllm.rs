@@ -1,14 +1,21 @@
 //! The vLLM driver against real servers on the CPU: `cargo xtask live vllm DIR` makes them ready in DIR and runs these.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "servers/http.rs"]
+#[allow(dead_code)]
+mod http;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use http::{Answer, Asked, HttpServer};
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
-use lightrft_engine::vllm::{Attach, Start, Transfer, VllmEngine};
+use lightrft_engine::vllm::{Attach, Start, Transfer, Verify, VllmEngine};
 use lightrft_engine::{
     Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, NamedTensor, Parts, Request, Sampling,
     ServerError, State, Version, Watch,
@@ -32,6 +39,16 @@ struct Expected {
     log_probs: Vec<f32>,
     #[serde(default)]
     image: String,
+    #[serde(default)]
+    video: Option<Film>,
+}
+
+/// The same of a prompt with a film.
+#[derive(Deserialize)]
+struct Film {
+    prompt: Vec<u32>,
+    tokens: Vec<u32>,
+    url: String,
 }
 
 fn expected(model: &str) -> Expected {
@@ -144,6 +161,7 @@ fn a_text_model() {
         replace(&mut other, "a", 2);
         is_as_transformers_says(&mut other, "a");
     });
+    step("checksums of what was sent, and of what was changed on its way", || checksums(engine));
     attach.driver.samples_per_request = 2;
     for transfer in [Transfer::SharedMemory { folder: None }, Transfer::Folder { staging: None }] {
         attach.driver.transfer = transfer.clone();
@@ -161,6 +179,93 @@ fn a_text_model() {
     step("aborted, frozen and counted from another thread", || another_thread(engine));
     step("pitfalls", || pitfalls(engine));
     step("a server killed in mid-request", || killed(engine));
+}
+
+/// Passes a call on to the server at `url`.
+fn forwarded(url: &str, asked: &Asked) -> Answer {
+    let agent: ureq::Agent =
+        ureq::Agent::config_builder().http_status_as_error(false).proxy(None).build().into();
+    let target = format!("{url}{}", asked.path);
+    let sent = match asked.method.as_str() {
+        "GET" => agent.get(target).call(),
+        _ => agent.post(target).header("Content-Type", "application/json").send(&asked.body[..]),
+    };
+    let mut reply = sent.unwrap();
+    Answer::Text(reply.status().as_u16(), reply.body_mut().read_to_string().unwrap())
+}
+
+fn checksums(engine: &mut VllmEngine) {
+    let mut attach = Attach::new(engine.url());
+    attach.driver.verify = Verify::Checksums;
+    for transfer in [Transfer::Folder { staging: None }, Transfer::SharedMemory { folder: None }] {
+        attach.driver.transfer = transfer;
+        let mut other = VllmEngine::attach(&attach).unwrap();
+        replace(&mut other, "b", 3);
+        is_as_transformers_says(&mut other, "b");
+        replace(&mut other, "a", 2);
+        is_as_transformers_says(&mut other, "a");
+    }
+    // Before the server is asked for its checksums, somebody else has it load weights that differ in one bit.
+    let spoilt = tempfile::tempdir().unwrap();
+    let mut weights = weights("a");
+    let at = weights.iter().position(|t| t.name == "model.layers.1.mlp.up_proj.weight").unwrap();
+    weights[at].bytes[4321] ^= 1;
+    let views = weights.iter().map(|t| {
+        (&t.name, safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &spoilt.path().join("model.safetensors")).unwrap();
+    let (url, spoils) = (engine.url().to_owned(), Arc::new(AtomicBool::new(false)));
+    let (path, now) = (spoilt.path().to_owned(), Arc::clone(&spoils));
+    let front = HttpServer::new(move |asked| {
+        if asked.path == "/weight_checker" && now.swap(false, Ordering::SeqCst) {
+            let body = serde_json::json!({"method": "reload_weights", "kwargs": {"weights_path": path}});
+            let reload =
+                Asked { path: "/collective_rpc".into(), body: body.to_string().into(), ..asked.clone() };
+            assert!(matches!(forwarded(&url, &reload), Answer::Text(200, _)));
+        }
+        forwarded(&url, asked)
+    });
+    attach.url = front.url();
+    let mut other = VllmEngine::attach(&attach).unwrap();
+    spoils.store(true, Ordering::SeqCst);
+    let tensors = self::weights("a");
+    let views: Vec<NamedTensor<'_>> = tensors.iter().map(|t| t.view().unwrap()).collect();
+    let error = other.replace_weights(Version(7), &views, 256 << 10).unwrap_err();
+    let expected = "model.layers.1.mlp.gate_up_proj.weight";
+    assert!(
+        matches!(&error, Error::Unequal { name, version: Version(7), .. } if name == expected),
+        "{error}"
+    );
+    assert!(matches!(other.state(), State::Stale { .. }), "{}", other.state());
+    replace(&mut other, "a", 2);
+    is_as_transformers_says(&mut other, "a");
+}
+
+#[test]
+#[ignore = "needs a real vLLM: cargo xtask live vllm DIR"]
+fn a_model_that_computes_in_bf16() {
+    let mut settings = start("a");
+    settings.dtype = Some("bfloat16".into());
+    settings.driver.verify = Verify::Checksums;
+    let engine = &mut started(&settings);
+    step("weights of f32 are there in bf16, to the last bit", || {
+        replace(engine, "b", 1);
+        replace(engine, "a", 2);
+    });
+    step("log-probabilities near those of f32", || {
+        let expected = expected("a");
+        // Of the same tokens, one after the other: where bf16 draws another token, what follows is about another text.
+        let mut worst = 0.0_f32;
+        for (at, want) in expected.log_probs.iter().enumerate() {
+            let prompt = [&expected.prompt[..], &expected.tokens[..at]].concat();
+            let completion = engine.complete(&[Request::new(prompt, Sampling::greedy(1))]).unwrap().remove(0);
+            if completion.tokens[0] == expected.tokens[at] {
+                worst = worst.max((completion.log_probs[0] - want).abs());
+            }
+        }
+        println!("  at most {worst} from those of f32");
+        assert!(worst > 0.0 && worst < 0.1, "{worst}");
+    });
 }
 
 fn sleeps(engine: &mut VllmEngine) {
@@ -347,6 +452,7 @@ fn killed(engine: &mut VllmEngine) {
 fn a_vision_model() {
     let mut settings = start("vl-a");
     settings.images_per_prompt = Some(2);
+    settings.videos_per_prompt = Some(1);
     settings.driver.log_probs = LogProbs::Processed;
     let engine = &mut started(&settings);
     step("an image prompt as transformers has it, before and after updates", || {
@@ -366,6 +472,30 @@ fn a_vision_model() {
         engine.wake(Parts::All).unwrap();
         replace(engine, "vl-a", 2);
         right(engine, "vl-a");
+    });
+    step("a film of four frames as transformers has it", || {
+        let film = expected("vl-a").video.expect("a folder made ready before there were films: make it anew");
+        let ask = |url: &str| {
+            let sampling = Sampling { log_probs: LogProbs::None, ..Sampling::greedy(film.tokens.len()) };
+            Request::new(film.prompt.clone(), sampling).with_media([Media::video_at(url)])
+        };
+        assert_eq!(engine.complete(&[ask(&film.url)]).unwrap()[0].tokens, film.tokens);
+        let (first, rest) = film.url.split_once(',').and_then(|(_, frames)| frames.split_once(',')).unwrap();
+        let backwards = format!("data:video/jpeg;base64,{rest},{first}");
+        assert_ne!(
+            engine.complete(&[ask(&backwards)]).unwrap()[0].tokens,
+            film.tokens,
+            "frames have an order"
+        );
+    });
+    step("checksums of a model with a vision tower", || {
+        let mut attach = Attach::new(engine.url());
+        attach.driver.log_probs = LogProbs::Processed;
+        (attach.driver.verify, attach.driver.transfer) =
+            (Verify::Checksums, Transfer::SharedMemory { folder: None });
+        let mut other = VllmEngine::attach(&attach).unwrap();
+        replace(&mut other, "vl-b", 3);
+        replace(&mut other, "vl-a", 4);
     });
     step("pads that do not match are refused, broken images survived", || {
         let expected = expected("vl-a");

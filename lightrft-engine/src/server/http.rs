@@ -86,7 +86,7 @@ pub(crate) struct Reply {
 
 impl Reply {
     /// These bytes, as if a server had sent them.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) fn of(bytes: Vec<u8>) -> Self {
         Self { call: Call { engine: "test", method: "POST", path: "/test".to_owned() }, bytes }
     }
@@ -322,7 +322,7 @@ fn is_loopback(uri: &Uri) -> bool {
 }
 
 /// The server's words in the reply of an error, from the shapes that vLLM, SGLang and FastAPI give it.
-fn message_in(bytes: &[u8]) -> String {
+pub(super) fn message_in(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes) else {
         return if text.trim().is_empty() { "no message".to_owned() } else { shortened(&text) };

@@ -2,6 +2,8 @@
 
 mod error;
 mod flight;
+#[cfg(feature = "testing")]
+pub(crate) mod fuzzing;
 mod http;
 mod jobs;
 mod metrics;

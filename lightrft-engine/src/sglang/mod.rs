@@ -34,6 +34,8 @@
 mod control;
 mod engine;
 mod flight;
+#[cfg(feature = "testing")]
+pub(crate) mod fuzzing;
 mod settings;
 mod update;
 mod wire;

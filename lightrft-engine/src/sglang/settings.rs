@@ -197,7 +197,8 @@ pub struct Driver {
     /// Which log-probabilities the server computes: [`LogProbs::Raw`] with `SGLANG_RETURN_ORIGINAL_LOGPROB=1`, else
     /// [`LogProbs::Processed`]. A server started here is told, one that is attached to must have been.
     pub log_probs: LogProbs,
-    /// Whether weights are read back.
+    /// Whether the server's weights are compared with those that were sent, before an update is done; they are not by
+    /// default.
     pub verify: Verify,
     /// The version of the weights that the server has at the beginning, unless it names one itself.
     pub version: Version,

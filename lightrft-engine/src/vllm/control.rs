@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::server::Http;
+use crate::server::{Http, Reply};
 use crate::{Level, Parts, ServerError, Version};
 
 type Result<T> = std::result::Result<T, ServerError>;
@@ -138,9 +138,7 @@ impl Control {
     }
 
     pub(super) fn served(&self) -> Result<Served> {
-        let reply = self.http.get("/v1/models", self.within)?;
-        let models: Models = reply.json()?;
-        models.data.into_iter().next().ok_or_else(|| reply.unexpected("no model"))
+        read_models(&self.http.get("/v1/models", self.within)?)
     }
 
     /// The version of the weights that the server names; none if it has no such notion, or was never told.
@@ -166,12 +164,7 @@ impl Control {
 
     /// Checksums of the parameters of every worker, by their names in vLLM.
     pub(super) fn checksums(&self) -> Result<Held> {
-        #[derive(Deserialize)]
-        struct Answer {
-            checksums: BTreeMap<String, String>,
-        }
-        let reply = self.http.post("/weight_checker", &json!({"action": "checksum"}), self.within)?;
-        Ok(Held::of(reply.json::<Answer>()?.checksums))
+        read_checksums(&self.http.post("/weight_checker", &json!({"action": "checksum"}), self.within)?)
     }
 
     pub(super) fn sleep(&self, level: Level) -> Result<()> {
@@ -230,6 +223,19 @@ pub(super) fn is_old(version: &str) -> bool {
 #[cfg(feature = "cuda")]
 pub(super) fn knows_packed_init(version: &str) -> bool {
     major_minor(version) != Some(OLDEST)
+}
+
+pub(super) fn read_models(reply: &Reply) -> Result<Served> {
+    let models: Models = reply.json()?;
+    models.data.into_iter().next().ok_or_else(|| reply.unexpected("no model"))
+}
+
+pub(super) fn read_checksums(reply: &Reply) -> Result<Held> {
+    #[derive(Deserialize)]
+    struct Answer {
+        checksums: BTreeMap<String, String>,
+    }
+    Ok(Held::of(reply.json::<Answer>()?.checksums))
 }
 
 fn major_minor(version: &str) -> Option<(u64, u64)> {

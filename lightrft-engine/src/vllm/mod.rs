@@ -16,6 +16,13 @@
 //! A server that was started here ends with this process, however that ends. Its weights are replaced through
 //! [`Engine::begin_update`](crate::Engine::begin_update), by a [`Transfer`].
 //!
+//! [`EngineExt::update_from`](crate::EngineExt::update_from) compares names and shapes with those of the model's
+//! safetensors files before the server is asked for anything, as far as they are on this machine ([`Attach::model`] says
+//! where, if the server's own folder is not). Names are those of the files: a trainer that calls the parts of a
+//! Qwen2.5-VL as `transformers` does maps them to an older folder's by
+//! [`Prefixes::qwen2_5_vl_to_sglang`](crate::Prefixes::qwen2_5_vl_to_sglang). A head that is tied to the embedding is
+//! not sent. With [`Verify::Checksums`] the server's weights are compared with what was sent before they are used.
+//!
 //! vLLM 0.23 to 0.32 are supported: the oldest was run on a GPU, the newest on a CPU. The log warns of newer ones, older
 //! ones are refused. Sleeping, waking, updates and aborting need its development routes (`VLLM_SERVER_DEV_MODE=1`), and
 //! generating needs `--enable-scale-out` where there is such a flag: a server started here has both, one that is attached
@@ -31,6 +38,8 @@
 mod control;
 mod engine;
 mod flight;
+#[cfg(feature = "testing")]
+pub(crate) mod fuzzing;
 #[cfg(feature = "cuda")]
 mod ipc;
 mod reply;
