@@ -120,7 +120,9 @@ const DROPPED: [&str; 4] = ["created", "request_id", "id", "permission"];
 impl Forms {
     fn new(models: &Path, shared: &Path) -> Self {
         let text = |path: &Path| path.to_str().unwrap().to_owned();
-        Self { names: vec![(text(models), "MODELS"), (text(shared), "SHARED")] }
+        // The folder that a live run was made ready in has the server's own files too.
+        let live = models.parent().unwrap();
+        Self { names: vec![(text(models), "MODELS"), (text(shared), "SHARED"), (text(live), "LIVE")] }
     }
 
     fn text(&self, text: &str) -> String {
