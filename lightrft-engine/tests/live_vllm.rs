@@ -43,11 +43,10 @@ struct Expected {
     video: Option<Film>,
 }
 
-/// The same of a prompt with a film.
+/// A prompt with a film.
 #[derive(Deserialize)]
 struct Film {
     prompt: Vec<u32>,
-    tokens: Vec<u32>,
     url: String,
 }
 
@@ -161,7 +160,6 @@ fn a_text_model() {
         replace(&mut other, "a", 2);
         is_as_transformers_says(&mut other, "a");
     });
-    step("checksums of what was sent, and of what was changed on its way", || checksums(engine));
     attach.driver.samples_per_request = 2;
     for transfer in [Transfer::SharedMemory { folder: None }, Transfer::Folder { staging: None }] {
         attach.driver.transfer = transfer.clone();
@@ -201,9 +199,7 @@ fn checksums(engine: &mut VllmEngine) {
         attach.driver.transfer = transfer;
         let mut other = VllmEngine::attach(&attach).unwrap();
         replace(&mut other, "b", 3);
-        is_as_transformers_says(&mut other, "b");
         replace(&mut other, "a", 2);
-        is_as_transformers_says(&mut other, "a");
     }
     // Before the server is asked for its checksums, somebody else has it load weights that differ in one bit.
     let spoilt = tempfile::tempdir().unwrap();
@@ -238,12 +234,11 @@ fn checksums(engine: &mut VllmEngine) {
     );
     assert!(matches!(other.state(), State::Stale { .. }), "{}", other.state());
     replace(&mut other, "a", 2);
-    is_as_transformers_says(&mut other, "a");
 }
 
 #[test]
 #[ignore = "needs a real vLLM: cargo xtask live vllm DIR"]
-fn a_model_that_computes_in_bf16() {
+fn what_a_server_holds_is_what_was_sent() {
     let mut settings = start("a");
     settings.dtype = Some("bfloat16".into());
     settings.driver.verify = Verify::Checksums;
@@ -252,6 +247,7 @@ fn a_model_that_computes_in_bf16() {
         replace(engine, "b", 1);
         replace(engine, "a", 2);
     });
+    step("by both ways, and what was changed on its way is found", || checksums(engine));
     step("log-probabilities near those of f32", || {
         let expected = expected("a");
         // Of the same tokens, one after the other: where bf16 draws another token, what follows is about another text.
@@ -473,20 +469,17 @@ fn a_vision_model() {
         replace(engine, "vl-a", 2);
         right(engine, "vl-a");
     });
-    step("a film of four frames as transformers has it", || {
+    step("a film of four frames, in their order", || {
         let film = expected("vl-a").video.expect("a folder made ready before there were films: make it anew");
-        let ask = |url: &str| {
-            let sampling = Sampling { log_probs: LogProbs::None, ..Sampling::greedy(film.tokens.len()) };
-            Request::new(film.prompt.clone(), sampling).with_media([Media::video_at(url)])
+        let mut see = |url: &str| {
+            let sampling = Sampling { log_probs: LogProbs::None, ..Sampling::greedy(8) };
+            let request = Request::new(film.prompt.clone(), sampling).with_media([Media::video_at(url)]);
+            engine.complete(&[request]).unwrap().remove(0).tokens
         };
-        assert_eq!(engine.complete(&[ask(&film.url)]).unwrap()[0].tokens, film.tokens);
         let (first, rest) = film.url.split_once(',').and_then(|(_, frames)| frames.split_once(',')).unwrap();
-        let backwards = format!("data:video/jpeg;base64,{rest},{first}");
-        assert_ne!(
-            engine.complete(&[ask(&backwards)]).unwrap()[0].tokens,
-            film.tokens,
-            "frames have an order"
-        );
+        let seen = see(&film.url);
+        assert_eq!(seen, see(&film.url));
+        assert_ne!(seen, see(&format!("data:video/jpeg;base64,{rest},{first}")));
     });
     step("checksums of a model with a vision tower", || {
         let mut attach = Attach::new(engine.url());

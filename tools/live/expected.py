@@ -1,6 +1,6 @@
 """Write what `transformers` says of a model folder's greedy completion into its expected.json.
 
-usage: expected.py MODEL...     (text models, or Qwen2.5-VL with one image, and with one film)
+usage: expected.py MODEL...     (text models, or Qwen2.5-VL with one image, and one film)
 """
 import base64
 import io
@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -33,24 +32,6 @@ def text(folder):
     return {"prompt": prompt, **greedy(net, prompt)}
 
 
-def seen(net, config, pad, grid, pixels, **more):
-    """A prompt of one pad, and the greedy completion of what stands for it."""
-    pads = int(grid.prod()) // config.vision_config.spatial_merge_size**2
-    before, after = [1, 40, 41, config.vision_start_token_id], [config.vision_end_token_id, 42, 2, 1]
-    expanded = before + [pad] * pads + after
-    kind = 1 if pad == config.image_token_id else 2
-    found = {"tokens": [], "log_probs": []}
-    for _ in range(LENGTH):
-        ids = expanded + found["tokens"]
-        with torch.no_grad():
-            out = net(input_ids=torch.tensor([ids]), **pixels, **more,
-                      mm_token_type_ids=torch.tensor([[kind * int(t == pad) for t in ids]]))
-        p = out.logits[0, -1].log_softmax(-1)
-        found["log_probs"].append(p.max().item())
-        found["tokens"].append(p.argmax().item())
-    return {"prompt": before + [pad] + after, **found}
-
-
 def encoded(image, kind):
     file = io.BytesIO()
     image.save(file, kind)
@@ -59,27 +40,39 @@ def encoded(image, kind):
 
 def vision(folder, config):
     net = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(folder)
     image = Image.new("RGB", (56, 56))
     image.putdata([(x * 4, y * 4, (x * y) % 256) for y in range(56) for x in range(56)])
-    features = processor.image_processor(images=[image], return_tensors="pt")
-    found = seen(net, config, config.image_token_id, features["image_grid_thw"], features)
-    return {**found, "image": "data:image/png;base64," + encoded(image, "PNG"), "video": film(net, processor, config)}
+    features = AutoProcessor.from_pretrained(folder).image_processor(images=[image], return_tensors="pt")
+    grid = features["image_grid_thw"]
+    pads = int(grid.prod()) // config.vision_config.spatial_merge_size**2
+    start, pad, end = config.vision_start_token_id, config.image_token_id, config.vision_end_token_id
+    before, after = [1, 40, 41], [42, 2, 1]
+    expanded = before + [start] + [pad] * pads + [end] + after
+    found = {"tokens": [], "log_probs": []}
+    for _ in range(LENGTH):
+        ids = expanded + found["tokens"]
+        with torch.no_grad():
+            out = net(input_ids=torch.tensor([ids]), pixel_values=features["pixel_values"], image_grid_thw=grid,
+                      mm_token_type_ids=torch.tensor([[int(t == pad) for t in ids]]))
+        p = out.logits[0, -1].log_softmax(-1)
+        found["log_probs"].append(p.max().item())
+        found["tokens"].append(p.argmax().item())
+    url = "data:image/png;base64," + encoded(image, "PNG")
+    return {"prompt": before + [start, pad, end] + after, "image": url, "video": film(config), **found}
 
 
-def film(net, processor, config):
-    """Four frames, as JPEG: what vLLM takes without a decoder of films, for one frame a second."""
+def film(config):
+    """A prompt with a film of four frames as JPEG, which vLLM takes without a decoder, and the pads it makes of it."""
     frames = []
     for at in range(4):
         frame = Image.new("RGB", (56, 56))
         frame.putdata([(x * 4, y * 4, 60 * at) for y in range(56) for x in range(56)])
         frames.append(encoded(frame, "JPEG"))
-    decoded = [np.asarray(Image.open(io.BytesIO(base64.b64decode(frame))).convert("RGB")) for frame in frames]
-    features = processor.video_processor(videos=[np.stack(decoded)], do_sample_frames=False, return_tensors="pt")
-    seconds = torch.tensor([processor.video_processor.temporal_patch_size / 1.0])
-    pixels = {name: features[name] for name in ("pixel_values_videos", "video_grid_thw")}
-    found = seen(net, config, config.video_token_id, features["video_grid_thw"], pixels, second_per_grid_ts=seconds)
-    return {**found, "url": "data:video/jpeg;base64," + ",".join(frames)}
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    patches = (4 // config.vision_config.temporal_patch_size) * (56 // config.vision_config.patch_size) ** 2
+    return {"prompt": [1, 40, 41, start, config.video_token_id, end, 42, 2, 1],
+            "pads": patches // config.vision_config.spatial_merge_size**2,
+            "url": "data:video/jpeg;base64," + ",".join(frames)}
 
 
 for folder in map(Path, sys.argv[1:]):

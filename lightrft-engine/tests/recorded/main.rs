@@ -44,10 +44,15 @@ struct Expected {
     log_probs: Vec<f32>,
     #[serde(default)]
     image: String,
-    video: Option<Box<Expected>>,
-    /// Of a film: its frames.
-    #[serde(default)]
+    video: Option<Film>,
+}
+
+/// A prompt with a film, and how many pads the server makes of the one in it.
+#[derive(Clone, Deserialize)]
+struct Film {
+    prompt: Vec<u32>,
     url: String,
+    pads: usize,
 }
 
 impl Expected {
@@ -57,10 +62,9 @@ impl Expected {
 
     fn request(&self) -> Request {
         let request = Request::new(self.prompt.clone(), Sampling::greedy(self.tokens.len()));
-        match (self.image.as_str(), self.url.as_str()) {
-            ("", "") => request,
-            ("", film) => request.with_media([Media::video_at(film)]),
-            (image, _) => request.with_media([Media::image_at(image)]),
+        match self.image.as_str() {
+            "" => request,
+            image => request.with_media([Media::image_at(image)]),
         }
     }
 

@@ -336,6 +336,14 @@ impl Tape {
     }
 }
 
+impl Tape {
+    /// Requests that begin so, and their replies.
+    pub(crate) fn replies<'a>(&'a self, asked: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
+        let of = |turn: &Turn| (self.texts[turn.asked].as_str(), self.texts[turn.reply].as_str());
+        self.turns.iter().map(of).filter(move |(line, _)| line.starts_with(asked))
+    }
+}
+
 /// A server that says what a tape says.
 pub(crate) struct Player {
     pub(crate) server: HttpServer,
@@ -399,6 +407,16 @@ impl Player {
     }
 }
 
+/// What was asked for and what was recorded, from where they part.
+fn difference(asked: &str, recorded: &str) -> String {
+    let same = asked.bytes().zip(recorded.bytes()).take_while(|(a, b)| a == b).count();
+    let from = |text: &str| {
+        let begin = text.floor_char_boundary(same.saturating_sub(80));
+        text[begin..].chars().take(240).collect::<String>()
+    };
+    format!("not on the tape: asked for\n  {}\nrecorded\n  {}", from(asked), from(recorded))
+}
+
 fn answer(tape: &Tape, state: &(Mutex<Played>, Condvar), forms: &Forms, asked: &Asked) -> Answer {
     let line = forms.asked(asked);
     let mut played = state.0.lock().unwrap();
@@ -421,10 +439,10 @@ fn answer(tape: &Tape, state: &(Mutex<Played>, Condvar), forms: &Forms, asked: &
         asked.find(|at| line.starts_with("POST /abort") && line_of(*at) == line)
     };
     let Some(at) = found.or_else(repeated) else {
-        let expected = first.map_or("nothing more", line_of);
-        played.otherwise.push(format!("asked for:\n  {line}\nrecorded:\n  {expected}"));
+        let difference = difference(&line, first.map_or("nothing more", line_of));
+        played.otherwise.push(difference.clone());
         state.1.notify_all();
-        return Answer::Json(599, json!({"error": {"message": "this is not on the tape"}}));
+        return Answer::Json(599, json!({"error": {"message": difference}}));
     };
     if found.is_some() {
         played.turns[at] = true;

@@ -114,7 +114,14 @@ fn vision(stage: &Stage<'_>) {
     let expected = Expected::of(stage.model);
     let film = expected.video.clone().expect("a film");
     expected.is(&engine.complete(&[expected.request()]).unwrap()[0]);
-    film.is(&engine.complete(&[film.request()]).unwrap()[0]);
+    let of_film =
+        |url: &str| Request::new(film.prompt.clone(), Sampling::greedy(8)).with_media([Media::video_at(url)]);
+    let (first, rest) = film.url.split_once(',').and_then(|(_, frames)| frames.split_once(',')).unwrap();
+    let otherwise = format!("data:video/jpeg;base64,{rest},{first}");
+    let seen = engine.complete(&[of_film(&film.url)]).unwrap().remove(0);
+    let seen_otherwise = engine.complete(&[of_film(&otherwise)]).unwrap().remove(0);
+    assert_eq!((seen.tokens.len(), seen_otherwise.tokens.len()), (8, 8));
+    assert_ne!(seen.log_probs, seen_otherwise.log_probs, "frames have an order");
     replace(engine, &stage.model.weights(1), 1);
     let both = Request::new([&expected.prompt[..], &film.prompt].concat(), Sampling::greedy(4));
     let media = [Media::image_at(&expected.image), Media::video_at(&film.url)];
@@ -146,6 +153,13 @@ fn vllm_as_it_answered_keeps_the_contract() {
 #[test]
 fn vllm_as_it_answered_reads_pictures_and_films() {
     played("vision", "vl-a", vision);
+    // What a driver does not read: the server made as many pads of the film as its frames have patches.
+    let player = Player::new(&format!("{SERVER}/vision"));
+    let film = Expected::of(&player.tape.models["vl-a"]).video.unwrap();
+    let prompts = player.tape.replies("POST /inference/").filter(|(asked, _)| asked.contains("video/jpeg"));
+    let first: serde_json::Value =
+        serde_json::from_str(prompts.map(|(_, reply)| reply).next().unwrap()).unwrap();
+    assert_eq!(first["usage"]["prompt_tokens"], film.prompt.len() - 1 + film.pads);
 }
 
 /// A request that vLLM would answer, but for one thing.
