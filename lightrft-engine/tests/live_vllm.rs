@@ -201,11 +201,11 @@ fn checksums(engine: &mut VllmEngine) {
         replace(&mut other, "b", 3);
         replace(&mut other, "a", 2);
     }
-    // Before the server is asked for its checksums, somebody else has it load weights that differ in one bit.
+    // Before the server is asked for its checksums, somebody else has it load weights that differ in one sign.
     let spoilt = tempfile::tempdir().unwrap();
     let mut weights = weights("a");
     let at = weights.iter().position(|t| t.name == "model.layers.1.mlp.up_proj.weight").unwrap();
-    weights[at].bytes[4321] ^= 1;
+    weights[at].bytes[4323] ^= 0x80; // a sign
     let views = weights.iter().map(|t| {
         (&t.name, safetensors::tensor::TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap())
     });
