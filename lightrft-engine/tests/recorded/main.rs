@@ -47,11 +47,12 @@ struct Expected {
     video: Option<Film>,
 }
 
-/// A prompt with a film.
+/// A prompt with a film, and how many pads the server makes of the one in it.
 #[derive(Clone, Deserialize)]
 struct Film {
     prompt: Vec<u32>,
     url: String,
+    pads: usize,
 }
 
 impl Expected {

@@ -336,6 +336,14 @@ impl Tape {
     }
 }
 
+impl Tape {
+    /// Requests that begin so, and their replies.
+    pub(crate) fn replies<'a>(&'a self, asked: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
+        let of = |turn: &Turn| (self.texts[turn.asked].as_str(), self.texts[turn.reply].as_str());
+        self.turns.iter().map(of).filter(move |(line, _)| line.starts_with(asked))
+    }
+}
+
 /// A server that says what a tape says.
 pub(crate) struct Player {
     pub(crate) server: HttpServer,

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lightrft_engine::testing::{Subject, conformance_without_seeds};
+use lightrft_engine::testing::{Subject, conformance};
 use lightrft_engine::vllm::{Attach, Start, Transfer, Verify, VllmEngine};
 use lightrft_engine::{
     Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, Parts, Request, Sampling, State, Version,
@@ -100,7 +100,7 @@ fn text(stage: &Stage<'_>) {
 
 fn contract(stage: &Stage<'_>) {
     let attach = attached(stage);
-    conformance_without_seeds(|| {
+    conformance(|| {
         let mut engine = VllmEngine::attach(&attach).unwrap();
         replace(&mut engine, &stage.model.weights(0), 0);
         Subject { engine: Box::new(engine), weights: stage.model.weights(1) }
@@ -146,8 +146,20 @@ fn vllm_as_it_answered_generates_updates_sleeps_and_aborts() {
 }
 
 #[test]
-fn vllm_as_it_answered_keeps_the_contract_but_for_seeds() {
+fn vllm_as_it_answered_keeps_the_contract() {
     played("contract", "a", contract);
+}
+
+#[test]
+fn vllm_as_it_answered_reads_pictures_and_films() {
+    played("vision", "vl-a", vision);
+    // What a driver does not read: the server made as many pads of the film as its frames have patches.
+    let player = Player::new(&format!("{SERVER}/vision"));
+    let film = Expected::of(&player.tape.models["vl-a"]).video.unwrap();
+    let prompts = player.tape.replies("POST /inference/").filter(|(asked, _)| asked.contains("video_url"));
+    let first: serde_json::Value =
+        serde_json::from_str(prompts.map(|(_, reply)| reply).next().unwrap()).unwrap();
+    assert_eq!(first["usage"]["prompt_tokens"], film.prompt.len() - 1 + film.pads);
 }
 
 /// A request that vLLM would answer, but for one thing.
