@@ -1,6 +1,6 @@
 //! Several servers of one model behind one handle. End one of them while it draws, and watch the others go on.
 //!
-//! `cargo run -p lightrft-engine --features vllm,sglang --example 5_servers -- vllm FOLDER [COUNT [PROGRAM]]`
+//! `cargo run -p lightrft-engine --features vllm,sglang --example servers -- vllm FOLDER [COUNT [PROGRAM]]`
 //!
 //! or `sglang` in its place, with its Python for `PROGRAM`. Starts `COUNT` servers of the model in `FOLDER` (2 if it is not
 //! said), prints their process groups, and makes ten calls. On a machine with GPUs each
@@ -14,7 +14,7 @@ use lightrft_engine::sglang::{self, MemorySaver, Seeds, SglangEngine};
 use lightrft_engine::vllm::{self, VllmEngine};
 use lightrft_engine::{DataParallel, Engine, Request, Sampling, StartProgress, Watch};
 
-const USAGE: &str = "usage: 5_servers vllm|sglang FOLDER [COUNT [PROGRAM]]";
+const USAGE: &str = "usage: servers vllm|sglang FOLDER [COUNT [PROGRAM]]";
 
 /// What kind of server, of which model, where.
 #[derive(Clone)]
