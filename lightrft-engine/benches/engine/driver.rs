@@ -78,8 +78,10 @@ fn milliseconds(time: Duration) -> f64 {
 fn reply() -> String {
     let tokens: Vec<u32> = (0..NEW_TOKENS as u32).collect();
     let one = |token: &u32| {
-        json!({"token_id": token, "logprob": -1.25, "rank": 3,
-            "top_logprobs": [{"token_id": token, "logprob": -1.25, "rank": 3}]})
+        // With as many digits as an f32 has that became an f64.
+        let log_prob = f64::from(-0.123_456_7 - *token as f32 * 0.013_371);
+        json!({"token_id": token, "logprob": log_prob, "rank": 3,
+            "top_logprobs": [{"token_id": token, "logprob": log_prob, "rank": 3}]})
     };
     let content: Vec<_> = tokens.iter().map(one).collect();
     let choice = json!({"index": 0, "finish_reason": "length", "stop_reason": null, "token_ids": tokens,

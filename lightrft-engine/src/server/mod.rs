@@ -27,5 +27,5 @@ pub(crate) use parallel::in_parallel;
 pub use process::StartProgress;
 pub(crate) use process::{ServerCommand, ServerProcess, on_a_free_port};
 #[cfg(feature = "vllm")]
-pub(crate) use scan::{Malformed, Read, Scan};
+pub(crate) use scan::{Keys, Malformed, Read, Scan};
 pub use verify::Verify;

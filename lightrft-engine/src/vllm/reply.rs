@@ -1,6 +1,6 @@
 //! The reply of `POST /inference/v1/generate`, as far as a completion is made of it.
 
-use crate::server::{Malformed, Read, Scan};
+use crate::server::{Keys, Malformed, Read, Scan};
 
 /// One completion as the server tells it.
 #[derive(Debug, Default)]
@@ -27,7 +27,7 @@ pub(super) enum StopReason {
 pub(super) fn choices(scan: &mut Scan<'_>) -> Read<Vec<Choice>> {
     let mut choices = None;
     scan.object(|key, scan| match key {
-        "choices" => {
+        b"choices" => {
             let mut all = Vec::new();
             scan.array(|scan| choice(scan).map(|choice| all.push(choice)))?;
             choices = Some(all);
@@ -45,10 +45,10 @@ fn choice(scan: &mut Scan<'_>) -> Read<Choice> {
     let (mut choice, mut index) = (Choice::default(), None);
     scan.object(|key, scan| {
         match key {
-            "index" => index = Some(scan.integer("an index")?),
-            "finish_reason" => choice.finish_reason = scan.option(|scan| Ok(scan.string()?.into_owned()))?,
-            "stop_reason" => choice.stop_reason = scan.option(stop_reason)?,
-            "token_ids" => {
+            b"index" => index = Some(scan.integer("an index")?),
+            b"finish_reason" => choice.finish_reason = scan.option(|scan| Ok(scan.string()?.into_owned()))?,
+            b"stop_reason" => choice.stop_reason = scan.option(stop_reason)?,
+            b"token_ids" => {
                 let tokens = scan.option(|scan| {
                     let mut tokens = Vec::new();
                     scan.array(|scan| token(scan).map(|token| tokens.push(token)))?;
@@ -56,11 +56,11 @@ fn choice(scan: &mut Scan<'_>) -> Read<Choice> {
                 })?;
                 choice.tokens = tokens.unwrap_or_default();
             }
-            "logprobs" => {
+            b"logprobs" => {
                 let found = scan.option(log_probs)?.flatten();
                 (choice.log_probs, choice.log_probs_of) = found.unwrap_or_default();
             }
-            "weight_versions" => choice.first_version = scan.option(first_version)?.flatten(),
+            b"weight_versions" => choice.first_version = scan.option(first_version)?.flatten(),
             _ => scan.skip()?,
         }
         Ok(())
@@ -88,31 +88,23 @@ fn stop_reason(scan: &mut Scan<'_>) -> Read<StopReason> {
     token(scan).map(StopReason::Token)
 }
 
+/// What a key of an entry among the log-probabilities means.
+#[derive(Clone, Copy)]
+enum Entry {
+    Id,
+    /// Older servers write the token as `token_id:7`.
+    Name,
+    LogProb,
+    Alternatives,
+    Other,
+}
+
 /// The log-probability of every token, and the tokens.
 fn log_probs(scan: &mut Scan<'_>) -> Read<Option<(Vec<f32>, Vec<u32>)>> {
     let mut content = None;
     scan.object(|key, scan| match key {
-        "content" => {
-            content = scan.option(|scan| {
-                let (mut log_probs, mut tokens) = (Vec::new(), Vec::new());
-                scan.array(|scan| {
-                    let (mut log_prob, mut of) = (None, None);
-                    scan.object(|key, scan| {
-                        match key {
-                            "token_id" => of = Some(token(scan)?),
-                            // Older servers write the token as `token_id:7`.
-                            "token" => of = of.or(scan.option(named_token)?.flatten()),
-                            "logprob" => log_prob = Some(scan.float()?),
-                            _ => scan.skip()?,
-                        }
-                        Ok(())
-                    })?;
-                    log_probs.push(required(scan, log_prob, "`logprob` before")?);
-                    tokens.push(required(scan, of, "`token_id` before")?);
-                    Ok(())
-                })?;
-                Ok((log_probs, tokens))
-            })?;
+        b"content" => {
+            content = scan.option(entries)?;
             Ok(())
         }
         _ => scan.skip(),
@@ -120,12 +112,45 @@ fn log_probs(scan: &mut Scan<'_>) -> Read<Option<(Vec<f32>, Vec<u32>)>> {
     Ok(content)
 }
 
+fn entries(scan: &mut Scan<'_>) -> Read<(Vec<f32>, Vec<u32>)> {
+    let (mut log_probs, mut tokens) = (Vec::new(), Vec::new());
+    let mut keys = Keys::default();
+    let name = |key: &[u8]| match key {
+        b"token_id" => Entry::Id,
+        b"token" => Entry::Name,
+        b"logprob" => Entry::LogProb,
+        b"top_logprobs" => Entry::Alternatives,
+        _ => Entry::Other,
+    };
+    scan.array(|scan| {
+        let (mut log_prob, mut of) = (None, None);
+        let start = scan.at();
+        scan.alike(&mut keys, name, |key, scan| {
+            match key {
+                Entry::Id => of = Some(token(scan)?),
+                Entry::Name => of = of.or(scan.option(named_token)?.flatten()),
+                Entry::LogProb => log_prob = Some(scan.float()?),
+                Entry::Alternatives => match scan.since(start).strip_suffix(b",\"top_logprobs\":") {
+                    Some(entry) => scan.skip_copy(entry)?,
+                    None => scan.skip()?,
+                },
+                Entry::Other => scan.skip()?,
+            }
+            Ok(())
+        })?;
+        log_probs.push(required(scan, log_prob, "`logprob` before")?);
+        tokens.push(required(scan, of, "`token_id` before")?);
+        Ok(())
+    })?;
+    Ok((log_probs, tokens))
+}
+
 fn first_version(scan: &mut Scan<'_>) -> Read<Option<String>> {
     let mut first = None;
     scan.array(|scan| {
         let mut version = None;
         scan.object(|key, scan| match key {
-            "version" => {
+            b"version" => {
                 version = Some(scan.string()?.into_owned());
                 Ok(())
             }
