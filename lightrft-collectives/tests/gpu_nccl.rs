@@ -176,7 +176,42 @@ fn rank_enqueues() {
         assert_eq!(data.download::<f32>(LIMIT).unwrap(), [i as f32 * world; 3]);
     }
 
-    // What a call costs the thread that makes it, and how long it takes with waiting for it.
+    comm.health().unwrap();
+    drop(comm);
+    leave(rank);
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu bench"]
+fn gpus_bench_calls() {
+    run_all("rank_measures_calls", gpus());
+}
+
+/// What a call costs the thread that makes it, how long it takes with waiting for it, and how fast many bytes are.
+#[test]
+#[ignore = "a rank of gpus_bench_calls"]
+fn rank_measures_calls() {
+    let rank = Rank::join();
+    let comm = rank.default();
+    let world = comm.world_size();
+    let mut large = DeviceMemory::zeroed::<f32>(&rank.stream, 1 << 26).unwrap();
+    let mut seconds = Vec::new();
+    for _ in 0..12 {
+        comm.barrier().unwrap();
+        let begin = Instant::now();
+        comm.run(Operation::AllReduce { data: large.as_buffer_mut(), op: ReduceOp::Sum }).unwrap();
+        assert!(rank.stream.wait(LIMIT).unwrap());
+        seconds.push(begin.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    // Of each GPU's bytes, the part that has to pass its links.
+    let passed = (1_u64 << 28) as f64 * 2.0 * (world - 1) as f64 / world as f64;
+    println!(
+        "all_reduce of 256 MiB: {:.2} ms, {:.0} GB/s of bus",
+        seconds[6] * 1e3,
+        passed / seconds[6] / 1e9
+    );
+    drop(large);
     let mut data = DeviceMemory::zeroed::<f32>(&rank.stream, 2).unwrap();
     let everyone: Vec<usize> = (0..comm.world_size()).collect();
     let begin = Instant::now();

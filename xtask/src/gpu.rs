@@ -1,7 +1,8 @@
-//! `cargo xtask gpu build` and `gpu test [N]`: tests that need GPUs, built where there are none, run where there are.
+//! `cargo xtask gpu build`, `gpu test [N]` and `gpu bench [N]`: what needs GPUs, built where there are none, run where there are.
 //!
-//! Such a test is ignored by default and has `gpu` in its name, `two_gpus` if one GPU is not enough. Programs load the driver's
-//! libraries when they run, so that any machine can build them.
+//! A test of this kind is ignored by default and has `gpu` in its name, `two_gpus` if one GPU is not enough; a measurement,
+//! whose numbers nobody checks, has `_bench_` in its name. Programs load the driver's libraries when they run, so that any
+//! machine can build them.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
@@ -16,10 +17,50 @@ use crate::steps::seconds;
 use crate::test::{DEVICE_FEATURES, Totals};
 use crate::workspace::{Member, Workspace};
 
-const USAGE: &str = "usage: cargo xtask gpu build | cargo xtask gpu test [number of GPUs]";
+const USAGE: &str = "usage: cargo xtask gpu build | cargo xtask gpu test|bench [number of GPUs]";
 
 /// In the folder of the built programs, their names, one a line: what `gpu test` runs.
 const LIST: &str = "tests.list";
+
+/// What measurements have in their names.
+const BENCH: &str = "_bench_";
+
+/// What is run of the programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Test,
+    Bench,
+}
+
+impl Kind {
+    fn named(name: &str) -> Option<Self> {
+        match name {
+            "test" => Some(Self::Test),
+            "bench" => Some(Self::Bench),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Test => "test",
+            Self::Bench => "bench",
+        }
+    }
+
+    /// The arguments that choose what a program runs on so many GPUs.
+    fn chosen(self, gpus: usize) -> Vec<&'static str> {
+        let mut chosen = vec!["gpu", "--ignored"];
+        if gpus == 1 {
+            chosen.extend(["--skip", "two_gpus"]);
+        }
+        match self {
+            Self::Test => chosen.extend(["--skip", BENCH]),
+            Self::Bench => chosen[0] = BENCH,
+        }
+        chosen
+    }
+}
 
 /// A program that takes longer hangs; it is killed, so that the others still run.
 const DEADLINE: Duration = Duration::from_secs(480);
@@ -29,11 +70,18 @@ pub(crate) fn run(workspace: &Workspace, args: &[OsString]) -> ExitCode {
     let args: Vec<&str> = args.iter().map(|arg| &**arg).collect();
     let result = match args[..] {
         ["build"] => build(workspace).map(|folder| println!("gpu build: ok: {}", folder.display())),
-        ["test"] => folder_of_tests(workspace).and_then(|folder| test(&folder, None)),
-        ["test", gpus] => match gpus.parse() {
-            Ok(gpus) if gpus > 0 => folder_of_tests(workspace).and_then(|folder| test(&folder, Some(gpus))),
-            _ => Err(format!("`{gpus}` is no number of GPUs; {USAGE}")),
-        },
+        [what, ref gpus @ ..] if gpus.len() < 2 => {
+            match (Kind::named(what), gpus.first().map(|gpus| gpus.parse())) {
+                (None, _) => Err(USAGE.into()),
+                (Some(kind), None) => {
+                    folder_of_tests(workspace).and_then(|folder| run_all(kind, &folder, None))
+                }
+                (Some(kind), Some(Ok(gpus))) if gpus > 0 => {
+                    folder_of_tests(workspace).and_then(|folder| run_all(kind, &folder, Some(gpus)))
+                }
+                (Some(_), Some(_)) => Err(format!("`{}` is no number of GPUs; {USAGE}", gpus[0])),
+            }
+        }
         _ => Err(USAGE.into()),
     };
     match result {
@@ -105,24 +153,26 @@ fn count_gpus() -> usize {
     devices.flatten().filter(|entry| is_gpu(&entry.file_name().to_string_lossy())).count()
 }
 
-fn test(folder: &Path, gpus: Option<usize>) -> Result<(), String> {
+fn run_all(kind: Kind, folder: &Path, gpus: Option<usize>) -> Result<(), String> {
     let start = Instant::now();
     let there = count_gpus();
     let gpus = gpus.unwrap_or(there);
     if gpus == 0 || gpus > there {
-        return Err(format!("tests for {} GPUs on a machine with {there}", gpus.max(1)));
+        return Err(format!("{} GPUs were asked for on a machine with {there}", gpus.max(1)));
     }
+    let what = kind.name();
     let list = folder.join(LIST);
     let names = fs::read_to_string(&list).map_err(|error| format!("{}: {error}", list.display()))?;
     let (mut totals, mut failures) = (Totals::default(), Vec::new());
     for name in names.lines() {
-        let mut command = Command::new(folder.join(name));
-        command.args(["gpu", "--ignored", "--test-threads=1", "--nocapture"]);
-        if gpus == 1 {
-            command.args(["--skip", "two_gpus"]);
+        let program = folder.join(name);
+        if kind == Kind::Bench && !has_any(&program, &kind.chosen(gpus))? {
+            continue;
         }
+        let mut command = Command::new(program);
+        command.args(kind.chosen(gpus)).args(["--test-threads=1", "--nocapture"]);
         command.env("LIGHTRFT_GPUS", gpus.to_string());
-        eprintln!("── gpu test on {gpus}: {name}");
+        eprintln!("── gpu {what} on {gpus}: {name}");
         if let Err(why) = run_tests(&mut command, &mut totals, DEADLINE) {
             failures.push(format!("{name}: {why}"));
         }
@@ -135,7 +185,7 @@ fn test(folder: &Path, gpus: Option<usize>) -> Result<(), String> {
     }
     let only_one = if gpus == 1 { "; those that need two GPUs were not asked for" } else { "" };
     println!(
-        "gpu test: {}: {} passed, {} failed in {} programs on {gpus} GPUs; {}{only_one}",
+        "gpu {what}: {}: {} passed, {} failed in {} programs on {gpus} GPUs; {}{only_one}",
         if failures.is_empty() { "ok" } else { "FAILED" },
         totals.passed,
         totals.failed,
@@ -143,6 +193,13 @@ fn test(folder: &Path, gpus: Option<usize>) -> Result<(), String> {
         seconds(start.elapsed())
     );
     if failures.is_empty() { Ok(()) } else { Err(failures.join("; ")) }
+}
+
+/// Whether a program has tests of those that are chosen.
+fn has_any(program: &Path, chosen: &[&str]) -> Result<bool, String> {
+    let listed = Command::new(program).args(chosen).args(["--list", "--format=terse"]).output();
+    let listed = listed.map_err(|error| format!("{}: {error}", program.display()))?;
+    Ok(listed.stdout.split(|byte| *byte == b'\n').any(|line| line.ends_with(b": test")))
 }
 
 /// Runs a test program within `deadline`, passes its output on, and counts.
@@ -193,6 +250,17 @@ mod tests {
             member("[package]\nname = \"b\"\n[features]\ntesting = []\n"),
         ];
         assert_eq!(device_crates(&members), ["a"]);
+    }
+
+    #[test]
+    fn tests_and_measurements_are_apart() {
+        assert_eq!(Kind::Test.chosen(2), ["gpu", "--ignored", "--skip", BENCH]);
+        assert_eq!(Kind::Test.chosen(1), ["gpu", "--ignored", "--skip", "two_gpus", "--skip", BENCH]);
+        assert_eq!(Kind::Bench.chosen(1), [BENCH, "--ignored", "--skip", "two_gpus"]);
+        let here = std::env::current_exe().unwrap();
+        let named = ["tests_and_measurements_are_apart"];
+        assert_eq!(has_any(&here, &named), Ok(true));
+        assert_eq!(has_any(&here, &["no_test_is_named_like_this"]), Ok(false));
     }
 
     #[test]

@@ -33,9 +33,10 @@ Usage: cargo xtask <command>
   gpu build        test programs for machines with GPUs, in release, into target/gpu/; needs neither CUDA nor a GPU
   gpu test [N]     those tests on N GPUs of this machine, or on all: builds them first, or, started as
                    target/gpu/xtask on a machine without cargo, takes those beside it. A test that is skipped has failed
-  live <vllm|sglang> [DIR]
-                   the driver of that server against real servers on the CPU, which `tools/live/setup.sh vllm|sglang DIR`
-                   installs; DIR is target/live by default
+  gpu bench [N]    the figures of those programs, which nobody checks
+  live <vllm|sglang|vllm-gpu> [DIR]
+                   the driver of that server against real servers, on the CPU or, vllm-gpu, on a GPU, which
+                   `tools/live/setup.sh vllm|sglang|vllm-gpu DIR` installs; DIR is target/live by default
   tidy             only the tree's own rules (part of check)
   help             this text
 ";

@@ -43,8 +43,8 @@ fn weights(config: &DecoderConfig) -> Weights {
 }
 
 #[test]
-#[ignore = "needs GPUs and takes long: a measurement, which cargo xtask gpu test runs and whose numbers nobody checks"]
-fn gpu_tokens_per_second() {
+#[ignore = "needs GPUs: cargo xtask gpu bench"]
+fn gpu_bench_tokens_per_second() {
     println!("| model, bf16 | sequences | prompt | new | tokens/s | steps/s |");
     println!("|---|---|---|---|---|---|");
     for (name, config) in [("SmolLM2-135M", SMOLLM2_135M), ("Qwen2.5-0.5B", QWEN25_05B)] {

@@ -10,6 +10,49 @@ use lightrft_sharding::{
 use crate::chain::OnGpu;
 use crate::support::{CHAIN, Idle, LIMIT, alone, gpus, join, large, leave, ready, run_all, state, train};
 
+/// A pass that computes nothing: only gathers and reductions.
+fn pass(model: &mut ShardedModel<Idle, Gpu>) {
+    let ((), tape) = model.forward(&()).unwrap();
+    model.backward(tape, ()).unwrap();
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu bench"]
+fn gpus_bench_steps_and_passes() {
+    run_all("memory::rank_measures_steps", gpus());
+}
+
+#[test]
+#[ignore = "a rank of gpus_bench_steps_and_passes"]
+fn rank_measures_steps() {
+    const ELEMS: usize = 32 << 20;
+    const UNITS: usize = 6;
+    let (comm, gpu) = join();
+    let policy = Policy { param_dtype: Precision::Bf16, ..Policy::default() };
+    let mut model = ShardedModel::on_gpu(Idle(large(UNITS, ELEMS)), comm.clone(), &gpu, policy).unwrap();
+    let mut adamw = AdamW::new(AdamWConfig::lightrft(), model.units()).unwrap();
+    pass(&mut model);
+    let mut times = Vec::new();
+    for _ in 0..10 {
+        let norm = grad_norm([model.units_mut()]).unwrap();
+        let begin = Instant::now();
+        adamw.step_with_norm(model.units_mut(), 1e-3, norm).unwrap();
+        assert!(gpu.compute().wait(LIMIT).unwrap());
+        times.push(begin.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    let elems = (UNITS * ELEMS / comm.world_size()) as f64;
+    println!("AdamW over {elems} elements: {:.3} ms, {:.0} GB/s", times[5] * 1e3, 28e-9 * elems / times[5]);
+    let begin = Instant::now();
+    for _ in 0..10 {
+        pass(&mut model);
+    }
+    assert!(gpu.compute().wait(LIMIT).unwrap());
+    println!("a pass of gathers and reductions: {:.3} ms", begin.elapsed().as_secs_f64() * 1e2);
+    drop((model, adamw));
+    leave(comm);
+}
+
 #[test]
 #[ignore = "needs GPUs: cargo xtask gpu test"]
 fn gpus_hold_sixteen_bytes_a_parameter_over_the_ranks_and_a_few_units() {
@@ -29,10 +72,6 @@ fn rank_is_measured() {
     };
     let policy = Policy { param_dtype: Precision::Bf16, ..Policy::default() };
     // What the first calls leave behind in the driver and in NCCL is not ours to count.
-    let pass = |model: &mut ShardedModel<Idle, Gpu>| {
-        let ((), tape) = model.forward(&()).unwrap();
-        model.backward(tape, ()).unwrap();
-    };
     let mut small =
         ShardedModel::on_gpu(Idle(large(3, 1 << 20)), comm.clone(), &gpu, policy.clone()).unwrap();
     pass(&mut small);
@@ -58,25 +97,7 @@ fn rank_is_measured() {
     let taken = before - free();
     println!("and {peak} B at most; {taken} B by the driver's count");
     assert!(taken < kept + peak + SLACK, "{taken} {kept} {peak}");
-
-    // What a step costs, for the record.
-    let mut times = Vec::new();
-    for _ in 0..10 {
-        let norm = grad_norm([model.units_mut()]).unwrap();
-        let begin = Instant::now();
-        adamw.step_with_norm(model.units_mut(), 1e-3, norm).unwrap();
-        assert!(gpu.compute().wait(LIMIT).unwrap());
-        times.push(begin.elapsed().as_secs_f64());
-    }
-    times.sort_by(f64::total_cmp);
-    let elems = (UNITS * ELEMS / world) as f64;
-    println!("AdamW over {elems} elements: {:.3} ms, {:.0} GB/s", times[5] * 1e3, 28e-9 * elems / times[5]);
-    let begin = Instant::now();
-    for _ in 0..10 {
-        pass(&mut model);
-    }
-    assert!(gpu.compute().wait(LIMIT).unwrap());
-    println!("a pass of gathers and reductions: {:.3} ms", begin.elapsed().as_secs_f64() * 1e2);
+    pass(&mut model);
     model.units_mut().zero_gradients();
 
     // Offloading gives all of it back.

@@ -120,8 +120,8 @@ fn gpu_a_column_of_a_product_has_the_same_bits_at_every_place() {
 }
 
 #[test]
-#[ignore = "needs GPUs: a measurement, whose numbers nobody checks"]
-fn gpu_microseconds_of_products_by_their_width() {
+#[ignore = "needs GPUs: cargo xtask gpu bench"]
+fn gpu_bench_products_by_their_width() {
     let bench = Bench::new();
     let widths = [16, 32, 64, 128, 256, 512];
     println!("| bf16 product | {} |", widths.map(|w| w.to_string()).join(" | "));
