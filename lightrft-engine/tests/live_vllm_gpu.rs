@@ -273,10 +273,40 @@ fn a_model_on_the_trainers_gpu() {
         is_as_transformers_says(engine, "a");
     });
 
-    step("the contract of an engine, by another driver", || {
-        let mut attach = Attach::new(engine.url());
-        attach.driver.transfer = Transfer::CudaIpc { gpu: 0 };
-        attach.driver.control_within = Duration::from_secs(120);
+    let mut attach = Attach::new(engine.url());
+    attach.driver.transfer = Transfer::CudaIpc { gpu: 0 };
+    attach.driver.control_within = Duration::from_secs(120);
+    step("taken over from a driver that left it asleep, or a part of it", || {
+        engine.sleep(Level::Two).unwrap();
+        let asleep = free(&stream);
+        let mut second = VllmEngine::attach(&attach).unwrap();
+        assert_eq!((second.state(), second.version()), (State::EMPTY, None));
+        assert!(free(&stream) + 64 * MIB > asleep, "attaching wakes nothing");
+        second.update_from(Version(40), &mut gpu_b, &Identity, 256 << 10).unwrap();
+        is_as_transformers_says(&mut second, "b");
+        second.sleep(Level::Two).unwrap();
+        second.wake(Parts::Weights).unwrap();
+        let mut third = VllmEngine::attach(&attach).unwrap();
+        third.update_from(Version(41), &mut gpu_a, &Identity, 256 << 10).unwrap();
+        is_as_transformers_says(&mut third, "a");
+        third.sleep(Level::One).unwrap();
+        let mut fourth = VllmEngine::attach(&attach).unwrap();
+        fourth.sleep(Level::Two).unwrap();
+        println!("  free on the card: asleep {} MiB, asleep still {} MiB", mib(asleep), mib(free(&stream)));
+        assert!(free(&stream) + 64 * MIB > asleep, "it sleeps on");
+        fourth.wake(Parts::Weights).unwrap();
+        fourth.update_from(Version(42), &mut gpu_b, &Identity, 256 << 10).unwrap();
+        fourth.wake(Parts::Cache).unwrap();
+        is_as_transformers_says(&mut fourth, "b");
+        std::mem::forget(fourth.begin_update(Version(43)).unwrap());
+        let mut fifth = VllmEngine::attach(&attach).unwrap();
+        fifth.wake(Parts::All).unwrap();
+        assert_eq!(fifth.state(), State::EMPTY);
+        fifth.update_from(Version(44), &mut gpu_a, &Identity, 256 << 10).unwrap();
+        is_as_transformers_says(&mut fifth, "a");
+    });
+
+    step("the contract of an engine, by other drivers that take it over from each other", || {
         conformance(|| {
             let mut engine = VllmEngine::attach(&attach).unwrap();
             engine.replace_weights(Version(0), &host_a, 256 << 10).unwrap();

@@ -84,6 +84,16 @@ impl Control {
         self.http.get("/health", within).is_ok()
     }
 
+    /// Whether it takes requests: it does not while it is paused. It draws nothing to find out. One without that route is
+    /// taken for ready.
+    pub(super) fn is_ready(&self) -> Result<bool> {
+        match self.http.get("/ready", self.within) {
+            Ok(_) | Err(ServerError::Status { status: 404 | 405, .. }) => Ok(true),
+            Err(ServerError::Status { status: 503, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Refuses versions that are too old, warns of those that are newer than what was tried.
     pub(super) fn server_info(&self) -> Result<ServerInfo> {
         let reply = self.http.get("/server_info", self.within)?;

@@ -16,7 +16,7 @@ use crate::server::{
 };
 use crate::transfer::Checksums;
 use crate::{
-    Completion, Engine, Error, Event, HfFolder, Level, Limits, MemoryBytes, Metrics, Parts, Progress,
+    Call, Completion, Engine, Error, Event, HfFolder, Level, Limits, MemoryBytes, Metrics, Parts, Progress,
     Request, Result, ServerError, StartProgress, State, Update, Version, Watch, WeightSource,
 };
 
@@ -78,15 +78,29 @@ impl SglangEngine {
         Self::assemble(control, second, &info, model, start.driver.clone(), Some(process))
     }
 
-    /// Takes a running server, which must be awake.
+    /// Takes a running server. Of one that draws, the weights are taken for whole.
+    ///
+    /// One that is paused, since another trainer is in the middle of something or died there, may have lost its weights.
+    /// Without `--enable-memory-saver` the engine is [`State::Stale`], and an update mends it; attaching changes nothing.
+    /// With it, the server is refused: it may sleep, does not say which of its memory is released, and dies where any is
+    /// taken again that was not. Attach again when it draws: once the other trainer has it go on, or, where that one is
+    /// gone, once it was started anew.
+    ///
+    /// Drivers of this crate pause what they put to sleep. A server whose memory somebody else released without a pause
+    /// cannot be told from one that is awake: do not attach to it.
     ///
     /// # Errors
-    /// [`Error::Settings`]; [`Error::Server`] if it does not answer or is too old; those of a broken model folder.
+    /// [`Error::Settings`]; [`Error::Server`] if it does not answer, is too old, or may sleep; those of a broken model
+    /// folder.
     pub fn attach(attach: &Attach) -> Result<Self> {
         attach.driver.check()?;
         let connect = || Http::new("SGLang", &attach.url, attach.key.clone());
         let control = Control::new(connect()?, attach.driver.control_within);
         let info = control.server_info()?;
+        let state = if control.is_ready()? { State::READY } else { State::EMPTY };
+        if state != State::READY && info.memory_saver() != MemorySaver::Off {
+            return Err(may_sleep().into());
+        }
         let named = control.model_info()?.model_path.map(PathBuf::from);
         // Its folder may be on another machine, and one here of the same name is no weights of ours.
         let named = named.filter(|folder| folder.join("config.json").is_file());
@@ -94,7 +108,9 @@ impl SglangEngine {
             Some(folder) => Model::from_folder(folder)?,
             None => Model::default(),
         };
-        Self::assemble(control, connect()?, &info, model, attach.driver.clone(), None)
+        let mut engine = Self::assemble(control, connect()?, &info, model, attach.driver.clone(), None)?;
+        engine.state = state;
+        Ok(engine)
     }
 
     fn assemble(
@@ -394,6 +410,14 @@ impl Engine for SglangEngine {
         let known = &self.model.parameters;
         (!known.is_empty()).then(|| known.clone())
     }
+}
+
+/// Why a server is refused that is paused and has memory that can be released.
+fn may_sleep() -> ServerError {
+    let call = Call { engine: "SGLang", method: "GET", path: "/ready".to_owned() };
+    let what = "it takes no requests: it is paused, and may sleep; which of its memory is released it does not say, and it \
+                dies of a wrong guess. Attach when it draws: have its trainer wake it, or start it anew";
+    ServerError::Reply { call, what: what.to_owned() }
 }
 
 fn launch(

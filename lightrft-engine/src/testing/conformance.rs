@@ -21,7 +21,8 @@ pub struct Subject {
     pub weights: Vec<TensorBytes>,
 }
 
-/// Tries the whole contract of [`Engine`] on fresh engines made by `make`.
+/// Tries the whole contract of [`Engine`] on fresh engines made by `make`. Where all of them drive one server, each takes
+/// it over as the one before has left it: awake, asleep, in parts or in the middle of an update.
 ///
 /// # Panics
 /// Where an engine breaks the contract; the message says which promise.
@@ -49,6 +50,7 @@ pub fn conformance_without_seeds(make: impl Fn() -> Subject) {
     bad_tensors_are_refused_before_anything_changes(make());
     level_one_keeps_the_weights_and_level_two_does_not(make());
     sleep_frees_memory(make());
+    what_one_engine_left_spoils_nothing_for_the_next(make);
 }
 
 impl Subject {
@@ -396,6 +398,32 @@ fn level_one_keeps_the_weights_and_level_two_does_not(mut subject: Subject) {
     subject.update(2);
     subject.engine.wake(Parts::Cache).expect("the cache wakes");
     assert_eq!(tokens(subject.engine.as_mut(), greedy()), expected, "the same weights, pushed again");
+}
+
+fn what_one_engine_left_spoils_nothing_for_the_next(make: impl Fn() -> Subject) {
+    let left: [(&str, fn(&mut dyn Engine)); 5] = [
+        ("asleep at level 1", |engine| engine.sleep(Level::One).expect("sleeps")),
+        ("asleep at level 2", |engine| engine.sleep(Level::Two).expect("sleeps")),
+        ("with its cache asleep", |engine| {
+            engine.sleep(Level::Two).expect("sleeps");
+            engine.wake(Parts::Weights).expect("weights wake");
+        }),
+        ("stale", |engine| drop(engine.begin_update(Version(5)).expect("begins"))),
+        ("in the middle of an update", |engine| {
+            std::mem::forget(engine.begin_update(Version(6)).expect("begins"));
+        }),
+    ];
+    let mut first = make();
+    first.update(1);
+    let expected = tokens(first.engine.as_mut(), greedy());
+    drop(first);
+    for (how, leave) in left {
+        leave(make().engine.as_mut());
+        let mut next = make();
+        assert_eq!(next.engine.state(), State::READY, "made after one that was left {how}");
+        next.update(1);
+        assert_eq!(tokens(next.engine.as_mut(), greedy()), expected, "after one that was left {how}");
+    }
 }
 
 fn sleep_frees_memory(mut subject: Subject) {

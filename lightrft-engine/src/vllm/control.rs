@@ -182,6 +182,20 @@ impl Control {
         })
     }
 
+    /// Whether anything of it sleeps, or it is paused: it has one word for both. A server without that route cannot be put
+    /// to sleep from here either.
+    pub(super) fn is_asleep(&self) -> Result<bool> {
+        #[derive(Deserialize)]
+        struct Answer {
+            is_sleeping: bool,
+        }
+        match self.http.get("/is_sleeping", self.within) {
+            Ok(reply) => Ok(reply.json::<Answer>()?.is_sleeping),
+            Err(ServerError::Status { status: 404 | 405, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Lets running requests end and begins no other.
     pub(super) fn pause(&self) -> Result<()> {
         self.post("/pause?mode=wait")

@@ -59,6 +59,8 @@ pub struct VllmEngine {
     takes_media: bool,
     state: State,
     version: Version,
+    /// It slept or was paused when it was found, and which of its parts sleep is not known since.
+    found_asleep: bool,
 }
 
 impl VllmEngine {
@@ -88,7 +90,14 @@ impl VllmEngine {
         Ok(engine)
     }
 
-    /// Drives a server that is running. Its weights are taken for whole; it is not ended when the engine is dropped.
+    /// Drives a server that is running; it is not ended when the engine is dropped. Of a server that draws, the weights
+    /// are taken for whole.
+    ///
+    /// One that sleeps or is paused, since another trainer is in the middle of something or died there, may have lost its
+    /// weights: the engine is [`State::Stale`], and an update mends it. Nothing is changed by attaching: the server is
+    /// woken by the update, or by [`Engine::wake`], and as a whole, since it does not say which of its parts sleep. A
+    /// trainer that has not got the memory for that yet sleeps first ([`Level::Two`]), and then wakes what it wants. Where
+    /// the other trainer lives, attach again when the server draws.
     ///
     /// # Errors
     /// [`Error::Settings`]; [`Error::Server`] if it does not answer, or is too old.
@@ -132,17 +141,19 @@ impl VllmEngine {
                 expected: "a folder of this machine with its config.json was expected: requests are checked by it",
             });
         };
-        if driver.verify == Verify::Checksums {
+        let found_asleep = control.is_asleep()?;
+        // Weights that sleep have no checksums: an update's end looks at those that it brings.
+        if driver.verify == Verify::Checksums && !found_asleep {
             verify::check(&control, &model)?;
         }
         let context_tokens = served.max_model_len.unwrap_or(usize::MAX);
         let takes_media = control.takes_media(&version)?;
         transport.meet(&control, &version)?;
         let named = control.weight_version()?;
-        if named.is_none() {
+        if named.is_none() && !found_asleep {
             control.name_weights(driver.version)?;
         }
-        tracing::info!(%version, vocabulary, context_tokens, "driving a vLLM server");
+        tracing::info!(%version, vocabulary, context_tokens, found_asleep, "driving a vLLM server");
         Ok(Self {
             process: None,
             _plugin: None,
@@ -153,7 +164,8 @@ impl VllmEngine {
             model,
             limits: Limits { vocabulary, context_tokens },
             takes_media,
-            state: State::READY,
+            state: if found_asleep { State::EMPTY } else { State::READY },
+            found_asleep,
             version: named.unwrap_or(driver.version),
             control,
             driver,
@@ -237,6 +249,7 @@ impl VllmEngine {
         if let Some(pushed) = pushed {
             let held = self.control.checksums().map_err(Error::from);
             let held = self.settle(held)?;
+            verify::comparable(&held, &self.model)?;
             pushed.compare("vLLM", to, held.sums.iter().map(|(name, sum)| (name, sum)))?;
         }
         self.control(|control| control.reset_caches())?;
@@ -254,6 +267,18 @@ impl VllmEngine {
     /// After an update that came to nothing. The server stays paused, so that nobody draws from what it has.
     pub(super) fn abandon(&mut self) {
         self.transport.abandon(&self.control.within(ABANDON));
+    }
+
+    /// Wakes all of a server that was found asleep. It stays paused.
+    fn rouse(&mut self) -> Result<()> {
+        // None of the parts wakes that are asked for at once where one of them is awake. The whole is tried first all the
+        // same: older ones draw as soon as a part of them wakes, and die of it.
+        for parts in [Parts::All, Parts::Weights, Parts::Cache] {
+            self.control(|control| control.wake(parts))?;
+        }
+        self.control(Control::pause)?;
+        self.found_asleep = false;
+        Ok(())
     }
 
     /// Refuses media that the server would misread: it expands each pad by itself, also those that are expanded.
@@ -378,13 +403,16 @@ impl Engine for VllmEngine {
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
         let next = self.state.after(Event::Wake(parts))?;
-        if next != self.state {
+        if self.found_asleep && next == State::EMPTY {
+            self.rouse()?;
+        } else if next != self.state {
             // vLLM wakes what sleeps; what is awake already is left out.
             let wake = match (self.state, parts) {
                 (State::Asleep { .. }, parts) => parts,
                 (_, _) => Parts::Cache,
             };
             self.control(|control| control.wake(wake))?;
+            self.found_asleep = false;
             if next.can_generate() {
                 self.control(Control::resume)?;
             } else {
@@ -402,7 +430,11 @@ impl Engine for VllmEngine {
             // It was leaked.
             self.abandon();
         }
-        self.control(Control::pause)?;
+        if self.found_asleep {
+            self.rouse()?;
+        } else {
+            self.control(Control::pause)?;
+        }
         self.state = next;
         let begun = self.with_transport(|transport, control| transport.begin(control));
         let update = Box::new(VllmUpdate::new(self, to));

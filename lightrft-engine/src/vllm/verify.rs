@@ -1,6 +1,6 @@
 //! Whether a server's checksums can be compared at all, found out before any weights are sent.
 
-use super::control::Control;
+use super::control::{Control, Held};
 use crate::server::Model;
 use crate::transfer::without_counterpart;
 use crate::{Error, Result, ServerError};
@@ -8,14 +8,15 @@ use crate::{Error, Result, ServerError};
 /// SHA-256 of nothing: what a parameter has whose values lie somewhere else.
 const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
+fn bad(value: &str, expected: &'static str) -> Result<()> {
+    Err(Error::Settings { engine: "vLLM", field: "verify", value: value.to_owned(), expected })
+}
+
 /// Looks at the checksums of a server as it is.
 ///
 /// # Errors
 /// [`Error::Settings`] says why later ones could not be compared; [`Error::Server`].
 pub(super) fn check(control: &Control, model: &Model) -> Result<()> {
-    let bad = |value: &str, expected| {
-        Err(Error::Settings { engine: "vLLM", field: "verify", value: value.to_owned(), expected })
-    };
     let held = match control.checksums() {
         Err(ServerError::Status { status: 404 | 405, .. }) => {
             return bad(
@@ -25,6 +26,14 @@ pub(super) fn check(control: &Control, model: &Model) -> Result<()> {
         }
         held => held?,
     };
+    comparable(&held, model)
+}
+
+/// Looks at checksums that a server has given.
+///
+/// # Errors
+/// [`Error::Settings`], as there.
+pub(super) fn comparable(held: &Held, model: &Model) -> Result<()> {
     if held.cut {
         return bad(
             "Checksums",

@@ -12,6 +12,9 @@ use super::http::{Answer, Asked, HttpServer};
 
 const VOCABULARY: u64 = 32;
 
+/// What sleeps and wakes.
+const PARTS: [&str; 2] = ["weights", "kv_cache"];
+
 /// Memory of a GPU that the fake shares with a test, by the handles that it was exported by.
 pub(crate) type GpuMemory = Arc<Mutex<BTreeMap<Vec<u8>, Vec<u8>>>>;
 
@@ -42,6 +45,8 @@ pub(crate) struct Fake {
     paused: bool,
     asleep: Vec<&'static str>,
     updating: bool,
+    /// Its weights were dropped by a sleep, and no others came.
+    dropped: bool,
     /// Something computed with former weights is still cached.
     cached: bool,
     /// Rules that were broken.
@@ -169,14 +174,27 @@ impl Fake {
                 self.paused = false;
                 ok(json!({"status": "resumed"}))
             }
+            // One word for both, in both releases.
+            ("GET", "/is_sleeping") => ok(json!({"is_sleeping": self.paused || !self.asleep.is_empty()})),
             ("POST", "/sleep") => {
-                self.rule(self.asleep.is_empty(), "put to sleep twice");
-                self.asleep = vec!["weights", "kv_cache"];
                 self.paused = true;
+                let stays = match self.release {
+                    Release::Old => !self.asleep.is_empty(),
+                    Release::New => self.asleep.contains(&"weights"),
+                };
+                self.rule(!stays || self.asleep.len() == PARTS.len(), "put to sleep, and a part stays awake");
+                if !stays {
+                    self.asleep = PARTS.to_vec();
+                    self.dropped |= query.contains("level=2");
+                }
                 ok(json!({"status": "sleeping"}))
             }
             ("POST", "/wake_up") => {
-                self.asleep.retain(|part| !query.contains(part));
+                let asked = PARTS.iter().filter(|part| query.contains(*part));
+                // Of parts of which one is awake, none wakes.
+                if asked.clone().all(|part| self.asleep.contains(part)) {
+                    self.asleep.retain(|part| !query.contains(part));
+                }
                 self.paused &= self.release == Release::New && !self.asleep.is_empty();
                 ok(json!({"status": "awake"}))
             }
@@ -321,6 +339,7 @@ impl Fake {
     fn take(&mut self) {
         self.rule(!self.asleep.contains(&"weights"), "weights were sent to a sleeping server");
         let staged = std::mem::take(&mut self.staged);
+        self.dropped &= staged.len() < self.weights.len();
         self.weights.extend(staged);
         if let Some(bytes) = self.spoils.and_then(|name| self.weights.get_mut(name)) {
             bytes[3] ^= 1;
@@ -345,6 +364,7 @@ impl Fake {
         self.rule(!self.updating && !self.paused, "generated while paused");
         self.rule(self.asleep.is_empty(), "generated while asleep");
         self.rule(!self.cached, "generated with a cache of former weights");
+        self.rule(!self.dropped, "generated from weights that were dropped");
         let fingerprint =
             self.weights.values().flatten().fold(0, |hash, byte| mix(&[hash, u64::from(*byte)]));
         let sampling = &body["sampling_params"];

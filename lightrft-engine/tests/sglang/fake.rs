@@ -43,6 +43,8 @@ struct State {
     session: bool,
     paused: bool,
     released: BTreeSet<String>,
+    /// It was started without `--enable-memory-saver`.
+    keeps_memory: bool,
     dead: bool,
     calls: Vec<(String, Value)>,
     /// The next call of this path fares so.
@@ -121,6 +123,11 @@ impl Fake {
 
     pub(crate) fn paths(&self) -> Vec<String> {
         self.calls().into_iter().map(|(path, _)| path).collect()
+    }
+
+    /// It gives no memory back, whatever it is told to release.
+    pub(crate) fn keep_memory(&self) {
+        self.state().keeps_memory = true;
     }
 
     pub(crate) fn is_dead(&self) -> bool {
@@ -207,10 +214,12 @@ impl State {
         Some(match path {
             "/server_info" => (
                 200,
-                json!({"version": "0.5.23", "enable_deterministic_inference": true, "enable_memory_saver": true,
+                json!({"version": "0.5.23", "enable_deterministic_inference": true,
+                    "enable_memory_saver": !self.keeps_memory,
                     "enable_weights_cpu_backup": true, "device": "cpu", "tp_size": 1, "max_req_input_len": 127}),
             ),
             "/model_info" => (200, json!({"model_path": model_path, "weight_version": self.version})),
+            "/ready" => (if self.paused { 503 } else { 200 }, Value::String(String::new())),
             "/health" => (200, Value::String(String::new())),
             "/metrics" => (200, Value::String("sglang:num_running_reqs{a=\"b\"} 2.0\n".to_owned())),
             "/generate" => return self.generate(body),
@@ -283,6 +292,13 @@ impl State {
     }
 
     fn generate(&mut self, body: &Value) -> Option<(u16, Value)> {
+        if self.paused {
+            return refused("a real one would have this wait until it goes on");
+        }
+        if !self.keeps_memory && !self.released.is_empty() {
+            self.dead = true;
+            return None;
+        }
         let mut engine = ScriptedEngine::new(VOCABULARY);
         let tensors: Vec<_> = self.weights.iter().map(|t| t.view().unwrap()).collect();
         engine.replace_weights(Version(0), &tensors, usize::MAX).unwrap();

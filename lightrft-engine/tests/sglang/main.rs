@@ -54,6 +54,64 @@ fn the_driver_keeps_the_contract() {
 }
 
 #[test]
+fn drivers_that_take_one_server_over_from_each_other_keep_the_contract() {
+    let fake = Fake::new();
+    fake.keep_memory();
+    conformance(|| {
+        let mut engine = engine(&fake);
+        engine.replace_weights(Version(0), &views(&weights(0)), 1 << 20).unwrap();
+        Subject { engine: Box::new(engine), weights: weights(2) }
+    });
+    assert!(!fake.is_dead());
+}
+
+#[test]
+fn a_server_left_asleep_is_stale_until_weights_come() {
+    let left: [fn(&mut SglangEngine); 3] = [
+        |engine| engine.sleep(Level::Two).unwrap(),
+        |engine| {
+            engine.sleep(Level::One).unwrap();
+            engine.wake(Parts::Weights).unwrap();
+        },
+        |engine| std::mem::forget(engine.begin_update(Version(9)).unwrap()),
+    ];
+    for (how, leave) in left.into_iter().enumerate() {
+        let fake = Fake::new();
+        fake.keep_memory();
+        leave(&mut engine(&fake));
+        fake.calls();
+        let mut other = engine(&fake);
+        assert_eq!(fake.paths(), ["/server_info", "/ready", "/model_info", "/model_info"]);
+        assert_eq!((other.state(), other.version()), (State::EMPTY, None), "{how}");
+        assert!(matches!(other.complete(&[greedy()]), Err(Error::Refused(_))));
+        other.wake(Parts::All).unwrap();
+        assert_eq!(other.state(), State::EMPTY, "{how}");
+        other.replace_weights(Version(1), &views(&weights(1)), 1 << 20).unwrap();
+        assert_eq!(drawn(&mut other), (expected(1), Version(1)), "{how}");
+        // A whole round, whatever the server still takes for released.
+        other.sleep(Level::Two).unwrap();
+        other.wake(Parts::Weights).unwrap();
+        other.replace_weights(Version(2), &views(&weights(2)), 1 << 20).unwrap();
+        other.wake(Parts::Cache).unwrap();
+        assert_eq!(drawn(&mut other), (expected(2), Version(2)), "{how}");
+        assert!(!fake.is_dead(), "{how}");
+    }
+    // One that gives memory back does not say which of it.
+    let fake = Fake::new();
+    engine(&fake).sleep(Level::One).unwrap();
+    fake.calls();
+    let error = SglangEngine::attach(&Attach::new(&fake.url)).unwrap_err();
+    assert!(error.to_string().contains("/ready: it takes no requests: it is paused"), "{error}");
+    assert!(matches!(error, Error::Server(_)), "{error:?}");
+    assert_eq!(fake.paths(), ["/server_info", "/ready"], "nothing was changed");
+    let fake = Fake::new();
+    fake.fail("/ready", Fault::Status(404));
+    assert_eq!(engine(&fake).state(), State::READY, "one that cannot say is taken for ready");
+    fake.fail("/ready", Fault::Status(500));
+    assert!(matches!(SglangEngine::attach(&Attach::new(&fake.url)), Err(Error::Server(_))));
+}
+
+#[test]
 fn an_update_pauses_sends_buckets_ends_and_goes_on() {
     let fake = Fake::new();
     let mut engine = engine(&fake);
