@@ -71,6 +71,13 @@ fn text(stage: &Stage<'_>) {
     engine.wake(Parts::Cache).unwrap();
     assert_eq!(greedy(engine).version, Version(5));
 
+    // Its trainer leaves the server asleep, and another takes it over.
+    engine.sleep(Level::Two).unwrap();
+    let engine = &mut SglangEngine::attach(&attach).unwrap();
+    assert_eq!((engine.state(), engine.version()), (State::EMPTY, None));
+    replace(engine, &stage.model.weights(1), 6);
+    assert_eq!(greedy(engine).tokens, after.tokens);
+
     let handle = engine.requests();
     let aborted = std::thread::scope(|scope| {
         scope.spawn(|| {
