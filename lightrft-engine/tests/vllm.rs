@@ -4,6 +4,8 @@
 mod servers;
 
 use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -107,20 +109,60 @@ fn an_old_server_is_driven_as_well() {
     assert_eq!(fake.broken(), Vec::<String>::new());
 }
 
+/// A program that stands for vLLM, and what it does.
+fn program(folder: &Path, script: &str) -> PathBuf {
+    let program = folder.join("vllm");
+    std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
+    std::fs::set_permissions(&program, permissions).unwrap();
+    program
+}
+
+#[test]
+fn somebody_elses_server_on_the_port_is_not_driven() {
+    let stray = FakeVllm::new();
+    let (folder, model) = (tempfile::tempdir().unwrap(), FakeVllm::new());
+    let mut start = Start::new(model.folder().to_str().unwrap());
+    start.program = program(folder.path(), ": > \"$STARTED\"; exec sleep 1000");
+    start.log = Some(folder.path().join("log"));
+    let started = folder.path().join("started");
+    start.variables.insert("STARTED".into(), started.clone().into());
+    let port = stray.server.url().rsplit(':').next().unwrap().parse().unwrap();
+    start.port = Some(port);
+    let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(matches!(&error, Error::Settings { field: "port", .. }), "{error}");
+    assert!(!started.exists() && stray.server.asked().is_empty());
+    drop(stray);
+
+    // One that comes when ours has been started.
+    let late = thread::spawn(move || {
+        while !started.exists() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        let listener = loop {
+            match TcpListener::bind(("127.0.0.1", port)) {
+                Ok(listener) => break listener,
+                Err(_) => thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        FakeVllm::on(listener)
+    });
+    let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("another has its port"), "{error}");
+    let paths: Vec<String> = late.join().unwrap().server.asked().into_iter().map(|a| a.path).collect();
+    assert!(paths.iter().all(|path| path == "/health" || path == "/v1/models"), "{paths:?}");
+}
+
 /// A program that stands for an old vLLM, which ends at a flag that it does not know.
 #[test]
 fn a_flag_that_an_old_vllm_does_not_know_is_left_out_when_it_says_so() {
     let folder = tempfile::tempdir().unwrap();
-    let program = folder.path().join("vllm");
-    let script = "#!/bin/sh\necho \"$@\" >> \"$TRIES\"\ncase \"$*\" in *--enable-scale-out*) \
-        echo 'vllm: error: unrecognized arguments: --enable-scale-out' >&2; exit 2;; esac\nexit 9\n";
-    std::fs::write(&program, script).unwrap();
-    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
-    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
-    std::fs::set_permissions(&program, permissions).unwrap();
+    let script = "echo \"$@\" >> \"$TRIES\"\ncase \"$*\" in *--enable-scale-out*) \
+        echo 'vllm: error: unrecognized arguments: --enable-scale-out' >&2; exit 2;; esac\nexit 9";
     let tries = folder.path().join("tries");
     let mut start = Start::new("/models/m");
-    start.program = program;
+    start.program = program(folder.path(), script);
     start.log = Some(folder.path().join("log"));
     start.variables.insert("TRIES".into(), tries.clone().into());
     let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
@@ -609,14 +651,9 @@ fn settings_that_make_no_sense_start_nothing() {
 #[test]
 fn a_server_is_started_with_what_the_settings_say_and_its_failure_is_told() {
     let folder = tempfile::tempdir().unwrap();
-    let program = folder.path().join("vllm");
-    let script = "#!/bin/sh\necho \"$@\"\necho \"$CUDA_VISIBLE_DEVICES $VLLM_SERVER_DEV_MODE $MORE\"\nls \"${PYTHONPATH%%:*}\"\necho \"key $VLLM_API_KEY\"\nexit 9\n";
-    std::fs::write(&program, script).unwrap();
-    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
-    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
-    std::fs::set_permissions(&program, permissions).unwrap();
+    let script = "echo \"$@\"\necho \"$CUDA_VISIBLE_DEVICES $VLLM_SERVER_DEV_MODE $MORE\"\nls \"${PYTHONPATH%%:*}\"\necho \"key $VLLM_API_KEY\"\nexit 9";
     let mut start = Start::new("/models/m");
-    start.program = program;
+    start.program = program(folder.path(), script);
     start.dtype = Some("bfloat16".into());
     (start.gpus, start.tensor_parallel) = (vec![2, 3], 2);
     (start.memory_share, start.context_tokens) = (Some(0.5), Some(4096));
@@ -625,16 +662,17 @@ fn a_server_is_started_with_what_the_settings_say_and_its_failure_is_told() {
     start.key = Some(ApiKey::new("sesame"));
     start.args = vec!["--enforce-eager".into()];
     start.variables.insert("MORE".into(), "more".into());
-    start.port = Some(1234);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    start.port = Some(port);
     start.log = Some(folder.path().join("log"));
     let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
     let Error::Server(server) = &error else { panic!("{error}") };
     let ServerError::Exited { status, last_lines, .. } = &**server else { panic!("{error}") };
     assert_eq!(status.code(), Some(9));
-    let expected = "serve /models/m --host 127.0.0.1 --port 1234 --generation-config vllm --enable-scale-out \
+    let expected = "--generation-config vllm --enable-scale-out \
         --dtype bfloat16 --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --max-model-len 4096 \
         --max-num-seqs 128 --limit-mm-per-prompt {\"image\":4,\"video\":0} \
         --worker-extension-cls lightrft_vllm.Extension --weight-transfer-config {\"backend\":\"lightrft\"} \
         --enable-sleep-mode --enforce-eager\n2,3 1 more\nlightrft_vllm.py\nkey ***";
-    assert_eq!(last_lines, expected);
+    assert_eq!(*last_lines, format!("serve /models/m --host 127.0.0.1 --port {port} {expected}"));
 }

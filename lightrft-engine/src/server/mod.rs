@@ -25,7 +25,7 @@ pub use metrics::Metrics;
 pub(crate) use model::Model;
 pub(crate) use parallel::in_parallel;
 pub use process::StartProgress;
-pub(crate) use process::{ServerCommand, ServerProcess, on_a_free_port};
+pub(crate) use process::{ServerCommand, ServerProcess, on_port};
 #[cfg(feature = "vllm")]
 pub(crate) use scan::{Keys, Malformed, Read, Scan};
 pub use verify::Verify;

@@ -281,14 +281,47 @@ impl Drop for ServerProcess {
     }
 }
 
+/// How long a port may still be in use of a server that was just killed.
+const PORT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Refuses a port that cannot be listened on now.
+fn check_free(engine: &'static str, port: u16) -> Result<()> {
+    let bad = |expected| Err(Error::Settings { engine, field: "port", value: port.to_string(), expected });
+    if port == 0 {
+        return bad("a port of 1 to 65535 was expected, or none for one that is free");
+    }
+    let start = Instant::now();
+    loop {
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return bad("a port that this user may listen on was expected, or none for one that is free");
+            }
+            Err(_) if start.elapsed() >= PORT_PATIENCE => {
+                return bad("somebody listens on it: another was expected, or none for one that is free");
+            }
+            Err(_) => thread::sleep(POLL),
+        }
+    }
+}
+
 /// A port of this machine that nobody listens on now.
 fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-/// Launches on a free port. Somebody else may take it between the moment it is found free and the server's own taking it:
-/// then on another.
-pub(crate) fn on_a_free_port<T>(engine: &'static str, mut launch: impl FnMut(u16) -> Result<T>) -> Result<T> {
+/// Launches on this port, if nobody listens on it: whoever does would be taken for the server. Without one it is launched on
+/// a port that is free. Somebody else may take that between the moment it is found free and the server's own taking it: then
+/// on another.
+pub(crate) fn on_port<T>(
+    engine: &'static str,
+    port: Option<u16>,
+    mut launch: impl FnMut(u16) -> Result<T>,
+) -> Result<T> {
+    if let Some(port) = port {
+        check_free(engine, port)?;
+        return launch(port);
+    }
     let mut attempts = 3;
     loop {
         attempts -= 1;
@@ -472,6 +505,23 @@ mod tests {
         eventually("it ends", || process.alive().is_err());
         let pid = line_in(&file);
         eventually("its child is ended", || !lives(&pid));
+    }
+
+    #[test]
+    fn nothing_is_launched_on_a_port_that_somebody_listens_on() {
+        let stray = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = stray.local_addr().unwrap().port();
+        let launch = |port| Ok::<_, Error>(port);
+        for taken in [port, 0] {
+            let error = on_port("test", Some(taken), |_| -> Result<()> { panic!("launched") }).unwrap_err();
+            assert!(
+                matches!(&error, Error::Settings { field: "port", value, .. } if *value == taken.to_string()),
+                "{error:?}"
+            );
+        }
+        assert_ne!(on_port("test", None, launch).unwrap(), port);
+        drop(stray);
+        assert_eq!(on_port("test", Some(port), launch).unwrap(), port);
     }
 
     /// Not a test by itself: the process that the next one kills.

@@ -108,6 +108,17 @@ impl Control {
         self.http.get("/model_info", self.within)?.json()
     }
 
+    /// Refuses a server of another model than the one that was started: somebody else's, on its port.
+    pub(super) fn check_serves(&self, model: &Path) -> Result<()> {
+        let reply = self.http.get("/model_info", self.within)?;
+        let served = reply.json::<ModelInfo>()?.model_path;
+        if served.is_some_and(|served| Path::new(&served) == model) {
+            return Ok(());
+        }
+        let model = model.display();
+        Err(reply.unexpected(&format!("the server that was started here, of `{model}`, was expected: another has its port")))
+    }
+
     pub(super) fn metrics(&self) -> Result<String> {
         let reply = self.http.get("/metrics", self.within)?;
         String::from_utf8(reply.bytes.clone()).map_err(|_| reply.unexpected("metrics that are no text"))

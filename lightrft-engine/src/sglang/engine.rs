@@ -12,7 +12,7 @@ use super::update::SglangUpdate;
 use super::wire::{Asked, ask, body, check, completions};
 use crate::generate::check_fields;
 use crate::server::{
-    Ask, Flight, Http, Job, MetricNames, Model, ServerProcess, Verify, in_parallel, jobs, on_a_free_port,
+    Ask, Flight, Http, Job, MetricNames, Model, ServerProcess, Verify, in_parallel, jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -69,10 +69,8 @@ impl SglangEngine {
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
         let model = Model::from_folder(&start.model)?;
-        let (process, control) = match start.port {
-            Some(port) => launch(start, port, tell)?,
-            None => on_a_free_port("SGLang", |port| launch(start, port, tell))?,
-        };
+        let (process, control) = on_port("SGLang", start.port, |port| launch(start, port, tell))?;
+        control.check_serves(&start.model)?;
         let second = Http::new("SGLang", control.http.base(), None)?;
         let info = control.server_info()?;
         Self::assemble(control, second, &info, model, start.driver.clone(), Some(process))

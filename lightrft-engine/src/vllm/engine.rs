@@ -15,7 +15,7 @@ use super::verify;
 use super::wire::{self, Asked};
 use crate::generate::check_fields;
 use crate::server::{
-    Flight, Http, Job, MetricNames, Metrics, Model, ServerProcess, Verify, in_parallel, jobs, on_a_free_port,
+    Flight, Http, Job, MetricNames, Metrics, Model, ServerProcess, Verify, in_parallel, jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -70,14 +70,13 @@ impl VllmEngine {
         start.check()?;
         let transport = transport(&start.driver.transfer)?;
         let plugin = plugin_folder()?;
-        let mut launched = |route| match start.port {
-            Some(port) => launch(start, port, route, plugin.path(), tell),
-            None => on_a_free_port("vLLM", |port| launch(start, port, route, plugin.path(), tell)),
-        };
+        let mut launched =
+            |route| on_port("vLLM", start.port, |port| launch(start, port, route, plugin.path(), tell));
         let (process, control) = match launched(TokenRoute::Asked) {
             Err(Error::Server(error)) if knows_no_scale_out(&error) => launched(TokenRoute::Always)?,
             result => result?,
         };
+        control.check_serves(&start.model)?;
         let folder = Path::new(&start.model);
         let folder = folder.join("config.json").exists().then_some(folder);
         let base = control.http.base().to_owned();

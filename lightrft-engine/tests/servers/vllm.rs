@@ -1,6 +1,7 @@
 //! A vLLM server without a model: it keeps the rules that the real one dies of when they are broken, and says which was.
 
 use std::collections::BTreeMap;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -80,6 +81,10 @@ pub(crate) fn weights(seed: u64) -> Vec<TensorBytes> {
 
 impl FakeVllm {
     pub(crate) fn new() -> Self {
+        Self::on(TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    pub(crate) fn on(listener: TcpListener) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = r#"{"vocab_size":32,"image_token_id":5,"video_token_id":6}"#;
         std::fs::write(folder.path().join("config.json"), config).unwrap();
@@ -97,7 +102,7 @@ impl FakeVllm {
         };
         let fake = Arc::new(Mutex::new(fake));
         let (shared, root) = (fake.clone(), folder.path().to_owned());
-        let server = HttpServer::new(move |asked| shared.lock().unwrap().answer(asked, &root));
+        let server = HttpServer::on(listener, move |asked| shared.lock().unwrap().answer(asked, &root));
         Self { server, fake, folder }
     }
 

@@ -85,7 +85,10 @@ pub(crate) fn write_folder(folder: &Path, tensors: &[TensorBytes]) {
 
 impl Fake {
     pub(crate) fn new() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::on(TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    pub(crate) fn on(listener: TcpListener) -> Self {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let folder = tempfile::tempdir().unwrap();
         let weights = ScriptedEngine::new(VOCABULARY).example_weights(0);

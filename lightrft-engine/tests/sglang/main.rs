@@ -3,10 +3,11 @@
 
 mod fake;
 
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use fake::{EOS, Fake, Fault, VOCABULARY, write_folder};
-use lightrft_engine::sglang::{Attach, Seeds, SglangEngine, Verify};
+use lightrft_engine::sglang::{Attach, Seeds, SglangEngine, Start, Verify};
 use lightrft_engine::testing::{ScriptedEngine, Subject, TensorBytes, conformance};
 use lightrft_engine::{
     Engine, EngineExt, Error, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor, Parts,
@@ -444,6 +445,45 @@ fn requests_can_be_aborted_from_another_thread() {
         assert!(matches!(call.join().unwrap(), Err(Error::Deadline { .. })));
     });
     assert!(fake.paths().iter().any(|path| path == "/abort_request"));
+}
+
+#[test]
+fn somebody_elses_server_on_the_port_is_not_driven() {
+    let folder = tempfile::tempdir().unwrap();
+    let (started, program) = (folder.path().join("started"), folder.path().join("python"));
+    std::fs::write(&program, "#!/bin/sh\n: > \"$STARTED\"; exec sleep 1000\n").unwrap();
+    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
+    std::fs::set_permissions(&program, permissions).unwrap();
+    write_folder(folder.path(), &weights(0));
+    let mut start = Start::new(folder.path());
+    start.program = program;
+    start.log = Some(folder.path().join("log"));
+    start.variables.insert("STARTED".into(), started.clone().into());
+    let stray = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = stray.local_addr().unwrap().port();
+    start.port = Some(port);
+    let error = SglangEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(matches!(&error, Error::Settings { field: "port", .. }) && !started.exists(), "{error}");
+    drop(stray);
+
+    // One that comes when ours has been started.
+    let late = std::thread::spawn(move || {
+        while !started.exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let listener = loop {
+            match TcpListener::bind(("127.0.0.1", port)) {
+                Ok(listener) => break listener,
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        Fake::on(listener)
+    });
+    let error = SglangEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("another has its port"), "{error}");
+    let paths = late.join().unwrap().paths();
+    assert!(paths.iter().all(|path| path == "/health" || path == "/model_info"), "{paths:?}");
 }
 
 #[test]
