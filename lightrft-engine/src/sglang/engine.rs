@@ -315,7 +315,8 @@ impl Engine for SglangEngine {
             let vocabulary = self.limits.vocabulary;
             completions(&reply, Asked { request, job: *job, ask, vocabulary, version: self.version })
         };
-        let mut report = |completions: &Vec<Completion>| {
+        let mut report = |completions: Option<&Vec<Completion>>| {
+            let completions = completions.map_or(&[][..], Vec::as_slice);
             progress.done += completions.len();
             progress.tokens += completions.iter().map(|c| c.tokens.len()).sum::<usize>();
             watch.report(progress)

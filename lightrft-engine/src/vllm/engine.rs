@@ -320,7 +320,8 @@ impl VllmEngine {
             self.flight.lands(&id);
             wire::completions(&reply?, asked)
         };
-        let mut done = |completions: &Vec<Completion>| {
+        let mut done = |completions: Option<&Vec<Completion>>| {
+            let completions = completions.map_or(&[][..], Vec::as_slice);
             progress.done += completions.len();
             progress.tokens += completions.iter().map(|c| c.tokens.len()).sum::<usize>();
             watch.report(progress)
