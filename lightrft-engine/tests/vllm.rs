@@ -119,6 +119,40 @@ fn program(folder: &Path, script: &str) -> PathBuf {
     program
 }
 
+/// A folder that tells no more than a vocabulary.
+fn model_folder(parent: &Path) -> PathBuf {
+    let folder = parent.join("model");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("config.json"), r#"{"vocab_size":32}"#).unwrap();
+    folder
+}
+
+#[test]
+fn a_model_that_nothing_is_known_of_starts_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let started = folder.path().join("started");
+    let mut start = Start::new("org/m");
+    start.program = program(folder.path(), ": > \"$STARTED\"; exit 9");
+    start.log = Some(folder.path().join("log"));
+    start.variables.insert("STARTED".into(), started.clone().into());
+    let mut refused = |field, said: Option<&Path>| {
+        start.folder = said.map(Path::to_owned);
+        let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+        assert!(!started.exists(), "{error}");
+        assert!(error.to_string().contains(field), "{error}");
+    };
+    refused("folder = org/m: a folder of this machine", None);
+    let model = model_folder(folder.path());
+    std::fs::write(model.join("config.json"), "{}").unwrap();
+    refused("vocab_size", Some(&model));
+    std::fs::write(model.join("config.json"), "{").unwrap();
+    refused("config.json", Some(&model));
+    std::fs::write(model.join("config.json"), r#"{"vocab_size":32}"#).unwrap();
+    start.folder = Some(model);
+    VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(started.exists());
+}
+
 #[test]
 fn somebody_elses_server_on_the_port_is_not_driven() {
     let stray = FakeVllm::new();
@@ -161,7 +195,8 @@ fn a_flag_that_an_old_vllm_does_not_know_is_left_out_when_it_says_so() {
     let script = "echo \"$@\" >> \"$TRIES\"\ncase \"$*\" in *--enable-scale-out*) \
         echo 'vllm: error: unrecognized arguments: --enable-scale-out' >&2; exit 2;; esac\nexit 9";
     let tries = folder.path().join("tries");
-    let mut start = Start::new("/models/m");
+    let mut start = Start::new("org/m");
+    start.folder = Some(model_folder(folder.path()));
     start.program = program(folder.path(), script);
     start.log = Some(folder.path().join("log"));
     start.variables.insert("TRIES".into(), tries.clone().into());
@@ -652,7 +687,8 @@ fn settings_that_make_no_sense_start_nothing() {
 fn a_server_is_started_with_what_the_settings_say_and_its_failure_is_told() {
     let folder = tempfile::tempdir().unwrap();
     let script = "echo \"$@\"\necho \"$CUDA_VISIBLE_DEVICES $VLLM_SERVER_DEV_MODE $MORE\"\nls \"${PYTHONPATH%%:*}\"\necho \"key $VLLM_API_KEY\"\nexit 9";
-    let mut start = Start::new("/models/m");
+    let mut start = Start::new("org/m");
+    start.folder = Some(model_folder(folder.path()));
     start.program = program(folder.path(), script);
     start.dtype = Some("bfloat16".into());
     (start.gpus, start.tensor_parallel) = (vec![2, 3], 2);
@@ -674,5 +710,5 @@ fn a_server_is_started_with_what_the_settings_say_and_its_failure_is_told() {
         --max-num-seqs 128 --limit-mm-per-prompt {\"image\":4,\"video\":0} \
         --worker-extension-cls lightrft_vllm.Extension --weight-transfer-config {\"backend\":\"lightrft\"} \
         --enable-sleep-mode --enforce-eager\n2,3 1 more\nlightrft_vllm.py\nkey ***";
-    assert_eq!(*last_lines, format!("serve /models/m --host 127.0.0.1 --port {port} {expected}"));
+    assert_eq!(*last_lines, format!("serve org/m --host 127.0.0.1 --port {port} {expected}"));
 }

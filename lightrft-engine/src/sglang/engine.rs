@@ -64,11 +64,15 @@ impl SglangEngine {
     /// with this process.
     ///
     /// # Errors
-    /// [`Error::Settings`]; those of a broken model folder; [`Error::Server`] if it does not start, ends, or is not
-    /// ready in time, with the last lines of its log.
+    /// Before anything is started: [`Error::Settings`], those of a broken model folder. [`Error::Server`] if it does not
+    /// start, ends, or is not ready in time, with the last lines of its log.
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
         let model = Model::from_folder(&start.model)?;
+        if model.vocabulary.is_none() {
+            let value = start.model.display().to_string();
+            return bad("model", value, "a config.json with its vocab_size was expected");
+        }
         let (process, control) = on_port("SGLang", start.port, |port| launch(start, port, tell))?;
         control.check_serves(&start.model)?;
         let second = Http::new("SGLang", control.http.base(), None)?;

@@ -65,7 +65,8 @@ impl VllmEngine {
     /// Starts a server and waits until it is ready, telling `tell` how it comes along.
     ///
     /// # Errors
-    /// [`Error::Settings`]; [`Error::Server`] with the end of the server's log if it ends or does not become ready.
+    /// Before anything is started: [`Error::Settings`], those of a broken model folder. [`Error::Server`] with the end of
+    /// the server's log if it ends or does not become ready.
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
         let transport = transport(&start.driver.transfer)?;
@@ -77,8 +78,7 @@ impl VllmEngine {
             result => result?,
         };
         control.check_serves(&start.model)?;
-        let folder = Path::new(&start.model);
-        let folder = folder.join("config.json").exists().then_some(folder);
+        let folder = Some(start.model_folder());
         let base = control.http.base().to_owned();
         let mut engine =
             Self::connect(control, &base, start.key.clone(), folder, start.driver.clone(), transport)?;

@@ -5,11 +5,16 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::server::{ApiKey, ServerCommand, Verify};
+use crate::server::{ApiKey, Model, ServerCommand, Verify};
 use crate::{Error, LogProbs, Result, Version};
 
 /// The flag of newer servers that opens their route for tokens.
 pub(super) const SCALE_OUT: &str = "--enable-scale-out";
+
+/// What is expected of a server's model.
+pub(super) const NO_FOLDER: &str =
+    "a folder of this machine with the model's config.json was expected, since requests are checked by it: of a name, the \
+     folder that it was downloaded to";
 
 /// How a server comes to have its route for tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,9 +29,11 @@ pub(super) enum TokenRoute {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Start {
-    /// The model: a folder, or a name that vLLM looks up. Only of a folder are the parameters known, so that wrong ones
-    /// are refused before they are sent.
+    /// The model: a folder, or a name that vLLM looks up.
     pub model: String,
+    /// A folder of this machine with the model's `config.json`, which tells the driver the vocabulary and the pads, and by
+    /// its safetensors files, if there are any, the parameters. By default `model` itself: a name needs one.
+    pub folder: Option<PathBuf>,
     /// vLLM's program; `vllm` by default.
     pub program: PathBuf,
     /// Type of the weights and of the arithmetic, as `--dtype` takes it; the model's own by default.
@@ -64,10 +71,12 @@ pub struct Start {
 }
 
 impl Start {
-    /// A server of `model`, everything else by default.
+    /// A server of `model`, a folder of this machine, everything else by default. For a name say the [`folder`](Self::folder)
+    /// too.
     pub fn new(model: impl Into<String>) -> Self {
         Self {
             model: model.into(),
+            folder: None,
             program: PathBuf::from("vllm"),
             dtype: None,
             tensor_parallel: 1,
@@ -86,6 +95,11 @@ impl Start {
             ready_within: Duration::from_secs(600),
             driver: Driver { transfer: Transfer::SharedMemory { folder: None }, ..Driver::default() },
         }
+    }
+
+    /// Where the driver learns what the model is.
+    pub(super) fn model_folder(&self) -> &Path {
+        self.folder.as_deref().unwrap_or(Path::new(&self.model))
     }
 
     /// Checks what vLLM would only find when it has started, or never.
@@ -123,7 +137,16 @@ impl Start {
         if self.context_tokens.is_some_and(|tokens| tokens < 2) {
             return bad("context_tokens", format!("{:?}", self.context_tokens), "at least 2 were expected");
         }
-        self.driver.check()
+        self.driver.check()?;
+        let folder = self.model_folder();
+        if !folder.join("config.json").is_file() {
+            let value = folder.display().to_string();
+            return bad("folder", value, NO_FOLDER);
+        }
+        if Model::from_folder(folder)?.vocabulary.is_none() {
+            return bad("folder", folder.display().to_string(), "a config.json with its vocab_size was expected");
+        }
+        Ok(())
     }
 
     /// The command line of a server on `port`, with the worker's plug-in in `plugin`.
