@@ -17,21 +17,26 @@ use super::scan::{self, Malformed, Scan};
 
 /// A server's key, sent as a bearer token. It does not show in `Debug` output, logs or errors.
 #[derive(Clone, PartialEq, Eq)]
-pub struct ApiKey(String);
+pub struct ApiKey(Arc<str>);
 
 impl ApiKey {
     /// A key as the server was given it.
     pub fn new(key: impl Into<String>) -> Self {
-        Self(key.into())
+        Self(key.into().into())
     }
 
     pub(crate) fn expose(&self) -> &str {
         &self.0
     }
 
-    /// `text` without the key, should a server have repeated it.
+    /// `text` without the key, should a server have repeated it, as it is or as it stands in JSON. Before a text is cut: of
+    /// a key across the cut a part would be left.
     pub(crate) fn redact(&self, text: String) -> String {
-        if self.0.is_empty() { text } else { text.replace(&self.0, "***") }
+        if self.0.is_empty() {
+            return text;
+        }
+        let escaped = self.0.replace('\\', "\\\\").replace('"', "\\\"");
+        text.replace(&escaped, "***").replace(&*self.0, "***")
     }
 }
 
@@ -44,6 +49,9 @@ impl fmt::Debug for ApiKey {
 /// The longest reply that is read, in bytes, unless a caller says otherwise: 64 samples of 32k tokens with
 /// log-probabilities are about 250 MB of JSON.
 const REPLY_LIMIT: u64 = 1 << 30;
+
+/// What an error looks at of a reply.
+const MOST_OF_A_REPLY: usize = 1 << 20;
 
 /// As many requests as anybody sends at once.
 #[cfg(feature = "vllm")]
@@ -82,13 +90,15 @@ impl fmt::Debug for Http {
 pub(crate) struct Reply {
     call: Call,
     pub(crate) bytes: Vec<u8>,
+    /// Taken out of what an error repeats of it.
+    key: Option<ApiKey>,
 }
 
 impl Reply {
     /// These bytes, as if a server had sent them.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn of(bytes: Vec<u8>) -> Self {
-        Self { call: Call { engine: "test", method: "POST", path: "/test".to_owned() }, bytes }
+        Self { call: Call { engine: "test", method: "POST", path: "/test".to_owned() }, bytes, key: None }
     }
 
     /// The reply as JSON of a known shape.
@@ -108,10 +118,16 @@ impl Reply {
         })
     }
 
-    /// The error that says what is wrong with this reply.
+    /// The error that says what is wrong with this reply. Texts of the server may stand in `what`, whole.
     pub(crate) fn unexpected(&self, what: &str) -> ServerError {
-        let begin = &self.bytes[..self.bytes.len().min(200)];
-        let begin = shortened(&String::from_utf8_lossy(begin));
+        let clean = |text: String| match &self.key {
+            Some(key) => key.redact(text),
+            None => text,
+        };
+        let begin = &self.bytes[..self.bytes.len().min(MOST_OF_A_REPLY)];
+        let begin = clean(String::from_utf8_lossy(begin).into_owned());
+        let begin = shortened(&begin[..begin.floor_char_boundary(200)]);
+        let what = shortened(&clean(what.to_owned()));
         ServerError::Reply { call: self.call.clone(), what: format!("{what}; the reply begins `{begin}`") }
     }
 }
@@ -244,17 +260,10 @@ impl Http {
             return Err(ServerError::ReplyTooLong { call, limit: self.reply_limit });
         }
         if (200..300).contains(&status) {
-            return Ok(Reply { call, bytes });
+            return Ok(Reply { call, bytes, key: self.key.clone() });
         }
-        let message = self.redacted(message_in(&bytes));
+        let message = message_in(&bytes, self.key.as_ref());
         Err(ServerError::Status { call, status, message })
-    }
-
-    fn redacted(&self, text: String) -> String {
-        match &self.key {
-            Some(key) => key.redact(text),
-            None => text,
-        }
     }
 }
 
@@ -321,15 +330,21 @@ fn is_loopback(uri: &Uri) -> bool {
     host == "localhost" || host == "[::1]" || host.starts_with("127.")
 }
 
-/// The server's words in the reply of an error, from the shapes that vLLM, SGLang and FastAPI give it.
-pub(super) fn message_in(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
+/// The server's words in the reply of an error, from the shapes that vLLM, SGLang and FastAPI give it, without the key.
+pub(super) fn message_in(bytes: &[u8], key: Option<&ApiKey>) -> String {
+    let clean = |text: String| {
+        shortened(&match key {
+            Some(key) => key.redact(text),
+            None => text,
+        })
+    };
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes) else {
-        return if text.trim().is_empty() { "no message".to_owned() } else { shortened(&text) };
+        let text = clean(String::from_utf8_lossy(bytes).into_owned());
+        return if text.is_empty() { "no message".to_owned() } else { text };
     };
     let words = ["/error/message", "/message", "/error", "/detail"];
     let found = words.iter().find_map(|place| value.pointer(place)).unwrap_or(&value);
-    shortened(found.as_str().unwrap_or(&found.to_string()))
+    clean(found.as_str().map_or_else(|| found.to_string(), str::to_owned))
 }
 
 #[cfg(test)]
@@ -409,6 +424,30 @@ mod tests {
             let error = http.get("/x", LONG).unwrap_err();
             assert_eq!(error.to_string(), format!("test GET /x: status 401: {words}"));
         }
+    }
+
+    #[test]
+    fn no_part_of_the_key_is_left_where_a_servers_text_is_cut() {
+        // The whole of the key, all of its halves, and the key as JSON has it.
+        let key = ApiKey::new("open\"sesame");
+        let leaks = |text: &str| ["open", "sesame"].iter().any(|half| text.contains(half));
+        for filler in (560..620).chain(170..210) {
+            let long = format!("{}open\"sesame{}", "x".repeat(filler), "y".repeat(2000));
+            let bytes = serde_json::json!({ "error": &long }).to_string().into_bytes();
+            let message = message_in(&bytes, Some(&key));
+            assert!(!leaks(&message), "{filler}: {message}");
+            let message = message_in(long.as_bytes(), Some(&key));
+            assert!(!leaks(&message), "{filler}: {message}");
+            let reply = Reply { key: Some(key.clone()), ..Reply::of(bytes) };
+            let error = reply.json::<Vec<u32>>().unwrap_err().to_string();
+            assert!(!leaks(&error), "{filler}: {error}");
+            let error = reply.unexpected(&long).to_string();
+            assert!(!leaks(&error), "{filler}: {error}");
+        }
+        // What serde says repeats what it found.
+        let reply = Reply { key: Some(key.clone()), ..Reply::of(br#"["open\"sesame"]"#.to_vec()) };
+        let error = reply.json::<Vec<u32>>().unwrap_err().to_string();
+        assert!(error.contains("invalid type") && !leaks(&error), "{error}");
     }
 
     #[test]

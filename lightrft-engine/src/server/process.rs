@@ -226,7 +226,8 @@ impl ServerProcess {
 
     /// The end of its log, without the key.
     pub(crate) fn last_lines(&self) -> String {
-        let tail = read_tail(&self.log).unwrap_or_else(|error| format!("(cannot be read: {error})"));
+        let most_cut = self.key.as_ref().map_or(0, |key| key.expose().len());
+        let tail = read_tail(&self.log, most_cut).unwrap_or_else(|error| format!("(cannot be read: {error})"));
         let lines: Vec<&str> = tail.lines().filter(|line| !line.trim().is_empty()).collect();
         let text = lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n");
         shortened(&match &self.key {
@@ -345,13 +346,20 @@ fn own_log(engine: &str) -> PathBuf {
     std::env::temp_dir().join(name)
 }
 
-fn read_tail(path: &Path) -> io::Result<String> {
+/// The end of a file, from the beginning of a line on. Of one long line its end, `most_cut` bytes less: where it is cut, a part
+/// of the key could stand that is not known for one.
+fn read_tail(path: &Path, most_cut: usize) -> io::Result<String> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
     let mut bytes = Vec::new();
     file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    let mut whole = &bytes[..];
+    if length > TAIL_BYTES {
+        let line = bytes.iter().position(|byte| *byte == b'\n').map_or(most_cut, |end| end + 1);
+        whole = bytes.get(line..).unwrap_or_default();
+    }
+    Ok(String::from_utf8_lossy(whole).into_owned())
 }
 
 #[cfg(test)]
@@ -411,6 +419,23 @@ mod tests {
         drop(process);
         assert!(log.exists(), "the log of a failure is kept");
         fs::remove_file(log).unwrap();
+    }
+
+    #[test]
+    fn no_part_of_the_key_is_left_where_a_log_is_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let mut command = script("exec sleep 1000");
+        (command.log, command.key) = (Some(log.clone()), Some(ApiKey::new("sesame")));
+        let process = ServerProcess::start(&command).unwrap();
+        for after in (TAIL_BYTES as usize - 8)..=(TAIL_BYTES as usize) {
+            fs::write(&log, format!("sesame{}", "x".repeat(after))).unwrap();
+            let lines = process.last_lines();
+            assert!(lines.trim_start_matches("***").starts_with('x'), "{after}: {}", &lines[..20]);
+            fs::write(&log, format!("sesame{}\nlast", "x".repeat(after - 5))).unwrap();
+            let lines = process.last_lines();
+            assert!(lines == "last" || lines.starts_with("***x"), "{after}: {lines}");
+        }
     }
 
     #[test]

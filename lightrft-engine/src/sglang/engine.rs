@@ -12,7 +12,7 @@ use super::update::SglangUpdate;
 use super::wire::{Asked, ask, body, check, completions};
 use crate::generate::check_fields;
 use crate::server::{
-    Ask, Flight, Http, Job, MetricNames, Model, ServerProcess, Verify, in_parallel, jobs, on_port,
+    Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, ServerProcess, Verify, in_parallel, jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -75,7 +75,7 @@ impl SglangEngine {
         }
         let (process, control) = on_port("SGLang", start.port, |port| launch(start, port, tell))?;
         control.check_serves(&start.model)?;
-        let second = Http::new("SGLang", control.http.base(), None)?;
+        let second = Http::new("SGLang", control.http.base(), start.key.clone())?;
         let info = control.server_info()?;
         Self::assemble(control, second, &info, model, start.driver.clone(), Some(process))
     }
@@ -404,8 +404,12 @@ fn launch(
     port: u16,
     tell: &mut dyn FnMut(&StartProgress),
 ) -> Result<(ServerProcess, Control)> {
-    let mut process = ServerProcess::start(&start.command(port))?;
-    let http = Http::new("SGLang", &format!("http://127.0.0.1:{port}"), None)?;
+    let failed = |source| Error::Backend { engine: "SGLang", operation: "write the key's file", source: Box::new(source) };
+    // Read by the time that it is ready, and gone with this call.
+    let folder = OwnedFolder::new("lightrft-sglang-", &std::env::temp_dir()).map_err(failed)?;
+    let key = start.write_key(folder.path()).map_err(failed)?;
+    let mut process = ServerProcess::start(&start.command(port, key.as_deref()))?;
+    let http = Http::new("SGLang", &format!("http://127.0.0.1:{port}"), start.key.clone())?;
     let control = Control::new(http, start.driver.control_within);
     // It answers before it can draw; it is ready once it has drawn.
     let ready = |within: Duration| control.is_up(within) && control.is_healthy(PROBE);

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::server::{ApiKey, Model, ServerCommand, Verify};
+use crate::server::{ApiKey, Flags, Model, Names, ServerCommand, Verify, refuse};
 use crate::{Error, LogProbs, Result, Version};
 
 /// The flag of newer servers that opens their route for tokens.
@@ -15,6 +16,12 @@ pub(super) const SCALE_OUT: &str = "--enable-scale-out";
 pub(super) const NO_FOLDER: &str =
     "a folder of this machine with the model's config.json was expected, since requests are checked by it: of a name, the \
      folder that it was downloaded to";
+
+/// What is not taken among a caller's own arguments and variables, and why.
+const REFUSED: [(&str, &str); 2] = [
+    ("--api-key", "the setting `key` was expected: whoever lists processes reads arguments"),
+    ("VLLM_API_KEY", "the setting `key` was expected: the driver needs it too"),
+];
 
 /// How a server comes to have its route for tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +33,7 @@ pub(super) enum TokenRoute {
 }
 
 /// A server to start.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Start {
     /// The model: a folder, or a name that vLLM looks up.
@@ -54,9 +61,9 @@ pub struct Start {
     pub images_per_prompt: Option<usize>,
     /// Most films of one prompt; vLLM's own default if it is not said.
     pub videos_per_prompt: Option<usize>,
-    /// More arguments of `vllm serve`.
+    /// More arguments of `vllm serve`. Their values do not show in `Debug` output, but in the list of processes.
     pub args: Vec<OsString>,
-    /// More variables of its environment.
+    /// More variables of its environment. Their values do not show in `Debug` output.
     pub variables: BTreeMap<OsString, OsString>,
     /// The port of 127.0.0.1 that it listens on; one that is free by default.
     pub port: Option<u16>,
@@ -68,6 +75,54 @@ pub struct Start {
     pub ready_within: Duration,
     /// What does not depend on who started the server.
     pub driver: Driver,
+}
+
+impl fmt::Debug for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // By their names, so that none is forgotten.
+        let Self {
+            model,
+            folder,
+            program,
+            dtype,
+            tensor_parallel,
+            gpus,
+            memory_share,
+            sleep_mode,
+            context_tokens,
+            max_sequences,
+            images_per_prompt,
+            videos_per_prompt,
+            args,
+            variables,
+            port,
+            log,
+            key,
+            ready_within,
+            driver,
+        } = self;
+        f.debug_struct("Start")
+            .field("model", model)
+            .field("folder", folder)
+            .field("program", program)
+            .field("dtype", dtype)
+            .field("tensor_parallel", tensor_parallel)
+            .field("gpus", gpus)
+            .field("memory_share", memory_share)
+            .field("sleep_mode", sleep_mode)
+            .field("context_tokens", context_tokens)
+            .field("max_sequences", max_sequences)
+            .field("images_per_prompt", images_per_prompt)
+            .field("videos_per_prompt", videos_per_prompt)
+            .field("args", &Flags(args))
+            .field("variables", &Names(variables))
+            .field("port", port)
+            .field("log", log)
+            .field("key", key)
+            .field("ready_within", ready_within)
+            .field("driver", driver)
+            .finish()
+    }
 }
 
 impl Start {
@@ -138,6 +193,7 @@ impl Start {
             return bad("context_tokens", format!("{:?}", self.context_tokens), "at least 2 were expected");
         }
         self.driver.check()?;
+        refuse("vLLM", &self.args, &self.variables, &REFUSED)?;
         let folder = self.model_folder();
         if !folder.join("config.json").is_file() {
             let value = folder.display().to_string();

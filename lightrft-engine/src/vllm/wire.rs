@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::reply::{Choice, StopReason, choices};
-use crate::server::{Ask, Job, Reply, shortened};
+use crate::server::{Ask, Job, Reply};
 use crate::{
     Completion, Error, FinishReason, LogProbs, Media, MediaKind, Request, Result, Sampling, Version,
 };
@@ -236,8 +236,9 @@ fn completion(reply: &Reply, choice: Choice, asked: Asked<'_>) -> Result<Complet
         Some(version) => match version.parse() {
             Ok(number) => Version(number),
             Err(_) => {
-                let named = shortened(version);
-                return Err(wrong(format!("drawn by weights `{named}`, which somebody else must have sent")));
+                return Err(wrong(format!(
+                    "drawn by weights `{version}`, which somebody else must have sent"
+                )));
             }
         },
     };
