@@ -552,32 +552,61 @@ mod tests {
     /// Not a test by itself: the process that the next one kills.
     #[test]
     fn victim() {
-        let Some(file) = std::env::var_os("LIGHTRFT_TEST_VICTIM") else { return };
-        let mut command = family(Path::new(&file));
-        // Deaf itself too: nobody but the guardian is left to kill it.
-        let script = format!("trap '' TERM; {}", command.args[1].display());
-        command.args[1] = script.into();
+        let Some(file) = std::env::var_os("LIGHTRFT_TEST_VICTIM").map(PathBuf::from) else { return };
+        let mut command = match std::env::var_os("LIGHTRFT_TEST_SERVER_ENDS") {
+            // It ends by itself, and leaves a child.
+            Some(_) => {
+                let file = file.display();
+                script(&format!("sleep 1000 & echo \"$PPID $!\" > {file}.new; mv {file}.new {file}; exit 5"))
+            }
+            // Deaf itself too: nobody but the guardian is left to kill it.
+            None => {
+                let mut command = family(Path::new(&file));
+                command.args[1] = format!("trap '' TERM; {}", command.args[1].display()).into();
+                command
+            }
+        };
         command.grace = Duration::from_secs(1);
-        command.log = Some(PathBuf::from(&file).with_extension("log"));
+        command.log = Some(file.with_extension("log"));
         let process = ServerProcess::start(&command).unwrap();
         thread::sleep(LONG * 2);
         drop(process);
+    }
+
+    /// A process of its own that starts a server which writes process ids into `file`.
+    fn start_victim(file: &Path, configure: impl FnOnce(&mut Command)) -> Child {
+        let mut victim = Command::new(std::env::current_exe().unwrap());
+        victim.args(["--exact", "server::process::tests::victim"]);
+        victim.env("LIGHTRFT_TEST_VICTIM", file).stdout(Stdio::null());
+        configure(&mut victim);
+        victim.spawn().unwrap()
     }
 
     #[test]
     fn a_server_and_its_descendants_end_with_a_process_that_is_killed() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("pids");
-        let mut parent = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "server::process::tests::victim"])
-            .env("LIGHTRFT_TEST_VICTIM", &file)
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut parent = start_victim(&file, |_| ());
         let pids = line_in(&file);
         assert!(pids.split(' ').all(lives));
         parent.kill().unwrap();
         parent.wait().unwrap();
         eventually("the server and its deaf child are gone", || !pids.split(' ').any(lives));
+    }
+
+    #[test]
+    fn descendants_of_a_server_that_ended_by_itself_end_with_a_process_that_is_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pids");
+        let mut parent = start_victim(&file, |victim| {
+            victim.env("LIGHTRFT_TEST_SERVER_ENDS", "1");
+        });
+        let pids = line_in(&file);
+        let (shell, child) = pids.split_once(' ').unwrap();
+        eventually("the server and its shell end", || !lives(shell));
+        assert!(lives(child));
+        parent.kill().unwrap();
+        parent.wait().unwrap();
+        eventually("its child is gone", || !lives(child));
     }
 }

@@ -18,9 +18,14 @@ pub(super) const NO_FOLDER: &str =
      folder that it was downloaded to";
 
 /// What is not taken among a caller's own arguments and variables, and why.
-const REFUSED: [(&str, &str); 2] = [
+const REFUSED: [(&str, &str); 3] = [
     ("--api-key", "the setting `key` was expected: whoever lists processes reads arguments"),
     ("VLLM_API_KEY", "the setting `key` was expected: the driver needs it too"),
+    (
+        "--data-parallel-multi-port-external-lb",
+        "none was expected: its servers listen on ports of their own, and would not end with this process; `DataParallel` \
+         drives several",
+    ),
 ];
 
 /// How a server comes to have its route for tokens.
