@@ -81,7 +81,7 @@ impl VllmEngine {
         let folder = Some(start.model_folder());
         let base = control.http.base().to_owned();
         let mut engine =
-            Self::connect(control, &base, start.key.clone(), folder, start.driver.clone(), transport)?;
+            Self::connect(control, &base, start.key.clone(), folder, start.driver(), transport)?;
         engine.process = Some(process);
         engine._plugin = Some(plugin);
         Ok(engine)

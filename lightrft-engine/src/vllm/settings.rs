@@ -162,6 +162,13 @@ impl Start {
         self.folder.as_deref().unwrap_or(Path::new(&self.model))
     }
 
+    /// The settings of its driver: vLLM refuses a request of more samples than it draws at once.
+    pub(super) fn driver(&self) -> Driver {
+        let most = self.max_sequences.unwrap_or(usize::MAX);
+        let samples_per_request = self.driver.samples_per_request.min(most);
+        Driver { samples_per_request, ..self.driver.clone() }
+    }
+
     /// Checks what vLLM would only find when it has started, or never.
     pub(super) fn check(&self) -> Result<()> {
         let bad =
@@ -329,7 +336,8 @@ pub struct Driver {
     pub version: Version,
     /// Most requests that wait for their reply at once; 256 by default.
     pub requests_at_once: usize,
-    /// Most samples asked for in one request: not more than the server's `--max-num-seqs`; 64 by default.
+    /// Most samples asked for in one request: not more than the server's `--max-num-seqs`, which
+    /// [`Start::max_sequences`] sees to; 64 by default.
     pub samples_per_request: usize,
     /// How long a control call may take (sleep, wake, each bucket of an update, its end); 10 minutes by default.
     pub control_within: Duration,
