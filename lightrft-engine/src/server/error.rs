@@ -1,8 +1,9 @@
 //! What can go wrong with an inference server: its process, the connection to it, its replies.
 
 use std::fmt;
+use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
@@ -149,6 +150,13 @@ impl ServerError {
     /// The error of a call after which the server no longer answered.
     pub(crate) fn gone(self) -> Self {
         if self.is_the_end() { self } else { ServerError::Gone { source: Box::new(self) } }
+    }
+
+    /// Removes the log of a server that is started once more, unless it is the caller's own.
+    pub(crate) fn discard_log(&self, callers: Option<&Path>) {
+        if let (ServerError::Exited { log, .. }, None) = (self, callers) {
+            let _ = fs::remove_file(log);
+        }
     }
 
     /// Whether a server ended because somebody else had its port.

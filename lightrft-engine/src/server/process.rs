@@ -9,7 +9,6 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -128,10 +127,15 @@ impl ServerProcess {
             let program = command.program.to_string_lossy().into_owned();
             ServerError::Start { engine, program, source }
         };
-        let log = command.log.clone().unwrap_or_else(|| own_log(engine));
-        let named =
-            |source: io::Error| failed(io::Error::new(source.kind(), format!("{}: {source}", log.display())));
-        let output = File::create(&log).map_err(named)?;
+        let (output, log) = match &command.log {
+            None => own_log(engine).map_err(failed)?,
+            Some(log) => {
+                let named = |source: io::Error| {
+                    failed(io::Error::new(source.kind(), format!("{}: {source}", log.display())))
+                };
+                (File::create(log).map_err(named)?, log.clone())
+            }
+        };
         let mut shell = Command::new("sh");
         shell.args(["-c", GUARDIAN, "lightrft-guardian", &command.grace.as_secs().max(1).to_string()]);
         shell.arg(&command.program).args(&command.args).envs(&command.variables);
@@ -313,10 +317,11 @@ fn free_port() -> io::Result<u16> {
 
 /// Launches on this port, if nobody listens on it: whoever does would be taken for the server. Without one it is launched on
 /// a port that is free. Somebody else may take that between the moment it is found free and the server's own taking it: then
-/// on another.
+/// on another, and of the log of the one before, which is at `log` if it is the caller's, nothing is left.
 pub(crate) fn on_port<T>(
     engine: &'static str,
     port: Option<u16>,
+    log: Option<&Path>,
     mut launch: impl FnMut(u16) -> Result<T>,
 ) -> Result<T> {
     if let Some(port) = port {
@@ -332,18 +337,17 @@ pub(crate) fn on_port<T>(
             source: Box::new(source),
         })?;
         let result = launch(port);
-        let taken = matches!(&result, Err(Error::Server(error)) if error.is_of_a_taken_port());
-        if !taken || attempts == 0 {
-            return result;
+        match &result {
+            Err(Error::Server(error)) if error.is_of_a_taken_port() && attempts > 0 => error.discard_log(log),
+            _ => return result,
         }
     }
 }
 
-fn own_log(engine: &str) -> PathBuf {
-    static LOGS: AtomicU64 = AtomicU64::new(0);
-    let number = LOGS.fetch_add(1, Ordering::Relaxed);
-    let name = format!("lightrft-{}-{}-{number}.log", engine.to_lowercase(), std::process::id());
-    std::env::temp_dir().join(name)
+/// A log that nobody else reads or has put there.
+fn own_log(engine: &str) -> io::Result<(File, PathBuf)> {
+    let prefix = format!("lightrft-{}-", engine.to_lowercase());
+    Ok(tempfile::Builder::new().prefix(&prefix).suffix(".log").tempfile()?.keep()?)
 }
 
 /// The end of a file, from the beginning of a line on. Of one long line its end, `most_cut` bytes less: where it is cut, a part
@@ -538,15 +542,33 @@ mod tests {
         let port = stray.local_addr().unwrap().port();
         let launch = |port| Ok::<_, Error>(port);
         for taken in [port, 0] {
-            let error = on_port("test", Some(taken), |_| -> Result<()> { panic!("launched") }).unwrap_err();
+            let error = on_port("test", Some(taken), None, |_| -> Result<()> { panic!("launched") }).unwrap_err();
             assert!(
                 matches!(&error, Error::Settings { field: "port", value, .. } if *value == taken.to_string()),
                 "{error:?}"
             );
         }
-        assert_ne!(on_port("test", None, launch).unwrap(), port);
+        assert_ne!(on_port("test", None, None, launch).unwrap(), port);
         drop(stray);
-        assert_eq!(on_port("test", Some(port), launch).unwrap(), port);
+        assert_eq!(on_port("test", Some(port), None, launch).unwrap(), port);
+    }
+
+    #[test]
+    fn logs_of_servers_that_are_started_again_are_removed_and_nobody_else_reads_the_last() {
+        let mut logs = Vec::new();
+        let mut launch = |port: u16| -> Result<()> {
+            let command = script(&format!("echo 'Address already in use: {port}'; exit 1"));
+            let mut process = ServerProcess::start(&command)?;
+            logs.push(process.log().to_owned());
+            Ok(process.wait_until_ready(LONG, |_| false, &mut |_| ())?)
+        };
+        let error = on_port("test", None, None, &mut launch).unwrap_err();
+        assert!(matches!(&error, Error::Server(error) if error.is_of_a_taken_port()), "{error:?}");
+        let (last, before) = logs.split_last().unwrap();
+        assert!(before.len() == 2 && !before.iter().any(|log| log.exists()), "{logs:?}");
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(last).unwrap());
+        assert_eq!(mode & 0o777, 0o600);
+        fs::remove_file(last).unwrap();
     }
 
     /// Not a test by itself: the process that the next one kills.

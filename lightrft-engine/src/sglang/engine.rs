@@ -73,7 +73,7 @@ impl SglangEngine {
             let value = start.model.display().to_string();
             return bad("model", value, "a config.json with its vocab_size was expected");
         }
-        let (process, control) = on_port("SGLang", start.port, |port| launch(start, port, tell))?;
+        let (process, control) = on_port("SGLang", start.port, start.log.as_deref(), |port| launch(start, port, tell))?;
         control.check_serves(&start.model)?;
         let second = Http::new("SGLang", control.http.base(), start.key.clone())?;
         let info = control.server_info()?;

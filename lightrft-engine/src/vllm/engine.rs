@@ -15,7 +15,8 @@ use super::verify;
 use super::wire::{self, Asked};
 use crate::generate::check_fields;
 use crate::server::{
-    Flight, Http, Job, MetricNames, Metrics, Model, ServerProcess, Verify, in_parallel, jobs, on_port,
+    Flight, Http, Job, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, in_parallel, jobs,
+    on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -46,7 +47,7 @@ const ABANDON: Duration = Duration::from_secs(30);
 pub struct VllmEngine {
     /// None if somebody else started it. Before the plug-in's folder, so that it ends first.
     process: Option<ServerProcess>,
-    _plugin: Option<tempfile::TempDir>,
+    _plugin: Option<OwnedFolder>,
     control: Control,
     /// Another client than that of control calls: only generation is interrupted.
     generation: Http,
@@ -71,10 +72,14 @@ impl VllmEngine {
         start.check()?;
         let transport = transport(&start.driver.transfer)?;
         let plugin = plugin_folder()?;
+        let log = start.log.as_deref();
         let mut launched =
-            |route| on_port("vLLM", start.port, |port| launch(start, port, route, plugin.path(), tell));
+            |route| on_port("vLLM", start.port, log, |port| launch(start, port, route, plugin.path(), tell));
         let (process, control) = match launched(TokenRoute::Asked) {
-            Err(Error::Server(error)) if knows_no_scale_out(&error) => launched(TokenRoute::Always)?,
+            Err(Error::Server(error)) if knows_no_scale_out(&error) => {
+                error.discard_log(log);
+                launched(TokenRoute::Always)?
+            }
             result => result?,
         };
         control.check_serves(&start.model)?;
@@ -445,8 +450,8 @@ fn unique_id() -> String {
     format!("lightrft-{:016x}-{}", *PROCESS, NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-fn plugin_folder() -> Result<tempfile::TempDir> {
-    let made = tempfile::Builder::new().prefix("lightrft-vllm-").tempdir().and_then(|folder| {
+fn plugin_folder() -> Result<OwnedFolder> {
+    let made = OwnedFolder::new("lightrft-plugin-", &std::env::temp_dir()).and_then(|folder| {
         std::fs::write(folder.path().join("lightrft_vllm.py"), PLUGIN)?;
         Ok(folder)
     });
