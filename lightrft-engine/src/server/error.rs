@@ -50,7 +50,10 @@ pub enum ServerError {
         message: String,
     },
     /// No whole reply came in time. The server may still be at work.
-    #[error("{call}: no reply within {within:?}")]
+    #[error(
+        "{call}: no reply within {within:?}: give it longer (a control call by the driver's `control_within`), or see in \
+         the server's log what it is at"
+    )]
     Timeout {
         /// What was called.
         call: Call,
@@ -119,7 +122,11 @@ pub enum ServerError {
         source: Box<ServerError>,
     },
     /// The server runs but did not become ready in time.
-    #[error("{engine} was not ready after {waited:?}; its log {} ends:\n{last_lines}", log.display())]
+    #[error(
+        "{engine} was not ready after {waited:?}: raise `ready_within` if it was still loading; its log {} \
+         ends:\n{last_lines}",
+        log.display()
+    )]
     NotReady {
         /// Which engine.
         engine: &'static str,
