@@ -1,15 +1,15 @@
 //! Blocking HTTP calls to one server: JSON in and out, each with its deadline, none with its key in a message.
 
 use std::fmt;
-use std::io::Read;
+use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use ureq::Agent;
 use ureq::http::Uri;
+use ureq::{Agent, SendBody};
 
 use super::error::{Call, ServerError, shortened};
 #[cfg(feature = "vllm")]
@@ -190,6 +190,17 @@ impl Http {
         self.call(&self.batch().connections, "GET", path, None, within)
     }
 
+    /// `POST path` with JSON that lies in pieces, which are not put together first: for bodies of the size of weights.
+    #[cfg(feature = "sglang")]
+    pub(crate) fn post_pieces(
+        &self,
+        path: &str,
+        pieces: &[&[u8]],
+        within: Duration,
+    ) -> Result<Reply, ServerError> {
+        self.call(&self.batch().connections, "POST", path, Some(pieces), within)
+    }
+
     /// `POST path` with `body` as JSON, whole within `within`.
     pub(crate) fn post(
         &self,
@@ -214,7 +225,7 @@ impl Http {
         Connections { agent, interrupted }: &Connections,
         method: &'static str,
         path: &str,
-        body: Option<Vec<u8>>,
+        body: Option<&[&[u8]]>,
         within: Duration,
     ) -> Result<Reply, ServerError> {
         let call = Call { engine: self.engine, method, path: path.to_owned() };
@@ -236,7 +247,17 @@ impl Http {
                 if let Some(bearer) = &bearer {
                     request = request.header("Authorization", bearer);
                 }
-                request.header("Content-Type", "application/json").send(&body[..])
+                let request = request.header("Content-Type", "application/json");
+                match body {
+                    [whole] => request.send(*whole),
+                    pieces => {
+                        // Else it would be sent in chunks, which not every server takes.
+                        let length = pieces.iter().map(|piece| piece.len()).sum::<usize>();
+                        let mut pieces = Pieces(pieces, 0);
+                        let request = request.header("Content-Length", length.to_string());
+                        request.send(SendBody::from_reader(&mut pieces))
+                    }
+                }
             }
         };
         let failed = |error: ureq::Error| match error {
@@ -285,7 +306,7 @@ impl Batch<'_> {
             call: Call { engine: self.http.engine, method: "POST", path: path.to_owned() },
             source: error.into(),
         })?;
-        self.http.call(&self.connections, "POST", path, Some(body), within)
+        self.http.call(&self.connections, "POST", path, Some(&[&body]), within)
     }
 
     /// Ends the batch's calls that are under way, and those that come after, with [`ServerError::Interrupted`]. Calls
@@ -299,6 +320,25 @@ impl Batch<'_> {
         }
         drop(connections);
         self.connections.agent.clone().shutdown();
+    }
+}
+
+/// Bytes that follow each other, and how far the first of them is read.
+struct Pieces<'a>(&'a [&'a [u8]], usize);
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        while let Some((piece, rest)) = self.0.split_first() {
+            let left = piece.get(self.1..).unwrap_or_default();
+            let taken = left.len().min(into.len());
+            into[..taken].copy_from_slice(&left[..taken]);
+            self.1 += taken;
+            if taken > 0 || into.is_empty() {
+                return Ok(taken);
+            }
+            (self.0, self.1) = (rest, 0);
+        }
+        Ok(0)
     }
 }
 
@@ -404,6 +444,22 @@ mod tests {
         assert!(!format!("{http:?} {:?}", ApiKey::new("sesame")).contains("sesame"));
         http.get("/y", LONG).unwrap();
         assert!(received.recv().unwrap().starts_with("GET /base/y HTTP/1.1\r\n"));
+    }
+
+    #[cfg(feature = "sglang")]
+    #[test]
+    fn a_body_in_pieces_arrives_as_one() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        let (address, received) = serve(move |stream| stream.write_all(ok.as_bytes()).unwrap());
+        let http = Http::new("test", &address, None).unwrap();
+        let long = "x".repeat(300_000);
+        let pieces = ["[\"", "", &long, "\",\"", &long, "\"]"];
+        http.post_pieces("/x", &pieces.map(str::as_bytes), LONG).unwrap();
+        let request = received.recv().unwrap();
+        let (head, body) = request.split_once("\r\n\r\n").unwrap();
+        assert!(head.to_lowercase().contains("content-length: 600007"), "{head}");
+        assert!(!head.to_lowercase().contains("chunked"), "{head}");
+        assert!(body == pieces.concat(), "{} bytes", body.len());
     }
 
     #[test]

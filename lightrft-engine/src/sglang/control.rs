@@ -166,15 +166,14 @@ impl Control {
     /// Sends a bucket, in the form of [`flattened_bucket`](crate::wire::sglang::flattened_bucket), to each of `shards`
     /// workers.
     pub(super) fn update_from_tensor(&self, bucket: &str, shards: usize) -> Result<()> {
-        #[derive(serde::Serialize)]
-        struct Body<'a> {
-            serialized_named_tensors: Vec<&'a str>,
-            load_format: &'static str,
-            flush_cache: bool,
+        // Base64 needs no escapes, and is in memory once, however many workers there are.
+        let mut pieces = vec![r#"{"load_format":"flattened_bucket","flush_cache":false,"serialized_named_tensors":["#];
+        for shard in 0..shards.max(1) {
+            pieces.extend([if shard == 0 { "\"" } else { ",\"" }, bucket, "\""]);
         }
-        let serialized_named_tensors = vec![bucket; shards.max(1)];
-        let body = Body { serialized_named_tensors, load_format: "flattened_bucket", flush_cache: false };
-        self.http.post("/update_weights_from_tensor", &body, self.within).map(drop)
+        pieces.push("]}");
+        let pieces: Vec<&[u8]> = pieces.into_iter().map(str::as_bytes).collect();
+        self.http.post_pieces("/update_weights_from_tensor", &pieces, self.within).map(drop)
     }
 
     pub(super) fn update_from_disk(&self, folder: &Path, to: Version) -> Result<()> {
