@@ -63,7 +63,8 @@ mod tests {
 
     #[test]
     fn values_are_not_shown() {
-        let args: Vec<OsString> = ["--a", "secret", "-b=secret", "--c=secret=d", "secret=--e"].map(Into::into).into();
+        let args: Vec<OsString> =
+            ["--a", "secret", "-b=secret", "--c=secret=d", "secret=--e"].map(Into::into).into();
         assert_eq!(format!("{:?}", Flags(&args)), r#"["--a", "***", "-b=***", "--c=***", "***"]"#);
         let variables = BTreeMap::from([("TOKEN".into(), "secret".into())]);
         assert_eq!(format!("{:?}", Names(&variables)), r#"{"TOKEN"}"#);

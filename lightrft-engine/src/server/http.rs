@@ -550,6 +550,7 @@ mod tests {
         let within = Duration::from_millis(100);
         let error = http.get("/x", within).unwrap_err();
         assert!(matches!(error, ServerError::Timeout { within: w, .. } if w == within), "{error:?}");
+        assert!(error.to_string().contains("`control_within`"), "{error}");
         assert!(matches!(http.get("/x", Duration::ZERO), Err(ServerError::Timeout { .. })));
         drop(hold);
     }

@@ -231,7 +231,8 @@ impl ServerProcess {
     /// The end of its log, without the key.
     pub(crate) fn last_lines(&self) -> String {
         let most_cut = self.key.as_ref().map_or(0, |key| key.expose().len());
-        let tail = read_tail(&self.log, most_cut).unwrap_or_else(|error| format!("(cannot be read: {error})"));
+        let tail =
+            read_tail(&self.log, most_cut).unwrap_or_else(|error| format!("(cannot be read: {error})"));
         let lines: Vec<&str> = tail.lines().filter(|line| !line.trim().is_empty()).collect();
         let text = lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n");
         shortened(&match &self.key {
@@ -465,6 +466,7 @@ mod tests {
         let error = process.wait_until_ready(Duration::from_secs(2), |_| false, &mut tell).unwrap_err();
         assert!(matches!(&error, ServerError::NotReady { .. }), "{error:?}");
         assert!(error.to_string().ends_with("loading"), "{error}");
+        assert!(error.to_string().contains("raise `ready_within`"), "{error}");
         assert!(lines.iter().any(|line| line == "loading"), "{lines:?}");
         drop(process);
         let log = fs::read_to_string(folder.path().join("log")).unwrap();
@@ -542,7 +544,8 @@ mod tests {
         let port = stray.local_addr().unwrap().port();
         let launch = |port| Ok::<_, Error>(port);
         for taken in [port, 0] {
-            let error = on_port("test", Some(taken), None, |_| -> Result<()> { panic!("launched") }).unwrap_err();
+            let error =
+                on_port("test", Some(taken), None, |_| -> Result<()> { panic!("launched") }).unwrap_err();
             assert!(
                 matches!(&error, Error::Settings { field: "port", value, .. } if *value == taken.to_string()),
                 "{error:?}"

@@ -116,7 +116,9 @@ impl Control {
             return Ok(());
         }
         let model = model.display();
-        Err(reply.unexpected(&format!("the server that was started here, of `{model}`, was expected: another has its port")))
+        Err(reply.unexpected(&format!(
+            "the server that was started here, of `{model}`, was expected: another has its port"
+        )))
     }
 
     pub(super) fn metrics(&self) -> Result<String> {
@@ -167,7 +169,8 @@ impl Control {
     /// workers.
     pub(super) fn update_from_tensor(&self, bucket: &str, shards: usize) -> Result<()> {
         // Base64 needs no escapes, and is in memory once, however many workers there are.
-        let mut pieces = vec![r#"{"load_format":"flattened_bucket","flush_cache":false,"serialized_named_tensors":["#];
+        let mut pieces =
+            vec![r#"{"load_format":"flattened_bucket","flush_cache":false,"serialized_named_tensors":["#];
         for shard in 0..shards.max(1) {
             pieces.extend([if shard == 0 { "\"" } else { ",\"" }, bucket, "\""]);
         }

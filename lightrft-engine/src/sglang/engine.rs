@@ -12,7 +12,8 @@ use super::update::SglangUpdate;
 use super::wire::{Asked, ask, body, check, completions};
 use crate::generate::check_fields;
 use crate::server::{
-    Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, ServerProcess, Verify, in_parallel, jobs, on_port,
+    Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, ServerProcess, Verify, in_parallel, jobs,
+    on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -73,7 +74,8 @@ impl SglangEngine {
             let value = start.model.display().to_string();
             return bad("model", value, "a config.json with its vocab_size was expected");
         }
-        let (process, control) = on_port("SGLang", start.port, start.log.as_deref(), |port| launch(start, port, tell))?;
+        let (process, control) =
+            on_port("SGLang", start.port, start.log.as_deref(), |port| launch(start, port, tell))?;
         control.check_serves(&start.model)?;
         let second = Http::new("SGLang", control.http.base(), start.key.clone())?;
         let info = control.server_info()?;
@@ -404,7 +406,11 @@ fn launch(
     port: u16,
     tell: &mut dyn FnMut(&StartProgress),
 ) -> Result<(ServerProcess, Control)> {
-    let failed = |source| Error::Backend { engine: "SGLang", operation: "write the key's file", source: Box::new(source) };
+    let failed = |source| Error::Backend {
+        engine: "SGLang",
+        operation: "write the key's file",
+        source: Box::new(source),
+    };
     // Read by the time that it is ready, and gone with this call.
     let folder = OwnedFolder::new("lightrft-sglang-", &std::env::temp_dir()).map_err(failed)?;
     let key = start.write_key(folder.path()).map_err(failed)?;

@@ -175,7 +175,8 @@ impl Start {
         }
         refuse("SGLang", &self.args, &self.variables, &REFUSED)?;
         if self.key.is_some() {
-            let why = "none was expected where there is a `key`: SGLang takes one file, and the key comes in it";
+            let why =
+                "none was expected where there is a `key`: SGLang takes one file, and the key comes in it";
             refuse("SGLang", &self.args, &self.variables, &[("--config", why)])?;
         }
         self.driver.check()
@@ -372,7 +373,10 @@ mod tests {
         assert!(!format!("{start:?}").contains("sesame"), "{start:?}");
         start.args.clear();
         let found = format!("{:?}", start.command(1, Some(&file)));
-        assert!(found.contains("--config") && found.contains("key.yaml") && !found.contains("sesame"), "{found}");
+        assert!(
+            found.contains("--config") && found.contains("key.yaml") && !found.contains("sesame"),
+            "{found}"
+        );
         start.args = vec!["--config".into(), "mine.yaml".into()];
         assert!(start.check().is_err(), "SGLang takes one file");
         start.key = None;

@@ -147,7 +147,9 @@ impl Control {
         if read_models(&reply)?.root.as_deref() == Some(model) {
             return Ok(());
         }
-        Err(reply.unexpected(&format!("the server that was started here, of `{model}`, was expected: another has its port")))
+        Err(reply.unexpected(&format!(
+            "the server that was started here, of `{model}`, was expected: another has its port"
+        )))
     }
 
     /// The version of the weights that the server names; none if it has no such notion, or was never told.

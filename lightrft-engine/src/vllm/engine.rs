@@ -85,8 +85,7 @@ impl VllmEngine {
         control.check_serves(&start.model)?;
         let folder = Some(start.model_folder());
         let base = control.http.base().to_owned();
-        let mut engine =
-            Self::connect(control, &base, start.key.clone(), folder, start.driver(), transport)?;
+        let mut engine = Self::connect(control, &base, start.key.clone(), folder, start.driver(), transport)?;
         engine.process = Some(process);
         engine._plugin = Some(plugin);
         Ok(engine)

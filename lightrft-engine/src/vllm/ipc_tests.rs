@@ -248,8 +248,7 @@ fn memory_that_the_server_has_open_stays_until_the_update_of_a_source_that_fails
         let fake = FakeVllm::new();
         let (mut engine, card) = engine(&fake, Release::New);
         // A bucket for about every tensor, so that both memories have been the server's.
-        let mut source =
-            Failing { tensors: TensorSlice::new(&views), views: &views, gives, while_writing };
+        let mut source = Failing { tensors: TensorSlice::new(&views), views: &views, gives, while_writing };
         let error = engine.update_from(Version(1), &mut source, &Identity, 1).unwrap_err();
         assert!(error.to_string().contains("a shard is lost"), "{error}");
         assert!(matches!(engine.state(), State::Stale { .. }), "{}", engine.state());

@@ -13,8 +13,7 @@ use crate::{Error, LogProbs, Result, Version};
 pub(super) const SCALE_OUT: &str = "--enable-scale-out";
 
 /// What is expected of a server's model.
-pub(super) const NO_FOLDER: &str =
-    "a folder of this machine with the model's config.json was expected, since requests are checked by it: of a name, the \
+pub(super) const NO_FOLDER: &str = "a folder of this machine with the model's config.json was expected, since requests are checked by it: of a name, the \
      folder that it was downloaded to";
 
 /// What is not taken among a caller's own arguments and variables, and why.
@@ -212,7 +211,11 @@ impl Start {
             return bad("folder", value, NO_FOLDER);
         }
         if Model::from_folder(folder)?.vocabulary.is_none() {
-            return bad("folder", folder.display().to_string(), "a config.json with its vocab_size was expected");
+            return bad(
+                "folder",
+                folder.display().to_string(),
+                "a config.json with its vocab_size was expected",
+            );
         }
         Ok(())
     }

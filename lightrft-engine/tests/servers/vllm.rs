@@ -106,6 +106,13 @@ impl FakeVllm {
         Self { server, fake, folder }
     }
 
+    /// The same server at another address as well.
+    #[allow(dead_code)]
+    pub(crate) fn also_on(&self, listener: TcpListener) -> HttpServer {
+        let (shared, root) = (self.fake.clone(), self.folder());
+        HttpServer::on(listener, move |asked| shared.lock().unwrap().answer(asked, &root))
+    }
+
     /// The rules that were broken so far.
     pub(crate) fn broken(&self) -> Vec<String> {
         self.fake.lock().unwrap().broken.clone()
