@@ -87,7 +87,11 @@ pub enum Error {
         name: String,
     },
     /// A commit before every parameter was pushed; the engine is stale.
-    #[error("update to {version}: {missing} of {total} tensors were never pushed, among them {}", examples.join(", "))]
+    #[error(
+        "update to {version}: {missing} of {total} tensors were never pushed, among them {}: every update gives all of \
+         the model's parameters",
+        examples.join(", ")
+    )]
     MissingTensors {
         /// The version that was to be committed.
         version: crate::Version,
@@ -233,7 +237,10 @@ pub enum Error {
         expected: &'static str,
     },
     /// What an engine has after an update is not what was sent; the engine is stale.
-    #[error("{engine}: `{name}` after the update to {version}: {what}")]
+    #[error(
+        "{engine}: `{name}` after the update to {version}: {what}; update it once more, and if that finds the same, \
+         compare the model and the `dtype` of both sides"
+    )]
     Unequal {
         /// Which engine.
         engine: &'static str,

@@ -5,11 +5,13 @@
 mod servers;
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use lightrft_engine::testing::TensorBytes;
 use lightrft_engine::vllm::{Attach, VllmEngine};
 use lightrft_engine::{
     DataParallel, Engine, EngineExt, Error, NamedTensor, ReplicaEvent, Request, Sampling, Service, Version,
+    Watch,
 };
 use servers::http::Answer;
 use servers::vllm::{FakeVllm, weights};
@@ -132,5 +134,21 @@ fn a_server_that_only_refuses_is_not_taken_for_dead() {
     let error = engines.complete(&requests()).unwrap_err();
     assert!(matches!(error, Error::Replica { replica: 1, .. }), "{error}");
     assert!(error.to_string().contains("not today"), "{error}");
+    assert_eq!(engines.complete(&requests()).unwrap(), alone(None));
+}
+
+#[test]
+fn a_refusal_by_one_server_does_not_wait_for_what_another_draws() {
+    let servers = Servers::new(2);
+    let starter = servers.clone();
+    let mut engines = DataParallel::new(2, move |replica| starter.start(replica)).unwrap();
+    let refusal = Answer::Json(400, serde_json::json!({"error": {"message": "not today"}}));
+    servers.with(0, |fake| fake.instead("/inference", usize::MAX, Answer::Hang));
+    servers.with(1, |fake| fake.instead("/inference", 1, refusal));
+    let (started, patience) = (Instant::now(), Duration::from_secs(60));
+    let error = engines.generate(&requests(), &mut Watch::within(patience)).unwrap_err();
+    assert!(matches!(error, Error::Replica { replica: 1, .. }), "{error}");
+    assert!(started.elapsed() < patience / 2, "{:?}", started.elapsed());
+    servers.with(0, |fake| fake.fake.lock().unwrap().instead.clear());
     assert_eq!(engines.complete(&requests()).unwrap(), alone(None));
 }

@@ -4,6 +4,8 @@
 mod servers;
 
 use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -107,21 +109,98 @@ fn an_old_server_is_driven_as_well() {
     assert_eq!(fake.broken(), Vec::<String>::new());
 }
 
+/// A program that stands for vLLM, and what it does.
+fn program(folder: &Path, script: &str) -> PathBuf {
+    let program = folder.join("vllm");
+    std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
+    std::fs::set_permissions(&program, permissions).unwrap();
+    program
+}
+
+/// A folder that tells no more than a vocabulary.
+fn model_folder(parent: &Path) -> PathBuf {
+    let folder = parent.join("model");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("config.json"), r#"{"vocab_size":32}"#).unwrap();
+    folder
+}
+
+#[test]
+fn a_model_that_nothing_is_known_of_starts_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let started = folder.path().join("started");
+    let mut start = Start::new("org/m");
+    start.program = program(folder.path(), ": > \"$STARTED\"; exit 9");
+    start.log = Some(folder.path().join("log"));
+    start.variables.insert("STARTED".into(), started.clone().into());
+    let mut refused = |field, said: Option<&Path>| {
+        start.folder = said.map(Path::to_owned);
+        let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+        assert!(!started.exists(), "{error}");
+        assert!(error.to_string().contains(field), "{error}");
+    };
+    refused("folder = org/m: a folder of this machine", None);
+    let model = model_folder(folder.path());
+    std::fs::write(model.join("config.json"), "{}").unwrap();
+    refused("vocab_size", Some(&model));
+    std::fs::write(model.join("config.json"), "{").unwrap();
+    refused("config.json", Some(&model));
+    std::fs::write(model.join("config.json"), r#"{"vocab_size":32}"#).unwrap();
+    start.folder = Some(model);
+    VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(started.exists());
+}
+
+#[test]
+fn somebody_elses_server_on_the_port_is_not_driven() {
+    let stray = FakeVllm::new();
+    let (folder, model) = (tempfile::tempdir().unwrap(), FakeVllm::new());
+    let mut start = Start::new(model.folder().to_str().unwrap());
+    start.program = program(folder.path(), ": > \"$STARTED\"; exec sleep 1000");
+    start.log = Some(folder.path().join("log"));
+    let started = folder.path().join("started");
+    start.variables.insert("STARTED".into(), started.clone().into());
+    let port = stray.server.url().rsplit(':').next().unwrap().parse().unwrap();
+    start.port = Some(port);
+    let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(matches!(&error, Error::Settings { field: "port", .. }), "{error}");
+    assert!(!started.exists() && stray.server.asked().is_empty());
+    drop(stray);
+
+    // One that comes when ours has been started.
+    let late = thread::spawn(move || {
+        while !started.exists() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        let listener = loop {
+            match TcpListener::bind(("127.0.0.1", port)) {
+                Ok(listener) => break listener,
+                Err(_) => thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        FakeVllm::on(listener)
+    });
+    let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("another has its port"), "{error}");
+    let paths: Vec<String> = late.join().unwrap().server.asked().into_iter().map(|a| a.path).collect();
+    assert!(paths.iter().all(|path| path == "/health" || path == "/v1/models"), "{paths:?}");
+}
+
 /// A program that stands for an old vLLM, which ends at a flag that it does not know.
 #[test]
 fn a_flag_that_an_old_vllm_does_not_know_is_left_out_when_it_says_so() {
     let folder = tempfile::tempdir().unwrap();
-    let program = folder.path().join("vllm");
-    let script = "#!/bin/sh\necho \"$@\" >> \"$TRIES\"\ncase \"$*\" in *--enable-scale-out*) \
-        echo 'vllm: error: unrecognized arguments: --enable-scale-out' >&2; exit 2;; esac\nexit 9\n";
-    std::fs::write(&program, script).unwrap();
-    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
-    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
-    std::fs::set_permissions(&program, permissions).unwrap();
+    let script = "echo \"$(readlink /proc/$$/fd/1) $@\" >> \"$TRIES\"\ncase \"$*\" in *--enable-scale-out*) \
+        echo 'vllm: error: unrecognized arguments: --enable-scale-out' >&2; exit 2;; esac\nexit 9";
+    // What one that was killed has left: a plug-in's folder, with a lock that nobody holds.
+    let left = tempfile::Builder::new().prefix("lightrft-plugin-").tempdir().unwrap().keep();
+    std::fs::write(left.join("owner.lock"), "").unwrap();
     let tries = folder.path().join("tries");
-    let mut start = Start::new("/models/m");
-    start.program = program;
-    start.log = Some(folder.path().join("log"));
+    let mut start = Start::new("org/m");
+    start.folder = Some(model_folder(folder.path()));
+    start.program = program(folder.path(), script);
     start.variables.insert("TRIES".into(), tries.clone().into());
     let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
     let Error::Server(server) = &error else { panic!("{error}") };
@@ -129,6 +208,70 @@ fn a_flag_that_an_old_vllm_does_not_know_is_left_out_when_it_says_so() {
     let tries = std::fs::read_to_string(tries).unwrap();
     let asked: Vec<bool> = tries.lines().map(|line| line.contains("--enable-scale-out")).collect();
     assert_eq!(asked, [true, false]);
+    let logs: Vec<&Path> = tries.lines().map(|line| Path::new(line.split(' ').next().unwrap())).collect();
+    assert!(!logs[0].exists() && logs[1].exists(), "only the log of the last try tells anything: {logs:?}");
+    std::fs::remove_file(logs[1]).unwrap();
+    assert!(!left.exists());
+}
+
+/// Starts a program that sleeps in the server's place, and answers in its name once it runs.
+fn start_fake(start: &mut Start, fake: &FakeVllm, folder: &Path) -> (VllmEngine, HttpServer) {
+    let started = folder.join("started");
+    start.program = program(folder, ": > \"$STARTED\"; exec sleep 1000");
+    start.log = Some(folder.join("log"));
+    start.variables.insert("STARTED".into(), started.clone().into());
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    start.port = Some(port);
+    thread::scope(|scope| {
+        let answering = scope.spawn(|| {
+            while !started.exists() {
+                thread::sleep(Duration::from_millis(5));
+            }
+            fake.also_on(TcpListener::bind(("127.0.0.1", port)).unwrap())
+        });
+        let engine = VllmEngine::start(start, &mut |_| ()).unwrap();
+        (engine, answering.join().unwrap())
+    })
+}
+
+#[test]
+fn a_server_that_was_started_is_asked_for_no_more_samples_than_it_draws_at_once() {
+    let (fake, folder) = (FakeVllm::new(), tempfile::tempdir().unwrap());
+    let mut start = Start::new(fake.folder().to_str().unwrap());
+    start.max_sequences = Some(8);
+    let (mut engine, server) = start_fake(&mut start, &fake, folder.path());
+    let request = Request::new([1, 2], Sampling::default()).samples(20);
+    assert_eq!(engine.complete(&[request]).unwrap().len(), 20);
+    let mut sizes: Vec<u64> =
+        server.asked().iter().filter_map(|a| a.json()["sampling_params"]["n"].as_u64()).collect();
+    sizes.sort_unstable();
+    assert_eq!(sizes, [4, 8, 8]);
+}
+
+#[test]
+fn keys_have_a_setting_and_no_secret_shows() {
+    let fake = FakeVllm::new();
+    let mut start = Start::new(fake.folder().to_str().unwrap());
+    start.key = Some(ApiKey::new("sesame"));
+    start.args = vec!["--hf-token".into(), "sesame".into()];
+    start.variables.insert("HF_TOKEN".into(), "sesame".into());
+    let shown = format!("{start:?}");
+    assert!(
+        shown.contains("HF_TOKEN") && shown.contains("--hf-token") && !shown.contains("sesame"),
+        "{shown}"
+    );
+    let refused = |change: &dyn Fn(&mut Start)| {
+        let mut start = start.clone();
+        start.program = "/no/such/program".into();
+        change(&mut start);
+        let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
+        assert!(matches!(&error, Error::Settings { .. }) && !error.to_string().contains("sesame"), "{error}");
+        error.to_string()
+    };
+    assert!(refused(&|s| s.args = vec!["--api-key".into(), "sesame".into()]).contains("`key`"));
+    assert!(refused(&|s| _ = s.variables.insert("VLLM_API_KEY".into(), "sesame".into())).contains("`key`"));
+    let several = refused(&|s| s.args = vec!["--data-parallel-multi-port-external-lb".into()]);
+    assert!(several.contains("DataParallel"), "{several}");
 }
 
 #[test]
@@ -289,8 +432,8 @@ fn broken_replies_are_errors_that_say_what_is_wrong() {
         ("5 tokens of at most 4", choice(&|c| c[0]["token_ids"] = json!([1, 2, 3, 4, 5]))),
         ("token 32 of a vocabulary", choice(&|c| c[0]["token_ids"][0] = json!(32))),
         ("4 log-probabilities for 3", choice(&|c| c[0]["token_ids"] = json!([1, 2, 3]))),
-        ("finish_reason", choice(&|c| c[0]["finish_reason"] = json!("error"))),
-        ("finish_reason", choice(&|c| c[0]["finish_reason"] = json!("stop"))),
+        ("finish_reason Some(\"error\")", choice(&|c| c[0]["finish_reason"] = json!("error"))),
+        ("no text was to stop it", choice(&|c| c[0]["finish_reason"] = json!("stop"))),
         ("somebody else", choice(&|c| c[0]["weight_versions"][0]["version"] = json!("theirs"))),
         ("expected JSON", choice(&|c| c[0]["token_ids"][0] = json!(-1))),
     ];
@@ -303,6 +446,10 @@ fn broken_replies_are_errors_that_say_what_is_wrong() {
         );
         assert!(error.to_string().contains(what), "{what}: {error}");
     }
+    fake.instead("/inference", 1, Answer::Json(200, choice(&|c| c[0]["finish_reason"] = json!("stop"))));
+    let texts = Sampling { stop_strings: vec!["a".into(), "b".into()], ..Sampling::greedy(4) };
+    let error = engine.complete(&[Request::new([1, 2, 3], texts)]).unwrap_err();
+    assert!(error.to_string().contains("which of 2 texts: ask for one"), "{error}");
     let nan = choice(&|c| c[0]["logprobs"]["content"][2]["logprob"] = json!(-9999.0));
     fake.instead("/inference", 1, Answer::Json(200, nan));
     let error = engine.complete(&[greedy()]).unwrap_err();
@@ -341,11 +488,13 @@ fn a_server_that_is_gone_leaves_the_engine_dead() {
     let mut engine = attach(&fake, memory_transfer(&fake));
     let weights = weights(1);
     let mut update = engine.begin_update(Version(1)).unwrap();
-    drop(fake);
+    // Its folder stays: what is staged is not what fails.
+    let FakeVllm { server, folder: _folder, .. } = fake;
+    drop(server);
     let error = update.push(&views(&weights)).unwrap_err();
-    assert!(matches!(error, Error::Server(_) | Error::Backend { .. }), "{error}");
+    assert!(error.is_death(), "{error}");
     assert!(update.commit().is_err());
-    assert!(matches!(engine.state(), State::Dead | State::Stale { .. }), "{}", engine.state());
+    assert_eq!(engine.state(), State::Dead);
 }
 
 #[test]
@@ -364,15 +513,12 @@ fn an_update_that_fails_anywhere_leaves_it_stale_and_the_next_mends_it() {
     for (transfer, path) in steps {
         let fake = FakeVllm::new();
         let mut engine = attach(&fake, transfer(&fake));
-        // Clearing what others left is not what is to fail.
-        engine.replace_weights(Version(1), &views(&weights(0)), usize::MAX).unwrap();
-        fake.instead(path, 1, Answer::Json(500, json!({"error": {"message": "Worker failed"}})));
-        let result = engine.replace_weights(Version(2), &views(&new), 200);
-        if path == "/init_weight_transfer_engine" {
-            result.unwrap();
-            continue;
+        // Only the first update greets the workers. In others the clearing of what somebody left is not what is to fail.
+        if path != "/init_weight_transfer_engine" {
+            engine.replace_weights(Version(1), &views(&weights(0)), usize::MAX).unwrap();
         }
-        let error = result.unwrap_err();
+        fake.instead(path, 1, Answer::Json(500, json!({"error": {"message": "Worker failed"}})));
+        let error = engine.replace_weights(Version(2), &views(&new), 200).unwrap_err();
         assert_eq!(status(&error), Some(500), "{path}: {error}");
         assert!(matches!(engine.state(), State::Stale { .. }), "{path}: {}", engine.state());
         assert_eq!(engine.version(), None, "{path}");
@@ -413,6 +559,7 @@ fn wrong_weights_are_refused_before_the_server_is_asked_for_anything() {
     assert!(matches!(&error, Error::Shape { expected, .. } if expected == &[2, 4]), "{error}");
     let error = refused(&mut engine, &|w| w.truncate(3));
     assert!(matches!(&error, Error::MissingTensors { missing: 2, total: 5, .. }), "{error}");
+    assert!(error.to_string().ends_with("every update gives all of the model's parameters"), "{error}");
     assert_eq!(fake.server.asked().len(), before, "nothing was asked for");
 }
 
@@ -435,6 +582,7 @@ fn checksums_find_what_the_server_has_wrong() {
             matches!(&error, Error::Unequal { engine: "vLLM", name, version: Version(2), .. } if name == named),
             "{error}"
         );
+        assert!(error.to_string().contains("update it once more"), "{error}");
         assert!(matches!(engine.state(), State::Stale { .. }), "{}", engine.state());
         assert!(engine.complete(&[greedy()]).is_err());
         fake.fake.lock().unwrap().spoils = None;
@@ -609,14 +757,10 @@ fn settings_that_make_no_sense_start_nothing() {
 #[test]
 fn a_server_is_started_with_what_the_settings_say_and_its_failure_is_told() {
     let folder = tempfile::tempdir().unwrap();
-    let program = folder.path().join("vllm");
-    let script = "#!/bin/sh\necho \"$@\"\necho \"$CUDA_VISIBLE_DEVICES $VLLM_SERVER_DEV_MODE $MORE\"\nls \"${PYTHONPATH%%:*}\"\necho \"key $VLLM_API_KEY\"\nexit 9\n";
-    std::fs::write(&program, script).unwrap();
-    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
-    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
-    std::fs::set_permissions(&program, permissions).unwrap();
-    let mut start = Start::new("/models/m");
-    start.program = program;
+    let script = "echo \"$@\"\necho \"$CUDA_VISIBLE_DEVICES $VLLM_SERVER_DEV_MODE $MORE\"\ncd \"${PYTHONPATH%%:*}\"; ls *.py\necho \"key $VLLM_API_KEY\"\nexit 9";
+    let mut start = Start::new("org/m");
+    start.folder = Some(model_folder(folder.path()));
+    start.program = program(folder.path(), script);
     start.dtype = Some("bfloat16".into());
     (start.gpus, start.tensor_parallel) = (vec![2, 3], 2);
     (start.memory_share, start.context_tokens) = (Some(0.5), Some(4096));
@@ -625,16 +769,17 @@ fn a_server_is_started_with_what_the_settings_say_and_its_failure_is_told() {
     start.key = Some(ApiKey::new("sesame"));
     start.args = vec!["--enforce-eager".into()];
     start.variables.insert("MORE".into(), "more".into());
-    start.port = Some(1234);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    start.port = Some(port);
     start.log = Some(folder.path().join("log"));
     let error = VllmEngine::start(&start, &mut |_| ()).unwrap_err();
     let Error::Server(server) = &error else { panic!("{error}") };
     let ServerError::Exited { status, last_lines, .. } = &**server else { panic!("{error}") };
     assert_eq!(status.code(), Some(9));
-    let expected = "serve /models/m --host 127.0.0.1 --port 1234 --generation-config vllm --enable-scale-out \
+    let expected = "--generation-config vllm --enable-scale-out \
         --dtype bfloat16 --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --max-model-len 4096 \
         --max-num-seqs 128 --limit-mm-per-prompt {\"image\":4,\"video\":0} \
         --worker-extension-cls lightrft_vllm.Extension --weight-transfer-config {\"backend\":\"lightrft\"} \
         --enable-sleep-mode --enforce-eager\n2,3 1 more\nlightrft_vllm.py\nkey ***";
-    assert_eq!(last_lines, expected);
+    assert_eq!(*last_lines, format!("serve org/m --host 127.0.0.1 --port {port} {expected}"));
 }

@@ -1,8 +1,9 @@
 //! What can go wrong with an inference server: its process, the connection to it, its replies.
 
 use std::fmt;
+use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
@@ -49,7 +50,10 @@ pub enum ServerError {
         message: String,
     },
     /// No whole reply came in time. The server may still be at work.
-    #[error("{call}: no reply within {within:?}")]
+    #[error(
+        "{call}: no reply within {within:?}: give it longer (a control call by the driver's `control_within`), or see in \
+         the server's log what it is at"
+    )]
     Timeout {
         /// What was called.
         call: Call,
@@ -118,7 +122,11 @@ pub enum ServerError {
         source: Box<ServerError>,
     },
     /// The server runs but did not become ready in time.
-    #[error("{engine} was not ready after {waited:?}; its log {} ends:\n{last_lines}", log.display())]
+    #[error(
+        "{engine} was not ready after {waited:?}: raise `ready_within` if it was still loading; its log {} \
+         ends:\n{last_lines}",
+        log.display()
+    )]
     NotReady {
         /// Which engine.
         engine: &'static str,
@@ -149,6 +157,13 @@ impl ServerError {
     /// The error of a call after which the server no longer answered.
     pub(crate) fn gone(self) -> Self {
         if self.is_the_end() { self } else { ServerError::Gone { source: Box::new(self) } }
+    }
+
+    /// Removes the log of a server that is started once more, unless it is the caller's own.
+    pub(crate) fn discard_log(&self, callers: Option<&Path>) {
+        if let (ServerError::Exited { log, .. }, None) = (self, callers) {
+            let _ = fs::remove_file(log);
+        }
     }
 
     /// Whether a server ended because somebody else had its port.

@@ -15,6 +15,8 @@ pub(crate) struct Flight {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Which call it is, or was: an abort means the one that it found, and none that comes after.
+    call: u64,
     /// A call of `generate` is under way.
     running: bool,
     /// Somebody aborted it.
@@ -28,12 +30,15 @@ impl Flight {
     }
 
     pub(crate) fn begin(&self) {
-        *self.state() = State { running: true, ..State::default() };
+        let mut state = self.state();
+        *state = State { call: state.call + 1, running: true, ..State::default() };
     }
 
     /// Ends the call. Returns the requests that were sent and never answered.
     pub(crate) fn end(&self) -> BTreeSet<String> {
-        std::mem::take(&mut *self.state()).ids
+        let mut state = self.state();
+        let call = state.call;
+        std::mem::replace(&mut *state, State { call, ..State::default() }).ids
     }
 
     /// Notes that requests are sent; false if they must not be, since the call was aborted.
@@ -65,10 +70,11 @@ impl Flight {
         give_up: impl Fn(&BTreeSet<String>, Duration) -> Result<()>,
     ) -> Result<()> {
         let start = Instant::now();
+        let call = self.state().call;
         loop {
             let ids = {
                 let mut state = self.state();
-                if !state.running {
+                if !state.running || state.call != call {
                     return Ok(());
                 }
                 state.aborted = true;
@@ -81,5 +87,51 @@ impl Flight {
             give_up(&ids, within.saturating_sub(start.elapsed()))?;
             thread::sleep(Duration::from_millis(20));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn ids(id: &str) -> Vec<String> {
+        vec![id.to_owned()]
+    }
+
+    #[test]
+    fn an_abort_ends_the_call_that_it_found_and_not_the_next() {
+        let flight = Flight::default();
+        flight.begin();
+        assert!(flight.takes_off(&ids("first")));
+        let told = Cell::new(0);
+        // The call ends while the server is told, and its thread begins another at once.
+        let give_up = |given: &BTreeSet<String>, _| {
+            assert!(given.contains("first") && given.len() == 1, "{given:?}");
+            told.set(told.get() + 1);
+            flight.end();
+            flight.begin();
+            assert!(flight.takes_off(&ids("second")));
+            Ok(())
+        };
+        flight.abort(LONG, give_up).unwrap();
+        assert_eq!(told.get(), 1);
+        assert!(flight.takes_off(&ids("third")), "the second call goes on");
+        assert_eq!(flight.end().into_iter().collect::<Vec<_>>(), ["second", "third"]);
+    }
+
+    #[test]
+    fn nothing_of_an_aborted_call_takes_off_and_without_a_call_nothing_is_aborted() {
+        let flight = Flight::default();
+        flight.abort(LONG, |_, _| panic!("no call is under way")).unwrap();
+        flight.begin();
+        flight.abort(LONG, |_, _| panic!("nothing was sent")).unwrap();
+        assert!(!flight.takes_off(&ids("late")) && !flight.is_busy());
+        flight.end();
+        flight.begin();
+        assert!(flight.takes_off(&ids("next")));
     }
 }

@@ -22,7 +22,7 @@ pub fn metrics(bytes: &[u8]) {
 
 /// The body of a refusal: a message that can be printed, and is not as long as whoever answers likes.
 pub fn errors(bytes: &[u8]) {
-    let message = message_in(bytes);
+    let message = message_in(bytes, None);
     assert!(message.len() < 2000, "{} bytes", message.len());
     assert!(!message.chars().any(|c| c.is_control() && c != '\n' && c != '\t'), "{message:?}");
 }

@@ -21,8 +21,11 @@ trap 'ended=1' TERM INT HUP
 guardian=$!
 "$@" 3<&-
 status=$?
-kill -s KILL "$guardian"
-wait "$guardian" 2>/dev/null
-# Descendants may have outlived the server.
-[ -z "$ended" ] || kill -s KILL 0
+# Descendants may have outlived the server. Where it was ended they go at once; where it ended by itself the guardian
+# stays with them, until whoever holds the lifeline kills the group, or is gone.
+if [ -n "$ended" ]; then
+    kill -s KILL "$guardian"
+    wait "$guardian" 2>/dev/null
+    kill -s KILL 0
+fi
 exit "$status"

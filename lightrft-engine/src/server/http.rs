@@ -1,15 +1,15 @@
 //! Blocking HTTP calls to one server: JSON in and out, each with its deadline, none with its key in a message.
 
 use std::fmt;
-use std::io::Read;
+use std::io::{self, Read};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use ureq::Agent;
 use ureq::http::Uri;
+use ureq::{Agent, SendBody};
 
 use super::error::{Call, ServerError, shortened};
 #[cfg(feature = "vllm")]
@@ -17,21 +17,26 @@ use super::scan::{self, Malformed, Scan};
 
 /// A server's key, sent as a bearer token. It does not show in `Debug` output, logs or errors.
 #[derive(Clone, PartialEq, Eq)]
-pub struct ApiKey(String);
+pub struct ApiKey(Arc<str>);
 
 impl ApiKey {
     /// A key as the server was given it.
     pub fn new(key: impl Into<String>) -> Self {
-        Self(key.into())
+        Self(key.into().into())
     }
 
     pub(crate) fn expose(&self) -> &str {
         &self.0
     }
 
-    /// `text` without the key, should a server have repeated it.
+    /// `text` without the key, should a server have repeated it, as it is or as it stands in JSON. Before a text is cut: of
+    /// a key across the cut a part would be left.
     pub(crate) fn redact(&self, text: String) -> String {
-        if self.0.is_empty() { text } else { text.replace(&self.0, "***") }
+        if self.0.is_empty() {
+            return text;
+        }
+        let escaped = self.0.replace('\\', "\\\\").replace('"', "\\\"");
+        text.replace(&escaped, "***").replace(&*self.0, "***")
     }
 }
 
@@ -44,6 +49,9 @@ impl fmt::Debug for ApiKey {
 /// The longest reply that is read, in bytes, unless a caller says otherwise: 64 samples of 32k tokens with
 /// log-probabilities are about 250 MB of JSON.
 const REPLY_LIMIT: u64 = 1 << 30;
+
+/// What an error looks at of a reply.
+const MOST_OF_A_REPLY: usize = 1 << 20;
 
 /// As many requests as anybody sends at once.
 #[cfg(feature = "vllm")]
@@ -82,13 +90,15 @@ impl fmt::Debug for Http {
 pub(crate) struct Reply {
     call: Call,
     pub(crate) bytes: Vec<u8>,
+    /// Taken out of what an error repeats of it.
+    key: Option<ApiKey>,
 }
 
 impl Reply {
     /// These bytes, as if a server had sent them.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn of(bytes: Vec<u8>) -> Self {
-        Self { call: Call { engine: "test", method: "POST", path: "/test".to_owned() }, bytes }
+        Self { call: Call { engine: "test", method: "POST", path: "/test".to_owned() }, bytes, key: None }
     }
 
     /// The reply as JSON of a known shape.
@@ -108,10 +118,16 @@ impl Reply {
         })
     }
 
-    /// The error that says what is wrong with this reply.
+    /// The error that says what is wrong with this reply. Texts of the server may stand in `what`, whole.
     pub(crate) fn unexpected(&self, what: &str) -> ServerError {
-        let begin = &self.bytes[..self.bytes.len().min(200)];
-        let begin = shortened(&String::from_utf8_lossy(begin));
+        let clean = |text: String| match &self.key {
+            Some(key) => key.redact(text),
+            None => text,
+        };
+        let begin = &self.bytes[..self.bytes.len().min(MOST_OF_A_REPLY)];
+        let begin = clean(String::from_utf8_lossy(begin).into_owned());
+        let begin = shortened(&begin[..begin.floor_char_boundary(200)]);
+        let what = shortened(&clean(what.to_owned()));
         ServerError::Reply { call: self.call.clone(), what: format!("{what}; the reply begins `{begin}`") }
     }
 }
@@ -174,6 +190,17 @@ impl Http {
         self.call(&self.batch().connections, "GET", path, None, within)
     }
 
+    /// `POST path` with JSON that lies in pieces, which are not put together first: for bodies of the size of weights.
+    #[cfg(feature = "sglang")]
+    pub(crate) fn post_pieces(
+        &self,
+        path: &str,
+        pieces: &[&[u8]],
+        within: Duration,
+    ) -> Result<Reply, ServerError> {
+        self.call(&self.batch().connections, "POST", path, Some(pieces), within)
+    }
+
     /// `POST path` with `body` as JSON, whole within `within`.
     pub(crate) fn post(
         &self,
@@ -198,7 +225,7 @@ impl Http {
         Connections { agent, interrupted }: &Connections,
         method: &'static str,
         path: &str,
-        body: Option<Vec<u8>>,
+        body: Option<&[&[u8]]>,
         within: Duration,
     ) -> Result<Reply, ServerError> {
         let call = Call { engine: self.engine, method, path: path.to_owned() };
@@ -220,7 +247,17 @@ impl Http {
                 if let Some(bearer) = &bearer {
                     request = request.header("Authorization", bearer);
                 }
-                request.header("Content-Type", "application/json").send(&body[..])
+                let request = request.header("Content-Type", "application/json");
+                match body {
+                    [whole] => request.send(*whole),
+                    pieces => {
+                        // Else it would be sent in chunks, which not every server takes.
+                        let length = pieces.iter().map(|piece| piece.len()).sum::<usize>();
+                        let mut pieces = Pieces(pieces, 0);
+                        let request = request.header("Content-Length", length.to_string());
+                        request.send(SendBody::from_reader(&mut pieces))
+                    }
+                }
             }
         };
         let failed = |error: ureq::Error| match error {
@@ -244,17 +281,10 @@ impl Http {
             return Err(ServerError::ReplyTooLong { call, limit: self.reply_limit });
         }
         if (200..300).contains(&status) {
-            return Ok(Reply { call, bytes });
+            return Ok(Reply { call, bytes, key: self.key.clone() });
         }
-        let message = self.redacted(message_in(&bytes));
+        let message = message_in(&bytes, self.key.as_ref());
         Err(ServerError::Status { call, status, message })
-    }
-
-    fn redacted(&self, text: String) -> String {
-        match &self.key {
-            Some(key) => key.redact(text),
-            None => text,
-        }
     }
 }
 
@@ -276,7 +306,7 @@ impl Batch<'_> {
             call: Call { engine: self.http.engine, method: "POST", path: path.to_owned() },
             source: error.into(),
         })?;
-        self.http.call(&self.connections, "POST", path, Some(body), within)
+        self.http.call(&self.connections, "POST", path, Some(&[&body]), within)
     }
 
     /// Ends the batch's calls that are under way, and those that come after, with [`ServerError::Interrupted`]. Calls
@@ -290,6 +320,25 @@ impl Batch<'_> {
         }
         drop(connections);
         self.connections.agent.clone().shutdown();
+    }
+}
+
+/// Bytes that follow each other, and how far the first of them is read.
+struct Pieces<'a>(&'a [&'a [u8]], usize);
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        while let Some((piece, rest)) = self.0.split_first() {
+            let left = piece.get(self.1..).unwrap_or_default();
+            let taken = left.len().min(into.len());
+            into[..taken].copy_from_slice(&left[..taken]);
+            self.1 += taken;
+            if taken > 0 || into.is_empty() {
+                return Ok(taken);
+            }
+            (self.0, self.1) = (rest, 0);
+        }
+        Ok(0)
     }
 }
 
@@ -321,15 +370,21 @@ fn is_loopback(uri: &Uri) -> bool {
     host == "localhost" || host == "[::1]" || host.starts_with("127.")
 }
 
-/// The server's words in the reply of an error, from the shapes that vLLM, SGLang and FastAPI give it.
-pub(super) fn message_in(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
+/// The server's words in the reply of an error, from the shapes that vLLM, SGLang and FastAPI give it, without the key.
+pub(super) fn message_in(bytes: &[u8], key: Option<&ApiKey>) -> String {
+    let clean = |text: String| {
+        shortened(&match key {
+            Some(key) => key.redact(text),
+            None => text,
+        })
+    };
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(bytes) else {
-        return if text.trim().is_empty() { "no message".to_owned() } else { shortened(&text) };
+        let text = clean(String::from_utf8_lossy(bytes).into_owned());
+        return if text.is_empty() { "no message".to_owned() } else { text };
     };
     let words = ["/error/message", "/message", "/error", "/detail"];
     let found = words.iter().find_map(|place| value.pointer(place)).unwrap_or(&value);
-    shortened(found.as_str().unwrap_or(&found.to_string()))
+    clean(found.as_str().map_or_else(|| found.to_string(), str::to_owned))
 }
 
 #[cfg(test)]
@@ -391,6 +446,22 @@ mod tests {
         assert!(received.recv().unwrap().starts_with("GET /base/y HTTP/1.1\r\n"));
     }
 
+    #[cfg(feature = "sglang")]
+    #[test]
+    fn a_body_in_pieces_arrives_as_one() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        let (address, received) = serve(move |stream| stream.write_all(ok.as_bytes()).unwrap());
+        let http = Http::new("test", &address, None).unwrap();
+        let long = "x".repeat(300_000);
+        let pieces = ["[\"", "", &long, "\",\"", &long, "\"]"];
+        http.post_pieces("/x", &pieces.map(str::as_bytes), LONG).unwrap();
+        let request = received.recv().unwrap();
+        let (head, body) = request.split_once("\r\n\r\n").unwrap();
+        assert!(head.to_lowercase().contains("content-length: 600007"), "{head}");
+        assert!(!head.to_lowercase().contains("chunked"), "{head}");
+        assert!(body == pieces.concat(), "{} bytes", body.len());
+    }
+
     #[test]
     fn a_refusal_gives_the_servers_words_without_the_key() {
         let body = |text: &str| {
@@ -409,6 +480,30 @@ mod tests {
             let error = http.get("/x", LONG).unwrap_err();
             assert_eq!(error.to_string(), format!("test GET /x: status 401: {words}"));
         }
+    }
+
+    #[test]
+    fn no_part_of_the_key_is_left_where_a_servers_text_is_cut() {
+        // The whole of the key, all of its halves, and the key as JSON has it.
+        let key = ApiKey::new("open\"sesame");
+        let leaks = |text: &str| ["open", "sesame"].iter().any(|half| text.contains(half));
+        for filler in (560..620).chain(170..210) {
+            let long = format!("{}open\"sesame{}", "x".repeat(filler), "y".repeat(2000));
+            let bytes = serde_json::json!({ "error": &long }).to_string().into_bytes();
+            let message = message_in(&bytes, Some(&key));
+            assert!(!leaks(&message), "{filler}: {message}");
+            let message = message_in(long.as_bytes(), Some(&key));
+            assert!(!leaks(&message), "{filler}: {message}");
+            let reply = Reply { key: Some(key.clone()), ..Reply::of(bytes) };
+            let error = reply.json::<Vec<u32>>().unwrap_err().to_string();
+            assert!(!leaks(&error), "{filler}: {error}");
+            let error = reply.unexpected(&long).to_string();
+            assert!(!leaks(&error), "{filler}: {error}");
+        }
+        // What serde says repeats what it found.
+        let reply = Reply { key: Some(key.clone()), ..Reply::of(br#"["open\"sesame"]"#.to_vec()) };
+        let error = reply.json::<Vec<u32>>().unwrap_err().to_string();
+        assert!(error.contains("invalid type") && !leaks(&error), "{error}");
     }
 
     #[test]
@@ -455,6 +550,7 @@ mod tests {
         let within = Duration::from_millis(100);
         let error = http.get("/x", within).unwrap_err();
         assert!(matches!(error, ServerError::Timeout { within: w, .. } if w == within), "{error:?}");
+        assert!(error.to_string().contains("`control_within`"), "{error}");
         assert!(matches!(http.get("/x", Duration::ZERO), Err(ServerError::Timeout { .. })));
         drop(hold);
     }

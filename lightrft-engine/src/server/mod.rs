@@ -1,7 +1,9 @@
 //! What all drivers of inference servers share: HTTP calls, the server's process, requests sent side by side.
 
+mod args;
 mod error;
 mod flight;
+mod folder;
 #[cfg(feature = "testing")]
 pub(crate) mod fuzzing;
 mod http;
@@ -14,9 +16,10 @@ mod process;
 mod scan;
 mod verify;
 
-pub(crate) use error::shortened;
+pub(crate) use args::{Flags, Names, refuse};
 pub use error::{Call, ServerError};
 pub(crate) use flight::Flight;
+pub(crate) use folder::OwnedFolder;
 pub use http::ApiKey;
 pub(crate) use http::{Http, Reply};
 pub(crate) use jobs::{Ask, Job, jobs};
@@ -25,7 +28,7 @@ pub use metrics::Metrics;
 pub(crate) use model::Model;
 pub(crate) use parallel::in_parallel;
 pub use process::StartProgress;
-pub(crate) use process::{ServerCommand, ServerProcess, on_a_free_port};
+pub(crate) use process::{ServerCommand, ServerProcess, on_port};
 #[cfg(feature = "vllm")]
 pub(crate) use scan::{Keys, Malformed, Read, Scan};
 pub use verify::Verify;

@@ -2,19 +2,25 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
+use std::time::Duration;
 
 use crate::{Error, Result};
 
+/// The longest time without a word.
+const TICK: Duration = Duration::from_millis(100);
+
 /// Runs `run` on every job, on at most `width` threads at once. Results are in the order of the jobs.
 ///
-/// `done` hears of every result as it comes, on the calling thread. After the first failure, of a job or of `done`, no
+/// `hear` is given every result as it comes, on the calling thread, and nothing at least every tenth of a second: a caller
+/// that wants no more is heard however long the jobs take. After the first failure, of a job or of `hear`, no
 /// other job begins, `interrupt` is called to end those under way, and that failure is returned when they have ended.
 pub(crate) fn in_parallel<J: Sync, R: Send>(
     width: usize,
     jobs: &[J],
     run: impl Fn(&J) -> Result<R> + Sync,
-    mut done: impl FnMut(&R) -> Result<()>,
+    mut hear: impl FnMut(Option<&R>) -> Result<()>,
     interrupt: impl Fn(),
 ) -> Result<Vec<R>> {
     let next = AtomicUsize::new(0);
@@ -49,10 +55,18 @@ pub(crate) fn in_parallel<J: Sync, R: Send>(
             }
         }
         drop(results);
-        for (at, result) in received {
-            let result = result.and_then(|result| done(&result).map(|()| result));
+        loop {
+            let result = match received.recv_timeout(TICK) {
+                Ok((at, result)) => {
+                    result.and_then(|result| hear(Some(&result)).map(|()| found[at] = Some(result)))
+                }
+                // Those under way are being ended.
+                Err(RecvTimeoutError::Timeout) if failure.is_some() => continue,
+                Err(RecvTimeoutError::Timeout) => hear(None),
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
             match result {
-                Ok(result) => found[at] = Some(result),
+                Ok(()) => {}
                 Err(error) if failure.is_none() => {
                     failure = Some(error);
                     stop.store(true, Ordering::SeqCst);
@@ -84,8 +98,8 @@ mod tests {
         let jobs: Vec<usize> = (0..100).collect();
         for width in [0, 1, 7, 1000] {
             let mut heard = 0;
-            let hear = |_: &usize| {
-                heard += 1;
+            let hear = |result: Option<&usize>| {
+                heard += usize::from(result.is_some());
                 Ok(())
             };
             let results = in_parallel(width, &jobs, |job| Ok(job * 2), hear, || ()).unwrap();
@@ -104,7 +118,7 @@ mod tests {
             now.fetch_sub(1, Ordering::SeqCst);
             Ok(())
         };
-        in_parallel(3, &[0; 200], run, |()| Ok(()), || ()).unwrap();
+        in_parallel(3, &[0; 200], run, |_| Ok(()), || ()).unwrap();
         assert!(most.into_inner() <= 3);
     }
 
@@ -126,14 +140,40 @@ mod tests {
             *ended.lock().unwrap() = true;
             wake.notify_all();
         };
-        let error = in_parallel(4, &jobs, run, |()| Ok(()), interrupt).unwrap_err();
+        let error = in_parallel(4, &jobs, run, |_| Ok(()), interrupt).unwrap_err();
         assert!(matches!(error, Error::Name { name, .. } if name == "1"));
         assert!(begun.into_inner() < 10, "nothing begins after a failure");
     }
 
     #[test]
     fn a_listener_that_fails_ends_the_call() {
-        let error = in_parallel(2, &[0; 50], |job| Ok(*job), |_: &i32| Err(failure(7)), || ()).unwrap_err();
+        let hear = |_: Option<&i32>| Err(failure(7));
+        let error = in_parallel(2, &[0; 50], |job| Ok(*job), hear, || ()).unwrap_err();
         assert!(matches!(error, Error::Name { name, .. } if name == "7"));
+    }
+
+    #[test]
+    fn a_listener_is_heard_while_nothing_is_done() {
+        let (ended, wake) = (Mutex::new(false), Condvar::new());
+        let run = |job: &usize| {
+            // It ends only by the interruption, or the test's patience.
+            let patience = Duration::from_secs(60);
+            let wait = wake.wait_timeout_while(ended.lock().unwrap(), patience, |ended| !*ended).unwrap();
+            assert!(!wait.1.timed_out(), "nobody was asked whether to go on");
+            Err::<(), _>(failure(*job))
+        };
+        let interrupt = || {
+            *ended.lock().unwrap() = true;
+            wake.notify_all();
+        };
+        let mut silent = 0;
+        let hear = |result: Option<&()>| {
+            assert!(result.is_none());
+            silent += 1;
+            if silent < 3 { Ok(()) } else { Err(failure(7)) }
+        };
+        let error = in_parallel(2, &[0, 1], run, hear, interrupt).unwrap_err();
+        assert!(matches!(error, Error::Name { name, .. } if name == "7"));
+        assert_eq!(silent, 3, "after the failure there is nothing to ask");
     }
 }

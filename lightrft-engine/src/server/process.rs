@@ -9,7 +9,6 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -128,10 +127,15 @@ impl ServerProcess {
             let program = command.program.to_string_lossy().into_owned();
             ServerError::Start { engine, program, source }
         };
-        let log = command.log.clone().unwrap_or_else(|| own_log(engine));
-        let named =
-            |source: io::Error| failed(io::Error::new(source.kind(), format!("{}: {source}", log.display())));
-        let output = File::create(&log).map_err(named)?;
+        let (output, log) = match &command.log {
+            None => own_log(engine).map_err(failed)?,
+            Some(log) => {
+                let named = |source: io::Error| {
+                    failed(io::Error::new(source.kind(), format!("{}: {source}", log.display())))
+                };
+                (File::create(log).map_err(named)?, log.clone())
+            }
+        };
         let mut shell = Command::new("sh");
         shell.args(["-c", GUARDIAN, "lightrft-guardian", &command.grace.as_secs().max(1).to_string()]);
         shell.arg(&command.program).args(&command.args).envs(&command.variables);
@@ -226,7 +230,9 @@ impl ServerProcess {
 
     /// The end of its log, without the key.
     pub(crate) fn last_lines(&self) -> String {
-        let tail = read_tail(&self.log).unwrap_or_else(|error| format!("(cannot be read: {error})"));
+        let most_cut = self.key.as_ref().map_or(0, |key| key.expose().len());
+        let tail =
+            read_tail(&self.log, most_cut).unwrap_or_else(|error| format!("(cannot be read: {error})"));
         let lines: Vec<&str> = tail.lines().filter(|line| !line.trim().is_empty()).collect();
         let text = lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n");
         shortened(&match &self.key {
@@ -281,14 +287,48 @@ impl Drop for ServerProcess {
     }
 }
 
+/// How long a port may still be in use of a server that was just killed.
+const PORT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Refuses a port that cannot be listened on now.
+fn check_free(engine: &'static str, port: u16) -> Result<()> {
+    let bad = |expected| Err(Error::Settings { engine, field: "port", value: port.to_string(), expected });
+    if port == 0 {
+        return bad("a port of 1 to 65535 was expected, or none for one that is free");
+    }
+    let start = Instant::now();
+    loop {
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                return bad("a port that this user may listen on was expected, or none for one that is free");
+            }
+            Err(_) if start.elapsed() >= PORT_PATIENCE => {
+                return bad("somebody listens on it: another was expected, or none for one that is free");
+            }
+            Err(_) => thread::sleep(POLL),
+        }
+    }
+}
+
 /// A port of this machine that nobody listens on now.
 fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-/// Launches on a free port. Somebody else may take it between the moment it is found free and the server's own taking it:
-/// then on another.
-pub(crate) fn on_a_free_port<T>(engine: &'static str, mut launch: impl FnMut(u16) -> Result<T>) -> Result<T> {
+/// Launches on this port, if nobody listens on it: whoever does would be taken for the server. Without one it is launched on
+/// a port that is free. Somebody else may take that between the moment it is found free and the server's own taking it: then
+/// on another, and of the log of the one before, which is at `log` if it is the caller's, nothing is left.
+pub(crate) fn on_port<T>(
+    engine: &'static str,
+    port: Option<u16>,
+    log: Option<&Path>,
+    mut launch: impl FnMut(u16) -> Result<T>,
+) -> Result<T> {
+    if let Some(port) = port {
+        check_free(engine, port)?;
+        return launch(port);
+    }
     let mut attempts = 3;
     loop {
         attempts -= 1;
@@ -298,27 +338,33 @@ pub(crate) fn on_a_free_port<T>(engine: &'static str, mut launch: impl FnMut(u16
             source: Box::new(source),
         })?;
         let result = launch(port);
-        let taken = matches!(&result, Err(Error::Server(error)) if error.is_of_a_taken_port());
-        if !taken || attempts == 0 {
-            return result;
+        match &result {
+            Err(Error::Server(error)) if error.is_of_a_taken_port() && attempts > 0 => error.discard_log(log),
+            _ => return result,
         }
     }
 }
 
-fn own_log(engine: &str) -> PathBuf {
-    static LOGS: AtomicU64 = AtomicU64::new(0);
-    let number = LOGS.fetch_add(1, Ordering::Relaxed);
-    let name = format!("lightrft-{}-{}-{number}.log", engine.to_lowercase(), std::process::id());
-    std::env::temp_dir().join(name)
+/// A log that nobody else reads or has put there.
+fn own_log(engine: &str) -> io::Result<(File, PathBuf)> {
+    let prefix = format!("lightrft-{}-", engine.to_lowercase());
+    Ok(tempfile::Builder::new().prefix(&prefix).suffix(".log").tempfile()?.keep()?)
 }
 
-fn read_tail(path: &Path) -> io::Result<String> {
+/// The end of a file, from the beginning of a line on. Of one long line its end, `most_cut` bytes less: where it is cut, a part
+/// of the key could stand that is not known for one.
+fn read_tail(path: &Path, most_cut: usize) -> io::Result<String> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)))?;
     let mut bytes = Vec::new();
     file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    let mut whole = &bytes[..];
+    if length > TAIL_BYTES {
+        let line = bytes.iter().position(|byte| *byte == b'\n').map_or(most_cut, |end| end + 1);
+        whole = bytes.get(line..).unwrap_or_default();
+    }
+    Ok(String::from_utf8_lossy(whole).into_owned())
 }
 
 #[cfg(test)]
@@ -381,6 +427,23 @@ mod tests {
     }
 
     #[test]
+    fn no_part_of_the_key_is_left_where_a_log_is_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let mut command = script("exec sleep 1000");
+        (command.log, command.key) = (Some(log.clone()), Some(ApiKey::new("sesame")));
+        let process = ServerProcess::start(&command).unwrap();
+        for after in (TAIL_BYTES as usize - 8)..=(TAIL_BYTES as usize) {
+            fs::write(&log, format!("sesame{}", "x".repeat(after))).unwrap();
+            let lines = process.last_lines();
+            assert!(lines.trim_start_matches("***").starts_with('x'), "{after}: {}", &lines[..20]);
+            fs::write(&log, format!("sesame{}\nlast", "x".repeat(after - 5))).unwrap();
+            let lines = process.last_lines();
+            assert!(lines == "last" || lines.starts_with("***x"), "{after}: {lines}");
+        }
+    }
+
+    #[test]
     fn a_program_that_is_not_there_is_named() {
         let mut process = ServerProcess::start(&ServerCommand::new("test", "/no/such/program")).unwrap();
         let error = process.wait_until_ready(LONG, |_| false, &mut |_| ()).unwrap_err();
@@ -403,6 +466,7 @@ mod tests {
         let error = process.wait_until_ready(Duration::from_secs(2), |_| false, &mut tell).unwrap_err();
         assert!(matches!(&error, ServerError::NotReady { .. }), "{error:?}");
         assert!(error.to_string().ends_with("loading"), "{error}");
+        assert!(error.to_string().contains("raise `ready_within`"), "{error}");
         assert!(lines.iter().any(|line| line == "loading"), "{lines:?}");
         drop(process);
         let log = fs::read_to_string(folder.path().join("log")).unwrap();
@@ -474,35 +538,100 @@ mod tests {
         eventually("its child is ended", || !lives(&pid));
     }
 
+    #[test]
+    fn nothing_is_launched_on_a_port_that_somebody_listens_on() {
+        let stray = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = stray.local_addr().unwrap().port();
+        let launch = |port| Ok::<_, Error>(port);
+        for taken in [port, 0] {
+            let error =
+                on_port("test", Some(taken), None, |_| -> Result<()> { panic!("launched") }).unwrap_err();
+            assert!(
+                matches!(&error, Error::Settings { field: "port", value, .. } if *value == taken.to_string()),
+                "{error:?}"
+            );
+        }
+        assert_ne!(on_port("test", None, None, launch).unwrap(), port);
+        drop(stray);
+        assert_eq!(on_port("test", Some(port), None, launch).unwrap(), port);
+    }
+
+    #[test]
+    fn logs_of_servers_that_are_started_again_are_removed_and_nobody_else_reads_the_last() {
+        let mut logs = Vec::new();
+        let mut launch = |port: u16| -> Result<()> {
+            let command = script(&format!("echo 'Address already in use: {port}'; exit 1"));
+            let mut process = ServerProcess::start(&command)?;
+            logs.push(process.log().to_owned());
+            Ok(process.wait_until_ready(LONG, |_| false, &mut |_| ())?)
+        };
+        let error = on_port("test", None, None, &mut launch).unwrap_err();
+        assert!(matches!(&error, Error::Server(error) if error.is_of_a_taken_port()), "{error:?}");
+        let (last, before) = logs.split_last().unwrap();
+        assert!(before.len() == 2 && !before.iter().any(|log| log.exists()), "{logs:?}");
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(last).unwrap());
+        assert_eq!(mode & 0o777, 0o600);
+        fs::remove_file(last).unwrap();
+    }
+
     /// Not a test by itself: the process that the next one kills.
     #[test]
     fn victim() {
-        let Some(file) = std::env::var_os("LIGHTRFT_TEST_VICTIM") else { return };
-        let mut command = family(Path::new(&file));
-        // Deaf itself too: nobody but the guardian is left to kill it.
-        let script = format!("trap '' TERM; {}", command.args[1].display());
-        command.args[1] = script.into();
+        let Some(file) = std::env::var_os("LIGHTRFT_TEST_VICTIM").map(PathBuf::from) else { return };
+        let mut command = match std::env::var_os("LIGHTRFT_TEST_SERVER_ENDS") {
+            // It ends by itself, and leaves a child.
+            Some(_) => {
+                let file = file.display();
+                script(&format!("sleep 1000 & echo \"$PPID $!\" > {file}.new; mv {file}.new {file}; exit 5"))
+            }
+            // Deaf itself too: nobody but the guardian is left to kill it.
+            None => {
+                let mut command = family(Path::new(&file));
+                command.args[1] = format!("trap '' TERM; {}", command.args[1].display()).into();
+                command
+            }
+        };
         command.grace = Duration::from_secs(1);
-        command.log = Some(PathBuf::from(&file).with_extension("log"));
+        command.log = Some(file.with_extension("log"));
         let process = ServerProcess::start(&command).unwrap();
         thread::sleep(LONG * 2);
         drop(process);
+    }
+
+    /// A process of its own that starts a server which writes process ids into `file`.
+    fn start_victim(file: &Path, configure: impl FnOnce(&mut Command)) -> Child {
+        let mut victim = Command::new(std::env::current_exe().unwrap());
+        victim.args(["--exact", "server::process::tests::victim"]);
+        victim.env("LIGHTRFT_TEST_VICTIM", file).stdout(Stdio::null());
+        configure(&mut victim);
+        victim.spawn().unwrap()
     }
 
     #[test]
     fn a_server_and_its_descendants_end_with_a_process_that_is_killed() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("pids");
-        let mut parent = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "server::process::tests::victim"])
-            .env("LIGHTRFT_TEST_VICTIM", &file)
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut parent = start_victim(&file, |_| ());
         let pids = line_in(&file);
         assert!(pids.split(' ').all(lives));
         parent.kill().unwrap();
         parent.wait().unwrap();
         eventually("the server and its deaf child are gone", || !pids.split(' ').any(lives));
+    }
+
+    #[test]
+    fn descendants_of_a_server_that_ended_by_itself_end_with_a_process_that_is_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pids");
+        let mut parent = start_victim(&file, |victim| {
+            victim.env("LIGHTRFT_TEST_SERVER_ENDS", "1");
+        });
+        let pids = line_in(&file);
+        let (shell, child) = pids.split_once(' ').unwrap();
+        eventually("the server and its shell end", || !lives(shell));
+        assert!(lives(child));
+        parent.kill().unwrap();
+        parent.wait().unwrap();
+        eventually("its child is gone", || !lives(child));
     }
 }

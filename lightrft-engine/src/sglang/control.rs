@@ -118,6 +118,19 @@ impl Control {
         self.http.get("/model_info", self.within)?.json()
     }
 
+    /// Refuses a server of another model than the one that was started: somebody else's, on its port.
+    pub(super) fn check_serves(&self, model: &Path) -> Result<()> {
+        let reply = self.http.get("/model_info", self.within)?;
+        let served = reply.json::<ModelInfo>()?.model_path;
+        if served.is_some_and(|served| Path::new(&served) == model) {
+            return Ok(());
+        }
+        let model = model.display();
+        Err(reply.unexpected(&format!(
+            "the server that was started here, of `{model}`, was expected: another has its port"
+        )))
+    }
+
     pub(super) fn metrics(&self) -> Result<String> {
         let reply = self.http.get("/metrics", self.within)?;
         String::from_utf8(reply.bytes.clone()).map_err(|_| reply.unexpected("metrics that are no text"))
@@ -165,15 +178,15 @@ impl Control {
     /// Sends a bucket, in the form of [`flattened_bucket`](crate::wire::sglang::flattened_bucket), to each of `shards`
     /// workers.
     pub(super) fn update_from_tensor(&self, bucket: &str, shards: usize) -> Result<()> {
-        #[derive(serde::Serialize)]
-        struct Body<'a> {
-            serialized_named_tensors: Vec<&'a str>,
-            load_format: &'static str,
-            flush_cache: bool,
+        // Base64 needs no escapes, and is in memory once, however many workers there are.
+        let mut pieces =
+            vec![r#"{"load_format":"flattened_bucket","flush_cache":false,"serialized_named_tensors":["#];
+        for shard in 0..shards.max(1) {
+            pieces.extend([if shard == 0 { "\"" } else { ",\"" }, bucket, "\""]);
         }
-        let serialized_named_tensors = vec![bucket; shards.max(1)];
-        let body = Body { serialized_named_tensors, load_format: "flattened_bucket", flush_cache: false };
-        self.http.post("/update_weights_from_tensor", &body, self.within).map(drop)
+        pieces.push("]}");
+        let pieces: Vec<&[u8]> = pieces.into_iter().map(str::as_bytes).collect();
+        self.http.post_pieces("/update_weights_from_tensor", &pieces, self.within).map(drop)
     }
 
     pub(super) fn update_from_disk(&self, folder: &Path, to: Version) -> Result<()> {

@@ -12,7 +12,8 @@ use super::update::SglangUpdate;
 use super::wire::{Asked, ask, body, check, completions};
 use crate::generate::check_fields;
 use crate::server::{
-    Ask, Flight, Http, Job, MetricNames, Model, ServerProcess, Verify, in_parallel, jobs, on_a_free_port,
+    Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, ServerProcess, Verify, in_parallel, jobs,
+    on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -64,16 +65,19 @@ impl SglangEngine {
     /// with this process.
     ///
     /// # Errors
-    /// [`Error::Settings`]; those of a broken model folder; [`Error::Server`] if it does not start, ends, or is not
-    /// ready in time, with the last lines of its log.
+    /// Before anything is started: [`Error::Settings`], those of a broken model folder. [`Error::Server`] if it does not
+    /// start, ends, or is not ready in time, with the last lines of its log.
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
         let model = Model::from_folder(&start.model)?;
-        let (process, control) = match start.port {
-            Some(port) => launch(start, port, tell)?,
-            None => on_a_free_port("SGLang", |port| launch(start, port, tell))?,
-        };
-        let second = Http::new("SGLang", control.http.base(), None)?;
+        if model.vocabulary.is_none() {
+            let value = start.model.display().to_string();
+            return bad("model", value, "a config.json with its vocab_size was expected");
+        }
+        let (process, control) =
+            on_port("SGLang", start.port, start.log.as_deref(), |port| launch(start, port, tell))?;
+        control.check_serves(&start.model)?;
+        let second = Http::new("SGLang", control.http.base(), start.key.clone())?;
         let info = control.server_info()?;
         Self::assemble(control, second, &info, model, start.driver.clone(), Some(process))
     }
@@ -333,7 +337,8 @@ impl Engine for SglangEngine {
             let vocabulary = self.limits.vocabulary;
             completions(&reply, Asked { request, job: *job, ask, vocabulary, version: self.version })
         };
-        let mut report = |completions: &Vec<Completion>| {
+        let mut report = |completions: Option<&Vec<Completion>>| {
+            let completions = completions.map_or(&[][..], Vec::as_slice);
             progress.done += completions.len();
             progress.tokens += completions.iter().map(|c| c.tokens.len()).sum::<usize>();
             watch.report(progress)
@@ -425,8 +430,16 @@ fn launch(
     port: u16,
     tell: &mut dyn FnMut(&StartProgress),
 ) -> Result<(ServerProcess, Control)> {
-    let mut process = ServerProcess::start(&start.command(port))?;
-    let http = Http::new("SGLang", &format!("http://127.0.0.1:{port}"), None)?;
+    let failed = |source| Error::Backend {
+        engine: "SGLang",
+        operation: "write the key's file",
+        source: Box::new(source),
+    };
+    // Read by the time that it is ready, and gone with this call.
+    let folder = OwnedFolder::new("lightrft-sglang-", &std::env::temp_dir()).map_err(failed)?;
+    let key = start.write_key(folder.path()).map_err(failed)?;
+    let mut process = ServerProcess::start(&start.command(port, key.as_deref()))?;
+    let http = Http::new("SGLang", &format!("http://127.0.0.1:{port}"), start.key.clone())?;
     let control = Control::new(http, start.driver.control_within);
     // It answers before it can draw; it is ready once it has drawn.
     let ready = |within: Duration| control.is_up(within) && control.is_healthy(PROBE);

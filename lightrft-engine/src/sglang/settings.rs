@@ -2,14 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::server::{ApiKey, ServerCommand, Verify};
+use crate::server::{ApiKey, Flags, Names, ServerCommand, Verify, refuse};
 use crate::{Error, LogProbs, Result, Version};
 
+/// What is not taken among a caller's own arguments, and why.
+const REFUSED: [(&str, &str); 2] = [
+    ("--api-key", "the setting `key` was expected: whoever lists processes reads arguments"),
+    ("--admin-api-key", "the setting `key` was expected: one key for all routes"),
+];
+
 /// A server to start, on 127.0.0.1.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Start {
     /// The model's folder, which tells the driver the vocabulary, the pads and the parameters too.
@@ -32,14 +41,16 @@ pub struct Start {
     pub context_tokens: Option<usize>,
     /// Most sequences that are drawn at once; `SGLang`'s own default if it is not said.
     pub max_sequences: Option<usize>,
-    /// More arguments of `sglang.launch_server`.
+    /// More arguments of `sglang.launch_server`. Their values do not show in `Debug` output, but in the list of processes.
     pub args: Vec<OsString>,
-    /// More variables of its environment.
+    /// More variables of its environment. Their values do not show in `Debug` output.
     pub variables: BTreeMap<OsString, OsString>,
     /// The port of 127.0.0.1 that it listens on; one that is free by default.
     pub port: Option<u16>,
     /// Where its output goes; by default a file in the system's temporary folder, kept if the server fails.
     pub log: Option<PathBuf>,
+    /// A key that it asks for; none by default.
+    pub key: Option<ApiKey>,
     /// How long it may take to be ready; 10 minutes by default.
     pub ready_within: Duration,
     /// What does not depend on who started the server.
@@ -67,6 +78,50 @@ pub enum Seeds {
     Ignored,
 }
 
+impl fmt::Debug for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // By their names, so that none is forgotten.
+        let Self {
+            model,
+            program,
+            dtype,
+            tensor_parallel,
+            gpus,
+            memory_share,
+            memory_saver,
+            seeds,
+            context_tokens,
+            max_sequences,
+            args,
+            variables,
+            port,
+            log,
+            key,
+            ready_within,
+            driver,
+        } = self;
+        f.debug_struct("Start")
+            .field("model", model)
+            .field("program", program)
+            .field("dtype", dtype)
+            .field("tensor_parallel", tensor_parallel)
+            .field("gpus", gpus)
+            .field("memory_share", memory_share)
+            .field("memory_saver", memory_saver)
+            .field("seeds", seeds)
+            .field("context_tokens", context_tokens)
+            .field("max_sequences", max_sequences)
+            .field("args", &Flags(args))
+            .field("variables", &Names(variables))
+            .field("port", port)
+            .field("log", log)
+            .field("key", key)
+            .field("ready_within", ready_within)
+            .field("driver", driver)
+            .finish()
+    }
+}
+
 impl Start {
     /// A server of the model in this folder, everything else by default.
     pub fn new(model: impl Into<PathBuf>) -> Self {
@@ -85,6 +140,7 @@ impl Start {
             variables: BTreeMap::new(),
             port: None,
             log: None,
+            key: None,
             ready_within: Duration::from_secs(600),
             driver: Driver::default(),
         }
@@ -117,13 +173,29 @@ impl Start {
         if let Some(tokens) = self.context_tokens.filter(|tokens| *tokens < 16) {
             return bad("context_tokens", tokens.to_string(), "at least 16 were expected");
         }
+        refuse("SGLang", &self.args, &self.variables, &REFUSED)?;
+        if self.key.is_some() {
+            let why =
+                "none was expected where there is a `key`: SGLang takes one file, and the key comes in it";
+            refuse("SGLang", &self.args, &self.variables, &[("--config", why)])?;
+        }
         self.driver.check()
     }
 
-    /// The command line of a server on `port`.
-    pub(super) fn command(&self, port: u16) -> ServerCommand {
+    /// A file with the key, for this user alone, in `folder`. `SGLang` takes it in no other way that others cannot read.
+    pub(super) fn write_key(&self, folder: &Path) -> io::Result<Option<PathBuf>> {
+        let Some(key) = &self.key else { return Ok(None) };
+        let file = folder.join("key.yaml");
+        // JSON is YAML.
+        fs::write(&file, serde_json::json!({ "api-key": key.expose() }).to_string())?;
+        Ok(Some(file))
+    }
+
+    /// The command line of a server on `port`, which reads its key from this file.
+    pub(super) fn command(&self, port: u16, key: Option<&Path>) -> ServerCommand {
         let mut command = ServerCommand::new("SGLang", &self.program);
         command.log.clone_from(&self.log);
+        command.key.clone_from(&self.key);
         command.arg("-m").arg("sglang.launch_server").arg("--model-path").arg(&self.model);
         command.arg("--host").arg("127.0.0.1").arg("--port").arg(port.to_string()).arg("--enable-metrics");
         let mut option = |name: &str, value: Option<String>| {
@@ -144,6 +216,9 @@ impl Start {
             MemorySaver::KeepsWeights => {
                 command.arg("--enable-memory-saver").arg("--enable-weights-cpu-backup");
             }
+        }
+        if let Some(file) = key {
+            command.arg("--config").arg(file);
         }
         if self.seeds == Seeds::Honoured {
             command.arg("--enable-deterministic-inference");
@@ -247,7 +322,7 @@ mod tests {
     use super::*;
 
     fn line(start: &Start) -> String {
-        format!("{:?}", start.command(30_000))
+        format!("{:?}", start.command(30_000, None))
     }
 
     #[test]
@@ -283,6 +358,33 @@ mod tests {
         }
         start.memory_saver = MemorySaver::DropsWeights;
         assert!(line(&start).contains("--enable-memory-saver") && !line(&start).contains("backup"));
+    }
+
+    #[test]
+    fn a_key_stands_in_a_file_and_nowhere_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut start = Start::new("m");
+        assert_eq!(start.write_key(folder.path()).unwrap(), None);
+        start.key = Some(ApiKey::new("open\"sesame"));
+        start.variables.insert("TOKEN".into(), "sesame".into());
+        start.args = vec!["--hf-token".into(), "sesame".into()];
+        let file = start.write_key(folder.path()).unwrap().unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), r#"{"api-key":"open\"sesame"}"#);
+        assert!(!format!("{start:?}").contains("sesame"), "{start:?}");
+        start.args.clear();
+        let found = format!("{:?}", start.command(1, Some(&file)));
+        assert!(
+            found.contains("--config") && found.contains("key.yaml") && !found.contains("sesame"),
+            "{found}"
+        );
+        start.args = vec!["--config".into(), "mine.yaml".into()];
+        assert!(start.check().is_err(), "SGLang takes one file");
+        start.key = None;
+        start.check().unwrap();
+        for flag in ["--api-key=a", "--admin-api-key=a"] {
+            start.args = vec![flag.into()];
+            assert!(start.check().unwrap_err().to_string().contains("`key`"));
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::settings::Seeds;
-use crate::server::{Ask, Job, Model, Reply, shortened};
+use crate::server::{Ask, Job, Model, Reply};
 use crate::{Completion, Error, FinishReason, LogProbs, MediaKind, Request, Result, Sampling, Version};
 
 /// Decides how a request's log-probabilities come about, or refuses.
@@ -249,8 +249,8 @@ fn completion(reply: &Reply, at: usize, drawn: Drawn, asked: Asked<'_>) -> Resul
             None => return Err(wrong("stopped by a text that was not asked for".to_owned())),
         },
         (kind, _) => {
-            let message = reason.message.map(|m| format!(" ({})", shortened(&m))).unwrap_or_default();
-            return Err(wrong(format!("ended by `{}`{message}", shortened(kind))));
+            let message = reason.message.map(|m| format!(" ({m})")).unwrap_or_default();
+            return Err(wrong(format!("ended by `{kind}`{message}")));
         }
     };
     let log_probs = match asked.ask {
@@ -282,7 +282,6 @@ fn completion(reply: &Reply, at: usize, drawn: Drawn, asked: Asked<'_>) -> Resul
         Some(named) => match named.parse() {
             Ok(number) => Version(number),
             Err(_) => {
-                let named = shortened(named);
                 return Err(wrong(format!("drawn by weights `{named}`, which somebody else must have sent")));
             }
         },

@@ -140,9 +140,13 @@ impl<'a> Staging<'a> {
             Some(memory) => memory,
             None => self.memory_for(bucket.bytes)?,
         };
-        match bucket.places.get(self.next - bucket.first) {
-            Some(place) => write(&mut memory, place.clone())?,
-            None => return Err(source("a tensor lies outside of its bucket".to_owned())),
+        let written = match bucket.places.get(self.next - bucket.first) {
+            Some(place) => write(&mut memory, place.clone()),
+            None => Err(source("a tensor lies outside of its bucket".to_owned())),
+        };
+        if let Err(error) = written {
+            self.memory = Some(memory);
+            return Err(error);
         }
         self.next += 1;
         if self.next - bucket.first < bucket.places.len() {
@@ -170,22 +174,27 @@ impl<'a> Staging<'a> {
     }
 
     fn fail(&mut self, error: Error) -> Result<()> {
+        // The memory of its bucket stays: a server may still have it open, from the bucket that was in it before.
         self.failed = true;
-        self.memory = None;
         Err(error)
     }
 
     /// Ends the stream: with a word that all is there if the source says so and every announced tensor came, else
-    /// without. Returns how long the source waited for the engine, and what holds the memory of buckets: memory that
-    /// another process has open must not go before the update has ended.
-    pub(super) fn finish(mut self, gave: Result<()>) -> (Result<()>, Duration, Receiver<Memory>) {
+    /// without. Returns how long the source waited for the engine, and what holds the memory of buckets.
+    pub(super) fn finish(mut self, gave: Result<()>) -> (Result<()>, Duration, Held) {
         let ended = gave.and_then(|()| match self.plan.items().get(self.next) {
             _ if self.failed => Err(source("its source went on after a tensor was refused".to_owned())),
             Some(item) => Err(source(format!("`{}` was announced and never came", item.trainer_name))),
             None => self.send(Filled::All),
         });
-        (ended, self.waited, self.empty)
+        (ended, self.waited, Held { _empty: self.empty, _unfinished: self.memory })
     }
+}
+
+/// The memory of buckets: what another process has open must not go before the update has ended.
+pub(super) struct Held {
+    _empty: Receiver<Memory>,
+    _unfinished: Option<Memory>,
 }
 
 fn source(what: String) -> Error {

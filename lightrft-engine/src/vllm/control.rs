@@ -141,6 +141,17 @@ impl Control {
         read_models(&self.http.get("/v1/models", self.within)?)
     }
 
+    /// Refuses a server of another model than the one that was started: somebody else's, on its port.
+    pub(super) fn check_serves(&self, model: &str) -> Result<()> {
+        let reply = self.http.get("/v1/models", self.within)?;
+        if read_models(&reply)?.root.as_deref() == Some(model) {
+            return Ok(());
+        }
+        Err(reply.unexpected(&format!(
+            "the server that was started here, of `{model}`, was expected: another has its port"
+        )))
+    }
+
     /// The version of the weights that the server names; none if it has no such notion, or was never told.
     pub(super) fn weight_version(&self) -> Result<Option<Version>> {
         #[derive(Deserialize)]

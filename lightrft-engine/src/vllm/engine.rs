@@ -15,7 +15,8 @@ use super::verify;
 use super::wire::{self, Asked};
 use crate::generate::check_fields;
 use crate::server::{
-    Flight, Http, Job, MetricNames, Metrics, Model, ServerProcess, Verify, in_parallel, jobs, on_a_free_port,
+    Flight, Http, Job, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, in_parallel, jobs,
+    on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -46,7 +47,7 @@ const ABANDON: Duration = Duration::from_secs(30);
 pub struct VllmEngine {
     /// None if somebody else started it. Before the plug-in's folder, so that it ends first.
     process: Option<ServerProcess>,
-    _plugin: Option<tempfile::TempDir>,
+    _plugin: Option<OwnedFolder>,
     control: Control,
     /// Another client than that of control calls: only generation is interrupted.
     generation: Http,
@@ -67,24 +68,26 @@ impl VllmEngine {
     /// Starts a server and waits until it is ready, telling `tell` how it comes along.
     ///
     /// # Errors
-    /// [`Error::Settings`]; [`Error::Server`] with the end of the server's log if it ends or does not become ready.
+    /// Before anything is started: [`Error::Settings`], those of a broken model folder. [`Error::Server`] with the end of
+    /// the server's log if it ends or does not become ready.
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
         let transport = transport(&start.driver.transfer)?;
         let plugin = plugin_folder()?;
-        let mut launched = |route| match start.port {
-            Some(port) => launch(start, port, route, plugin.path(), tell),
-            None => on_a_free_port("vLLM", |port| launch(start, port, route, plugin.path(), tell)),
-        };
+        let log = start.log.as_deref();
+        let mut launched =
+            |route| on_port("vLLM", start.port, log, |port| launch(start, port, route, plugin.path(), tell));
         let (process, control) = match launched(TokenRoute::Asked) {
-            Err(Error::Server(error)) if knows_no_scale_out(&error) => launched(TokenRoute::Always)?,
+            Err(Error::Server(error)) if knows_no_scale_out(&error) => {
+                error.discard_log(log);
+                launched(TokenRoute::Always)?
+            }
             result => result?,
         };
-        let folder = Path::new(&start.model);
-        let folder = folder.join("config.json").exists().then_some(folder);
+        control.check_serves(&start.model)?;
+        let folder = Some(start.model_folder());
         let base = control.http.base().to_owned();
-        let mut engine =
-            Self::connect(control, &base, start.key.clone(), folder, start.driver.clone(), transport)?;
+        let mut engine = Self::connect(control, &base, start.key.clone(), folder, start.driver(), transport)?;
         engine.process = Some(process);
         engine._plugin = Some(plugin);
         Ok(engine)
@@ -346,7 +349,8 @@ impl VllmEngine {
             self.flight.lands(&id);
             wire::completions(&reply?, asked)
         };
-        let mut done = |completions: &Vec<Completion>| {
+        let mut done = |completions: Option<&Vec<Completion>>| {
+            let completions = completions.map_or(&[][..], Vec::as_slice);
             progress.done += completions.len();
             progress.tokens += completions.iter().map(|c| c.tokens.len()).sum::<usize>();
             watch.report(progress)
@@ -477,8 +481,8 @@ fn unique_id() -> String {
     format!("lightrft-{:016x}-{}", *PROCESS, NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-fn plugin_folder() -> Result<tempfile::TempDir> {
-    let made = tempfile::Builder::new().prefix("lightrft-vllm-").tempdir().and_then(|folder| {
+fn plugin_folder() -> Result<OwnedFolder> {
+    let made = OwnedFolder::new("lightrft-plugin-", &std::env::temp_dir()).and_then(|folder| {
         std::fs::write(folder.path().join("lightrft_vllm.py"), PLUGIN)?;
         Ok(folder)
     });

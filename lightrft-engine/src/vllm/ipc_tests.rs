@@ -16,7 +16,9 @@ use super::*;
 use crate::cuda::Card;
 use crate::testing::{Subject, TensorBytes, conformance};
 use crate::vllm::{Attach, Transfer, VllmEngine};
-use crate::{Dtype, Engine, EngineExt, Identity, Request, Sampling, State, TensorSlice, Version};
+use crate::{
+    Dtype, Engine, EngineExt, Identity, Request, Sampling, Staging, State, TensorSlice, Version, WeightSource,
+};
 
 const UUID: [u8; 16] = [0xab; 16];
 
@@ -211,6 +213,47 @@ fn memory_of_a_call_without_a_reply_is_kept_until_the_server_answers_another() {
         assert!(card.shared.lock().unwrap().is_empty(), "{card:?}");
         assert_eq!(greedy(&mut engine), drawn_from(&weights(3)));
         assert_eq!(fake.broken(), Vec::<String>::new());
+    }
+}
+
+/// Gives as many tensors as it is told, and then fails: while it writes the next, or by not coming to it.
+struct Failing<'a> {
+    tensors: TensorSlice<'a>,
+    views: &'a [NamedTensor<'a>],
+    gives: usize,
+    while_writing: bool,
+}
+
+impl WeightSource for Failing<'_> {
+    fn tensors(&self) -> &[TensorInfo] {
+        self.tensors.tensors()
+    }
+
+    fn give(&mut self, staging: &mut Staging<'_>) -> Result<()> {
+        let (whole, rest) = self.views.split_at(self.gives);
+        whole.iter().try_for_each(|tensor| staging.copy(tensor))?;
+        let broken = || Error::Source("a shard is lost".into());
+        match rest.first() {
+            Some(tensor) if self.while_writing => staging.fill(tensor.name(), |_| Err(broken())),
+            _ => Err(broken()),
+        }
+    }
+}
+
+#[test]
+fn memory_that_the_server_has_open_stays_until_the_update_of_a_source_that_fails_has_ended() {
+    let weights = weights(1);
+    let views: Vec<_> = weights.iter().map(|t| t.view().unwrap()).collect();
+    for (gives, while_writing) in (0..views.len()).flat_map(|gives| [(gives, true), (gives, false)]) {
+        let fake = FakeVllm::new();
+        let (mut engine, card) = engine(&fake, Release::New);
+        // A bucket for about every tensor, so that both memories have been the server's.
+        let mut source = Failing { tensors: TensorSlice::new(&views), views: &views, gives, while_writing };
+        let error = engine.update_from(Version(1), &mut source, &Identity, 1).unwrap_err();
+        assert!(error.to_string().contains("a shard is lost"), "{error}");
+        assert!(matches!(engine.state(), State::Stale { .. }), "{}", engine.state());
+        assert_eq!(fake.broken(), Vec::<String>::new(), "{gives} {while_writing}");
+        assert!(card.shared.lock().unwrap().is_empty(), "{gives} {while_writing}: {card:?}");
     }
 }
 

@@ -4,7 +4,7 @@
 //! use lightrft_engine::vllm::{Start, VllmEngine};
 //! use lightrft_engine::{Engine, EngineExt, Level, Parts, Request, Sampling};
 //!
-//! let mut start = Start::new("Qwen/Qwen2.5-0.5B-Instruct");
+//! let mut start = Start::new("/models/Qwen2.5-0.5B-Instruct");
 //! start.gpus = vec![0];
 //! let mut engine = VllmEngine::start(&start, &mut |progress| println!("{}", progress.last_line))?;
 //! let completions = engine.complete(&[Request::new([1, 2, 3], Sampling::default()).samples(8)])?;

@@ -2,14 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::server::{ApiKey, ServerCommand, Verify};
+use crate::server::{ApiKey, Flags, Model, Names, ServerCommand, Verify, refuse};
 use crate::{Error, LogProbs, Result, Version};
 
 /// The flag of newer servers that opens their route for tokens.
 pub(super) const SCALE_OUT: &str = "--enable-scale-out";
+
+/// What is expected of a server's model.
+pub(super) const NO_FOLDER: &str = "a folder of this machine with the model's config.json was expected, since requests are checked by it: of a name, the \
+     folder that it was downloaded to";
+
+/// What is not taken among a caller's own arguments and variables, and why.
+const REFUSED: [(&str, &str); 3] = [
+    ("--api-key", "the setting `key` was expected: whoever lists processes reads arguments"),
+    ("VLLM_API_KEY", "the setting `key` was expected: the driver needs it too"),
+    (
+        "--data-parallel-multi-port-external-lb",
+        "none was expected: its servers listen on ports of their own, and would not end with this process; `DataParallel` \
+         drives several",
+    ),
+];
 
 /// How a server comes to have its route for tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,12 +37,14 @@ pub(super) enum TokenRoute {
 }
 
 /// A server to start.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Start {
-    /// The model: a folder, or a name that vLLM looks up. Only of a folder are the parameters known, so that wrong ones
-    /// are refused before they are sent.
+    /// The model: a folder, or a name that vLLM looks up.
     pub model: String,
+    /// A folder of this machine with the model's `config.json`, which tells the driver the vocabulary and the pads, and by
+    /// its safetensors files, if there are any, the parameters. By default `model` itself: a name needs one.
+    pub folder: Option<PathBuf>,
     /// vLLM's program; `vllm` by default.
     pub program: PathBuf,
     /// Type of the weights and of the arithmetic, as `--dtype` takes it; the model's own by default.
@@ -47,9 +65,9 @@ pub struct Start {
     pub images_per_prompt: Option<usize>,
     /// Most films of one prompt; vLLM's own default if it is not said.
     pub videos_per_prompt: Option<usize>,
-    /// More arguments of `vllm serve`.
+    /// More arguments of `vllm serve`. Their values do not show in `Debug` output, but in the list of processes.
     pub args: Vec<OsString>,
-    /// More variables of its environment.
+    /// More variables of its environment. Their values do not show in `Debug` output.
     pub variables: BTreeMap<OsString, OsString>,
     /// The port of 127.0.0.1 that it listens on; one that is free by default.
     pub port: Option<u16>,
@@ -63,11 +81,61 @@ pub struct Start {
     pub driver: Driver,
 }
 
+impl fmt::Debug for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // By their names, so that none is forgotten.
+        let Self {
+            model,
+            folder,
+            program,
+            dtype,
+            tensor_parallel,
+            gpus,
+            memory_share,
+            sleep_mode,
+            context_tokens,
+            max_sequences,
+            images_per_prompt,
+            videos_per_prompt,
+            args,
+            variables,
+            port,
+            log,
+            key,
+            ready_within,
+            driver,
+        } = self;
+        f.debug_struct("Start")
+            .field("model", model)
+            .field("folder", folder)
+            .field("program", program)
+            .field("dtype", dtype)
+            .field("tensor_parallel", tensor_parallel)
+            .field("gpus", gpus)
+            .field("memory_share", memory_share)
+            .field("sleep_mode", sleep_mode)
+            .field("context_tokens", context_tokens)
+            .field("max_sequences", max_sequences)
+            .field("images_per_prompt", images_per_prompt)
+            .field("videos_per_prompt", videos_per_prompt)
+            .field("args", &Flags(args))
+            .field("variables", &Names(variables))
+            .field("port", port)
+            .field("log", log)
+            .field("key", key)
+            .field("ready_within", ready_within)
+            .field("driver", driver)
+            .finish()
+    }
+}
+
 impl Start {
-    /// A server of `model`, everything else by default.
+    /// A server of `model`, a folder of this machine, everything else by default. For a name say the [`folder`](Self::folder)
+    /// too.
     pub fn new(model: impl Into<String>) -> Self {
         Self {
             model: model.into(),
+            folder: None,
             program: PathBuf::from("vllm"),
             dtype: None,
             tensor_parallel: 1,
@@ -86,6 +154,18 @@ impl Start {
             ready_within: Duration::from_secs(600),
             driver: Driver { transfer: Transfer::SharedMemory { folder: None }, ..Driver::default() },
         }
+    }
+
+    /// Where the driver learns what the model is.
+    pub(super) fn model_folder(&self) -> &Path {
+        self.folder.as_deref().unwrap_or(Path::new(&self.model))
+    }
+
+    /// The settings of its driver: vLLM refuses a request of more samples than it draws at once.
+    pub(super) fn driver(&self) -> Driver {
+        let most = self.max_sequences.unwrap_or(usize::MAX);
+        let samples_per_request = self.driver.samples_per_request.min(most);
+        Driver { samples_per_request, ..self.driver.clone() }
     }
 
     /// Checks what vLLM would only find when it has started, or never.
@@ -123,7 +203,21 @@ impl Start {
         if self.context_tokens.is_some_and(|tokens| tokens < 2) {
             return bad("context_tokens", format!("{:?}", self.context_tokens), "at least 2 were expected");
         }
-        self.driver.check()
+        self.driver.check()?;
+        refuse("vLLM", &self.args, &self.variables, &REFUSED)?;
+        let folder = self.model_folder();
+        if !folder.join("config.json").is_file() {
+            let value = folder.display().to_string();
+            return bad("folder", value, NO_FOLDER);
+        }
+        if Model::from_folder(folder)?.vocabulary.is_none() {
+            return bad(
+                "folder",
+                folder.display().to_string(),
+                "a config.json with its vocab_size was expected",
+            );
+        }
+        Ok(())
     }
 
     /// The command line of a server on `port`, with the worker's plug-in in `plugin`.
@@ -245,7 +339,8 @@ pub struct Driver {
     pub version: Version,
     /// Most requests that wait for their reply at once; 256 by default.
     pub requests_at_once: usize,
-    /// Most samples asked for in one request: not more than the server's `--max-num-seqs`; 64 by default.
+    /// Most samples asked for in one request: not more than the server's `--max-num-seqs`, which
+    /// [`Start::max_sequences`] sees to; 64 by default.
     pub samples_per_request: usize,
     /// How long a control call may take (sleep, wake, each bucket of an update, its end); 10 minutes by default.
     pub control_within: Duration,

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::reply::{Choice, StopReason, choices};
-use crate::server::{Ask, Job, Reply, shortened};
+use crate::server::{Ask, Job, Reply};
 use crate::{
     Completion, Error, FinishReason, LogProbs, Media, MediaKind, Request, Result, Sampling, Version,
 };
@@ -201,9 +201,14 @@ fn completion(reply: &Reply, choice: Choice, asked: Asked<'_>) -> Result<Complet
             // Tokens are looked at before texts.
             (Some(token), _) if sampling.stop_tokens.contains(token) => FinishReason::Stop(*token),
             (_, 1) => FinishReason::StopString(0),
+            (_, 0) => {
+                let what = "stopped, though its last token is no stop token and no text was to stop it";
+                return Err(wrong(what.to_owned()));
+            }
             (_, texts) => {
                 return Err(wrong(format!(
-                    "stopped, and this server does not say by which of {texts} texts"
+                    "stopped, and this server does not say by which of {texts} texts: ask for one stop string, or take a \
+                     newer vLLM"
                 )));
             }
         },
@@ -236,8 +241,9 @@ fn completion(reply: &Reply, choice: Choice, asked: Asked<'_>) -> Result<Complet
         Some(version) => match version.parse() {
             Ok(number) => Version(number),
             Err(_) => {
-                let named = shortened(version);
-                return Err(wrong(format!("drawn by weights `{named}`, which somebody else must have sent")));
+                return Err(wrong(format!(
+                    "drawn by weights `{version}`, which somebody else must have sent"
+                )));
             }
         },
     };

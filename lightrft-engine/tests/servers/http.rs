@@ -56,7 +56,13 @@ pub(crate) struct HttpServer {
 
 impl HttpServer {
     pub(crate) fn new(answer: impl Fn(&Asked) -> Answer + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::on(TcpListener::bind("127.0.0.1:0").unwrap(), answer)
+    }
+
+    pub(crate) fn on(
+        listener: TcpListener,
+        answer: impl Fn(&Asked) -> Answer + Send + Sync + 'static,
+    ) -> Self {
         let address = listener.local_addr().unwrap();
         let (stop, log) = (Arc::new(AtomicBool::new(false)), Log::default());
         let (answer, stopped, asked) = (Arc::new(answer), stop.clone(), log.clone());

@@ -1,6 +1,7 @@
 //! A vLLM server without a model: it keeps the rules that the real one dies of when they are broken, and says which was.
 
 use std::collections::BTreeMap;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -85,6 +86,10 @@ pub(crate) fn weights(seed: u64) -> Vec<TensorBytes> {
 
 impl FakeVllm {
     pub(crate) fn new() -> Self {
+        Self::on(TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    pub(crate) fn on(listener: TcpListener) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = r#"{"vocab_size":32,"image_token_id":5,"video_token_id":6}"#;
         std::fs::write(folder.path().join("config.json"), config).unwrap();
@@ -102,8 +107,15 @@ impl FakeVllm {
         };
         let fake = Arc::new(Mutex::new(fake));
         let (shared, root) = (fake.clone(), folder.path().to_owned());
-        let server = HttpServer::new(move |asked| shared.lock().unwrap().answer(asked, &root));
+        let server = HttpServer::on(listener, move |asked| shared.lock().unwrap().answer(asked, &root));
         Self { server, fake, folder }
+    }
+
+    /// The same server at another address as well.
+    #[allow(dead_code)]
+    pub(crate) fn also_on(&self, listener: TcpListener) -> HttpServer {
+        let (shared, root) = (self.fake.clone(), self.folder());
+        HttpServer::on(listener, move |asked| shared.lock().unwrap().answer(asked, &root))
     }
 
     /// The rules that were broken so far.

@@ -34,6 +34,8 @@ pub(crate) enum Fault {
     Death,
     /// The bucket is taken, with one bit changed.
     Flip,
+    /// Nothing is drawn any more until one of the requests is aborted; then a token is there of each.
+    UntilAborted,
 }
 
 #[derive(Default)]
@@ -47,6 +49,9 @@ struct State {
     keeps_memory: bool,
     dead: bool,
     calls: Vec<(String, Value)>,
+    aborted: BTreeSet<String>,
+    /// Rules that were broken which the real server answers with silence or wrong tokens.
+    broken: Vec<&'static str>,
     /// The next call of this path fares so.
     fault: Option<(&'static str, Fault)>,
 }
@@ -87,7 +92,10 @@ pub(crate) fn write_folder(folder: &Path, tensors: &[TensorBytes]) {
 
 impl Fake {
     pub(crate) fn new() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::on(TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    pub(crate) fn on(listener: TcpListener) -> Self {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let folder = tempfile::tempdir().unwrap();
         let weights = ScriptedEngine::new(VOCABULARY).example_weights(0);
@@ -134,6 +142,10 @@ impl Fake {
         self.state().dead
     }
 
+    pub(crate) fn broken(&self) -> Vec<&'static str> {
+        self.state().broken.clone()
+    }
+
     pub(crate) fn version(&self) -> String {
         self.state().version.clone()
     }
@@ -162,7 +174,7 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>, ended: &(Mutex<bool>, Cond
                 state.dead = true;
                 (fault, None)
             }
-            Some(Fault::Status(_) | Fault::Hangup | Fault::Silence) => (fault, None),
+            Some(Fault::Status(_) | Fault::Hangup | Fault::Silence | Fault::UntilAborted) => (fault, None),
             Some(Fault::Flip) => {
                 let reply = state.answer(&path, &body, model_path);
                 state.weights[0].bytes[7] ^= 1;
@@ -171,7 +183,27 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>, ended: &(Mutex<bool>, Cond
             Some(Fault::Half | Fault::Garbage) => (fault, state.answer(&path, &body, model_path)),
         }
     };
+    if path == "/abort_request" {
+        drop(ended.0.lock());
+        ended.1.notify_all();
+    }
     let (status, text) = match (fault, reply) {
+        (Some(Fault::UntilAborted), _) => {
+            let rids: Vec<&str> =
+                body["rid"].as_array().unwrap().iter().map(|r| r.as_str().unwrap()).collect();
+            let goes_on = |ended: &mut bool| {
+                let state = state.lock().unwrap();
+                !*ended && !rids.iter().any(|rid| state.aborted.contains(*rid))
+            };
+            let patience = Duration::from_secs(60);
+            drop(ended.1.wait_timeout_while(ended.0.lock().unwrap(), patience, goes_on));
+            let one = |rid| {
+                json!({"text": "", "output_ids": [7], "meta_info": {
+                    "id": rid, "finish_reason": {"type": "abort", "message": "Aborted"},
+                    "weight_version": "default", "output_token_logprobs": [[-0.5, 7, null]]}})
+            };
+            (200, Value::Array(rids.iter().map(one).collect()).to_string())
+        }
         (Some(Fault::Status(status)), _) => {
             (status, json!({"error": {"message": "as the test wants"}}).to_string())
         }
@@ -223,7 +255,10 @@ impl State {
             "/health" => (200, Value::String(String::new())),
             "/metrics" => (200, Value::String("sglang:num_running_reqs{a=\"b\"} 2.0\n".to_owned())),
             "/generate" => return self.generate(body),
-            "/abort_request" => (200, Value::String(String::new())),
+            "/abort_request" => {
+                self.aborted.insert(body["rid"].as_str().unwrap().to_owned());
+                (200, Value::String(String::new()))
+            }
             "/pause_generation" => {
                 self.paused = true;
                 (200, json!({"status": "ok"}))
@@ -292,13 +327,12 @@ impl State {
     }
 
     fn generate(&mut self, body: &Value) -> Option<(u16, Value)> {
-        if self.paused {
-            return refused("a real one would have this wait until it goes on");
-        }
-        if !self.keeps_memory && !self.released.is_empty() {
-            self.dead = true;
-            return None;
-        }
+        let rules = [
+            (self.paused, "generated while paused"),
+            (!self.keeps_memory && !self.released.is_empty(), "generated while memory is released"),
+            (self.session, "generated in the middle of an update"),
+        ];
+        self.broken.extend(rules.iter().filter(|(broken, _)| *broken).map(|(_, rule)| rule));
         let mut engine = ScriptedEngine::new(VOCABULARY);
         let tensors: Vec<_> = self.weights.iter().map(|t| t.view().unwrap()).collect();
         engine.replace_weights(Version(0), &tensors, usize::MAX).unwrap();

@@ -3,10 +3,11 @@
 
 mod fake;
 
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use fake::{EOS, Fake, Fault, VOCABULARY, write_folder};
-use lightrft_engine::sglang::{Attach, Seeds, SglangEngine, Verify};
+use lightrft_engine::sglang::{Attach, Seeds, SglangEngine, Start, Verify};
 use lightrft_engine::testing::{ScriptedEngine, Subject, TensorBytes, conformance};
 use lightrft_engine::{
     Engine, EngineExt, Error, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor, Parts,
@@ -50,7 +51,10 @@ fn the_driver_keeps_the_contract() {
         fakes.lock().unwrap().push(fake);
         Subject { engine, weights: weights(2) }
     });
-    assert!(fakes.into_inner().unwrap().iter().all(|fake| !fake.is_dead()), "nothing brought a server down");
+    for fake in fakes.into_inner().unwrap() {
+        assert!(!fake.is_dead(), "nothing brought a server down");
+        assert_eq!(fake.broken(), Vec::<&str>::new());
+    }
 }
 
 #[test]
@@ -189,6 +193,7 @@ fn an_update_that_fails_anywhere_leaves_it_stale_and_a_repeat_mends_it() {
             let mut source = HfFolder::open(fake.folder.path()).unwrap();
             engine.update_from(Version(2), &mut source, &Identity, 64).unwrap();
             assert_eq!(drawn(&mut engine), (expected(0), Version(2)), "{step} {fault:?}");
+            assert_eq!(fake.broken(), Vec::<&str>::new(), "{step} {fault:?}");
         }
     }
 }
@@ -484,24 +489,61 @@ fn requests_can_be_aborted_from_another_thread() {
     let mut engine = engine(&fake);
     let handle = engine.requests();
     handle.abort(Duration::from_secs(60)).unwrap();
-    fake.fail("/generate", Fault::Silence);
-    std::thread::scope(|scope| {
-        let call = scope.spawn(|| {
-            let mut watch = Watch::within(Duration::from_secs(5));
-            engine.generate(&[greedy()], &mut watch)
-        });
-        // Before its request is sent, an aborted call ends at once and well.
+    fake.fail("/generate", Fault::UntilAborted);
+    let completions = std::thread::scope(|scope| {
+        let requests = [Request::new([1, 2], Sampling::default()).samples(2)];
+        let call = scope
+            .spawn(move || engine.generate(&requests, &mut Watch::within(Duration::from_secs(60))).unwrap());
         while !handle.is_busy() && !call.is_finished() {
             std::thread::yield_now();
         }
-        // It is told again and again until the call has ended, here by its deadline.
-        while !call.is_finished() {
-            handle.abort(Duration::from_secs(60)).unwrap();
-            std::thread::yield_now();
-        }
-        assert!(matches!(call.join().unwrap(), Err(Error::Deadline { .. })));
+        handle.abort(Duration::from_secs(60)).unwrap();
+        call.join().unwrap()
     });
-    assert!(fake.paths().iter().any(|path| path == "/abort_request"));
+    assert_eq!(completions.len(), 2);
+    for completion in completions {
+        assert_eq!((completion.finish, completion.tokens), (FinishReason::Aborted, vec![7]));
+    }
+    assert!(!handle.is_busy());
+}
+
+#[test]
+fn somebody_elses_server_on_the_port_is_not_driven() {
+    let folder = tempfile::tempdir().unwrap();
+    let (started, program) = (folder.path().join("started"), folder.path().join("python"));
+    std::fs::write(&program, "#!/bin/sh\n: > \"$STARTED\"; exec sleep 1000\n").unwrap();
+    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
+    std::fs::set_permissions(&program, permissions).unwrap();
+    write_folder(folder.path(), &weights(0));
+    let mut start = Start::new(folder.path());
+    start.program = program;
+    start.log = Some(folder.path().join("log"));
+    start.variables.insert("STARTED".into(), started.clone().into());
+    let stray = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = stray.local_addr().unwrap().port();
+    start.port = Some(port);
+    let error = SglangEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(matches!(&error, Error::Settings { field: "port", .. }) && !started.exists(), "{error}");
+    drop(stray);
+
+    // One that comes when ours has been started.
+    let late = std::thread::spawn(move || {
+        while !started.exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let listener = loop {
+            match TcpListener::bind(("127.0.0.1", port)) {
+                Ok(listener) => break listener,
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        Fake::on(listener)
+    });
+    let error = SglangEngine::start(&start, &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("another has its port"), "{error}");
+    let paths = late.join().unwrap().paths();
+    assert!(paths.iter().all(|path| path == "/health" || path == "/model_info"), "{paths:?}");
 }
 
 #[test]
