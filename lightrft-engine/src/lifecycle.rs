@@ -79,6 +79,8 @@ pub enum Event {
     Commit,
     /// The update was dropped before its commit, or its commit failed.
     Abandon,
+    /// A call failed in a way that does not tell whether it was done: what sleeps and which weights there are is not known.
+    LoseTrack,
     /// Its process or its server was found to be gone.
     Die,
 }
@@ -114,22 +116,25 @@ impl State {
     /// | begin update | updating | refused | refused | starts anew | updating |
     /// | commit | refused | refused | refused | awake | refused |
     /// | abandon | refused | refused | refused | stale | refused |
+    /// | lose track | **stale** | **stale** | **stale** | **stale** | stale |
     ///
     /// Dying is possible everywhere; dead, everything else is refused.
     ///
     /// Stale weights are worth nothing, so a stale engine drops them at either level. An update that was leaked
-    /// (`std::mem::forget`) leaves the engine updating; beginning another is the way out.
+    /// (`std::mem::forget`) leaves the engine updating; beginning another is the way out. An engine that lost track of what
+    /// sleeps counts as one with its cache ready: the next update, wake or sleep sees to it.
     ///
     /// # Errors
     /// [`Refusal`], with the state, the event and what to do instead.
     pub fn after(self, event: Event) -> Result<State, Refusal> {
         use Cache::{Asleep as NoCache, Ready};
-        use Event::{Abandon, BeginUpdate, Commit, Die, Generate, Sleep, Wake};
+        use Event::{Abandon, BeginUpdate, Commit, Die, Generate, LoseTrack, Sleep, Wake};
         use State::{Asleep, Awake, Dead, Stale, Updating};
         let refused = |advice| Err(Refusal { state: self, event, advice });
         match (self, event) {
             (_, Die) => Ok(Dead),
             (Dead, _) => refused("its server is gone: start another, or attach to one"),
+            (_, LoseTrack) => Ok(Self::EMPTY),
 
             (Awake { cache: Ready }, Generate) => Ok(self),
             (Awake { cache: NoCache }, Generate) => refused("wake the cache first"),
@@ -216,6 +221,7 @@ impl fmt::Display for Event {
             Event::BeginUpdate => f.write_str("begin an update"),
             Event::Commit => f.write_str("commit an update"),
             Event::Abandon => f.write_str("abandon an update"),
+            Event::LoseTrack => f.write_str("lose track"),
             Event::Die => f.write_str("die"),
         }
     }

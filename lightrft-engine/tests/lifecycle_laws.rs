@@ -55,6 +55,7 @@ impl Memory {
             Event::Wake(_) => !self.update_open,
             Event::BeginUpdate => self.weights_awake,
             Event::Commit | Event::Abandon => self.update_open,
+            Event::LoseTrack => true,
             Event::Die => return false,
         };
         if !sensible {
@@ -75,6 +76,11 @@ impl Memory {
             Event::BeginUpdate => (self.update_open, self.weights) = (true, Content::Broken),
             Event::Commit => (self.update_open, self.weights) = (false, Content::Whole),
             Event::Abandon => self.update_open = false,
+            Event::LoseTrack => {
+                // The worst is taken for true, and what sleeps is seen to by the next call.
+                self.weights = Content::Broken;
+                (self.weights_awake, self.cache_awake, self.update_open) = (true, true, false);
+            }
             Event::Die => {}
         }
         true
@@ -100,6 +106,7 @@ fn event() -> impl Strategy<Value = Event> {
         Just(Event::BeginUpdate),
         Just(Event::Commit),
         Just(Event::Abandon),
+        Just(Event::LoseTrack),
     ]
 }
 
@@ -155,7 +162,7 @@ proptest! {
         for event in trace {
             let Ok(next) = state.after(event) else { continue };
             match event {
-                Event::Sleep(Level::Two) | Event::BeginUpdate => dropped = true,
+                Event::Sleep(Level::Two) | Event::BeginUpdate | Event::LoseTrack => dropped = true,
                 Event::Commit => dropped = false,
                 Event::Generate => prop_assert!(!dropped, "generated from dropped weights"),
                 _ => {}

@@ -537,6 +537,101 @@ fn an_update_that_fails_anywhere_leaves_it_stale_and_the_next_mends_it() {
     assert!(error.to_string().contains("prefix cache"), "{error}");
 }
 
+/// A call, after others that go well.
+type Deed = (&'static str, fn(&mut VllmEngine), fn(&mut VllmEngine) -> Result<(), Error>);
+
+#[test]
+fn a_call_whose_outcome_is_not_known_leaves_it_stale_and_what_follows_mends_it() {
+    let asleep = |engine: &mut VllmEngine| engine.sleep(Level::One).unwrap();
+    let half = |engine: &mut VllmEngine| {
+        engine.sleep(Level::One).unwrap();
+        engine.wake(Parts::Weights).unwrap();
+    };
+    let awake = |_: &mut VllmEngine| ();
+    let deeds: [Deed; 9] = [
+        ("/sleep", awake, |engine| engine.sleep(Level::One)),
+        ("/sleep", awake, |engine| engine.sleep(Level::Two)),
+        ("/sleep", half, |engine| engine.sleep(Level::One)),
+        ("/wake_up", asleep, |engine| engine.wake(Parts::All)),
+        ("/wake_up", asleep, |engine| engine.wake(Parts::Weights)),
+        ("/wake_up", half, |engine| engine.wake(Parts::Cache)),
+        ("/pause", asleep, |engine| engine.wake(Parts::Weights)),
+        ("/resume", asleep, |engine| engine.wake(Parts::All)),
+        ("/pause", awake, |engine| engine.begin_update(Version(2)).map(drop)),
+    ];
+    let (new, fresh) = (weights(1), FakeVllm::new());
+    let mut expected = attach(&fresh, memory_transfer(&fresh));
+    expected.replace_weights(Version(1), &views(&new), usize::MAX).unwrap();
+    let expected = expected.complete(&[greedy()]).unwrap().remove(0).tokens;
+    for release in [Release::Old, Release::New] {
+        for (at, (path, first, deed)) in deeds.into_iter().enumerate() {
+            for (lost, sleeps) in [(true, true), (true, false), (false, true), (false, false)] {
+                let case = format!("{at}: {path} of {release:?}, done {lost}, then sleeps {sleeps}");
+                let fake = FakeVllm::new();
+                fake.fake.lock().unwrap().release = release;
+                let mut engine = attach(&fake, memory_transfer(&fake));
+                engine.replace_weights(Version(1), &views(&new), usize::MAX).unwrap();
+                first(&mut engine);
+                match lost {
+                    true => fake.fake.lock().unwrap().loses.push(path),
+                    false => fake.instead(path, 1, Answer::Close),
+                }
+                let error = deed(&mut engine).unwrap_err();
+                assert!(matches!(error, Error::Server(_)) && !error.is_death(), "{case}: {error}");
+                assert!(matches!(engine.state(), State::Stale { .. }), "{case}: {}", engine.state());
+                assert!(matches!(engine.complete(&[greedy()]), Err(Error::Refused(_))), "{case}");
+                if sleeps {
+                    engine.sleep(Level::Two).unwrap();
+                    engine.wake(Parts::Weights).unwrap();
+                }
+                engine.replace_weights(Version(3), &views(&new), usize::MAX).unwrap();
+                engine.wake(Parts::All).unwrap();
+                let completion = engine.complete(&[greedy()]).unwrap().remove(0);
+                assert_eq!(completion.tokens, expected, "{case}");
+                assert_eq!(fake.broken(), Vec::<String>::new(), "{case}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_server_refuses_changes_nothing_and_a_wake_that_fails_says_what_to_do() {
+    let fake = FakeVllm::new();
+    let mut engine = attach(&fake, memory_transfer(&fake));
+    for path in ["/sleep", "/pause"] {
+        fake.instead(path, 1, Answer::Json(404, json!({"detail": "Not Found"})));
+        let refused = match path {
+            "/sleep" => engine.sleep(Level::Two),
+            _ => engine.begin_update(Version(1)).map(drop),
+        };
+        assert_eq!(status(&refused.unwrap_err()), Some(404));
+        assert_eq!(engine.state(), State::READY);
+        engine.complete(&[greedy()]).unwrap();
+    }
+    engine.sleep(Level::One).unwrap();
+    fake.instead(
+        "/wake_up",
+        1,
+        Answer::Json(500, json!({"error": {"message": "CUDA Error: out of memory"}})),
+    );
+    let error = engine.wake(Parts::All).unwrap_err();
+    assert!(
+        matches!(&error, Error::Server(server) if matches!(**server, ServerError::Wake { .. })),
+        "{error:?}"
+    );
+    let text = error.to_string();
+    assert!(text.contains("CUDA Error: out of memory") && text.contains("free some"), "{text}");
+    engine.replace_weights(Version(1), &views(&weights(1)), usize::MAX).unwrap();
+    engine.complete(&[greedy()]).unwrap();
+    // Somebody else has put a part to sleep.
+    engine.sleep(Level::One).unwrap();
+    fake.instead("/wake_up", 1, Answer::Json(200, json!({"status": "sleeping"})));
+    let error = engine.wake(Parts::All).unwrap_err();
+    assert!(error.to_string().contains("sleep on"), "{error}");
+    assert!(matches!(engine.state(), State::Stale { .. }));
+    assert_eq!(fake.broken(), Vec::<String>::new());
+}
+
 #[test]
 fn wrong_weights_are_refused_before_the_server_is_asked_for_anything() {
     let fake = FakeVllm::new();

@@ -121,6 +121,25 @@ pub enum ServerError {
         #[source]
         source: Box<ServerError>,
     },
+    /// A call failed after which nobody can tell what the server has done, and it dies of a wrong guess.
+    #[error(
+        "{source}: whether it was done is not known, and the server dies of a wrong guess; start it anew"
+    )]
+    InDoubt {
+        /// How the call failed.
+        #[source]
+        source: Box<ServerError>,
+    },
+    /// Memory that a server gave back when it was put to sleep did not come back.
+    #[error(
+        "{source}: the server could not be woken; if its GPU is out of memory, free some (the trainer's, or another \
+         process's), then wake it again and update its weights, or start it anew"
+    )]
+    Wake {
+        /// What the server said.
+        #[source]
+        source: Box<ServerError>,
+    },
     /// The server runs but did not become ready in time.
     #[error(
         "{engine} was not ready after {waited:?}: raise `ready_within` if it was still loading; its log {} \
@@ -140,18 +159,32 @@ pub enum ServerError {
 }
 
 impl ServerError {
+    /// Whether the server said that it did nothing.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            ServerError::Status { status, .. } => (400..500).contains(status),
+            ServerError::Wake { source } => source.is_refusal(),
+            _ => false,
+        }
+    }
+
     /// Whether the server may be gone: a probe of its health tells.
     pub(crate) fn may_be_the_end(&self) -> bool {
         match self {
             ServerError::Status { status, .. } => *status >= 500,
             ServerError::Connection { .. } | ServerError::Exited { .. } | ServerError::Timeout { .. } => true,
+            ServerError::Wake { source } => source.may_be_the_end(),
             _ => false,
         }
     }
 
     /// Whether the server is known to be gone.
     pub(crate) fn is_the_end(&self) -> bool {
-        matches!(self, ServerError::Exited { .. } | ServerError::Gone { .. })
+        match self {
+            ServerError::Exited { .. } | ServerError::Gone { .. } | ServerError::InDoubt { .. } => true,
+            ServerError::Wake { source } => source.is_the_end(),
+            _ => false,
+        }
     }
 
     /// The error of a call after which the server no longer answered.

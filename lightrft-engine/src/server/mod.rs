@@ -1,6 +1,8 @@
 //! What all drivers of inference servers share: HTTP calls, the server's process, requests sent side by side.
 
 mod args;
+mod autopsy;
+mod complete;
 mod error;
 mod flight;
 mod folder;
@@ -17,6 +19,10 @@ mod scan;
 mod verify;
 
 pub(crate) use args::{Flags, Names, refuse};
+#[cfg(feature = "sglang")]
+pub(crate) use autopsy::PROBE;
+pub(crate) use autopsy::autopsy;
+pub(crate) use complete::check_complete;
 pub use error::{Call, ServerError};
 pub(crate) use flight::Flight;
 pub(crate) use folder::OwnedFolder;

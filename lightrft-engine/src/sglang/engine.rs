@@ -12,8 +12,8 @@ use super::update::SglangUpdate;
 use super::wire::{Asked, ask, body, check, completions};
 use crate::generate::check_fields;
 use crate::server::{
-    Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, ServerProcess, Verify, in_parallel, jobs,
-    on_port,
+    Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, PROBE, ServerProcess, Verify, autopsy,
+    in_parallel, jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -32,11 +32,14 @@ const NAMES: MetricNames = MetricNames {
 /// A limit that is not known: no request reaches it.
 const UNKNOWN: usize = u32::MAX as usize;
 
-/// How long a look at a server's health may take.
-const PROBE: Duration = Duration::from_secs(5);
-
-/// How long a server that seems to have died may take to be gone.
-const LAST_BREATH: Duration = Duration::from_secs(10);
+/// Whether a server draws nothing until it is told to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Paused {
+    No,
+    /// A call by which it was told so, or to go on, failed.
+    Perhaps,
+    Yes,
+}
 
 /// An `SGLang` server.
 #[derive(Debug)]
@@ -52,8 +55,9 @@ pub struct SglangEngine {
     shards: usize,
     state: State,
     version: Version,
-    /// Nothing is drawn until it is told to go on.
-    paused: bool,
+    paused: Paused,
+    /// An update's session was opened and not closed.
+    session: bool,
     /// What was released and not taken again. Anything else must not be asked for.
     asleep: Vec<&'static str>,
     /// Last, so that it ends when nothing calls it any more.
@@ -155,7 +159,8 @@ impl SglangEngine {
             state: State::READY,
             version: named.map_or(driver.version, Version),
             driver,
-            paused: false,
+            paused: Paused::No,
+            session: false,
             asleep: Vec::new(),
             process,
         })
@@ -199,9 +204,10 @@ impl SglangEngine {
         self.state_after(Event::BeginUpdate)?;
         let source = HfFolder::open(folder)?;
         crate::transfer::Plan::new(source.tensors(), &crate::Identity, self.parameters().as_ref(), to)?;
-        let loaded = self.pause().and_then(|()| self.told(|control| control.update_from_disk(folder, to)));
-        self.step(Event::BeginUpdate)?;
-        match loaded.and_then(|()| self.committed(to)) {
+        let loaded = self.pause().and_then(|()| self.close_session());
+        let loaded = loaded.and_then(|()| self.told(|control| control.update_from_disk(folder, to)));
+        let begun = self.step(Event::BeginUpdate);
+        match loaded.and(begun).and_then(|()| self.committed(to)) {
             Ok(()) => Ok(()),
             Err(error) => {
                 self.step(Event::Abandon).ok();
@@ -237,11 +243,47 @@ impl SglangEngine {
     }
 
     pub(super) fn pause(&mut self) -> Result<()> {
-        if !self.paused {
+        if self.paused != Paused::Yes {
+            self.paused = Paused::Perhaps;
             self.told(|control| control.pause())?;
-            self.paused = true;
+            self.paused = Paused::Yes;
         }
         Ok(())
+    }
+
+    /// Opens the session of an update.
+    pub(super) fn open_session(&mut self) -> Result<()> {
+        self.session = true;
+        self.told(|control| control.begin_update())
+    }
+
+    /// Closes the session of an update, if one is open.
+    pub(super) fn close_session(&mut self) -> Result<()> {
+        if self.session {
+            self.told(|control| control.end_update())?;
+            self.session = false;
+        }
+        Ok(())
+    }
+
+    /// A call after which memory is there or not. Where nobody can tell which, the engine is dead: the server dies of
+    /// memory that is taken or released twice.
+    fn moved<T>(&mut self, call: impl FnOnce(&Control) -> Result<T, ServerError>) -> Result<T> {
+        call(&self.control).map_err(|error| {
+            if error.is_refusal() {
+                return error.into();
+            }
+            match self.bury(error) {
+                Error::Server(error) if self.state != State::Dead => {
+                    self.state = State::Dead;
+                    if let Some(process) = &mut self.process {
+                        process.stop();
+                    }
+                    ServerError::InDoubt { source: error }.into()
+                }
+                error => error,
+            }
+        })
     }
 
     /// Holds what was pushed against what the server has.
@@ -270,34 +312,21 @@ impl SglangEngine {
     }
 
     fn go_on_if(&mut self, state: State) -> Result<()> {
-        if self.paused && state.can_generate() {
+        if self.paused != Paused::No && state.can_generate() {
+            self.paused = Paused::Perhaps;
             self.told(|control| control.go_on())?;
-            self.paused = false;
+            self.paused = Paused::No;
         }
         Ok(())
     }
 
     /// What a failed call means: the server may be gone, and then so is the engine.
     fn bury(&mut self, error: ServerError) -> Error {
-        if !error.may_be_the_end() {
-            return error.into();
+        let (error, gone) = autopsy(error, self.process.as_mut(), |within| self.control.is_up(within));
+        if gone {
+            self.state = State::Dead;
         }
-        if self.control.is_up(PROBE) {
-            return error.into();
-        }
-        // A server of ours that does not answer and does not end has no more than a bad time.
-        let ended = self.process.as_mut().map(|process| process.ends_within(LAST_BREATH));
-        match ended {
-            Some(Ok(())) => error.into(),
-            Some(Err(ended)) => {
-                self.state = State::Dead;
-                ended.into()
-            }
-            None => {
-                self.state = State::Dead;
-                error.gone().into()
-            }
-        }
+        error.into()
     }
 
     fn asked(&self, requests: &[Request]) -> Result<Vec<Ask>> {
@@ -314,6 +343,8 @@ impl Engine for SglangEngine {
     fn generate(&mut self, requests: &[Request], watch: &mut Watch<'_>) -> Result<Vec<Completion>> {
         self.state.after(Event::Generate)?;
         let asks = self.asked(requests)?;
+        // A call that failed may have left it paused.
+        self.go_on_if(self.state)?;
         let jobs = jobs(requests, self.driver.samples_per_request);
         let mut progress =
             Progress { total: requests.iter().map(|r| r.samples).sum(), ..Progress::default() };
@@ -369,10 +400,11 @@ impl Engine for SglangEngine {
         let next = self.state.after(Event::Sleep(level))?;
         // Nothing may be under way, not even what a call that failed has left.
         self.pause()?;
+        let level = if next.has_weights() { Level::One } else { Level::Two };
         let wanted = tags(self.saver, level).iter().copied();
         let release: Vec<&str> = wanted.filter(|tag| !self.asleep.contains(tag)).collect();
         if !release.is_empty() {
-            self.told(|control| control.release(&release))?;
+            self.moved(|control| control.release(&release))?;
             self.asleep.extend(tags(self.saver, level).iter().filter(|tag| release.contains(tag)));
         }
         self.state = next;
@@ -383,7 +415,7 @@ impl Engine for SglangEngine {
         let next = self.state.after(Event::Wake(parts))?;
         let back = woken(&self.asleep, parts);
         if !back.is_empty() {
-            self.told(|control| control.resume_memory(&back))?;
+            self.moved(|control| control.resume_memory(&back))?;
             self.asleep.retain(|tag| !back.contains(tag));
         }
         self.go_on_if(next)?;

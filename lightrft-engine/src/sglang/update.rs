@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use safetensors::Dtype;
 
 use super::engine::SglangEngine;
-use crate::server::Verify;
+use crate::server::{Verify, check_complete};
 use crate::transfer::Checksums;
 use crate::wire::sglang::flattened_bucket;
 use crate::{Error, Event, NamedTensor, Result, Update, Version};
@@ -24,12 +24,13 @@ pub(super) struct SglangUpdate<'a> {
 impl<'a> SglangUpdate<'a> {
     pub(super) fn begin(engine: &'a mut SglangEngine, to: Version) -> Result<Self> {
         engine.state_after(Event::BeginUpdate)?;
-        let begun = engine.pause().and_then(|()| engine.told(|control| control.begin_update()));
-        engine.step(Event::BeginUpdate)?;
+        let begun = engine.pause().and_then(|()| engine.open_session());
+        let stepped = engine.step(Event::BeginUpdate);
         let checksums = (engine.driver().verify == Verify::Checksums).then(Checksums::default);
         // Dropped where beginning failed, it leaves the engine stale: the server may be in the middle of anything.
         let update = Self { engine, to, pushed: BTreeSet::new(), checksums, broken: false };
-        begun.map(|()| update)
+        // The server's end first, which a dead engine's refusal follows from.
+        begun.and(stepped).map(|()| update)
     }
 
     /// Refuses a bucket that would be ignored in part, or bring the server down.
@@ -59,17 +60,7 @@ impl<'a> SglangUpdate<'a> {
     }
 
     fn check_complete(&self) -> Result<()> {
-        let known = &self.engine.model().parameters;
-        let missing: Vec<&String> = known.keys().filter(|name| !self.pushed.contains(*name)).collect();
-        if missing.is_empty() {
-            return Ok(());
-        }
-        Err(Error::MissingTensors {
-            version: self.to,
-            missing: missing.len(),
-            total: known.len(),
-            examples: missing.into_iter().take(4).cloned().collect(),
-        })
+        check_complete("SGLang", self.to, &self.engine.model().parameters, &self.pushed)
     }
 
     fn check_whole(&self) -> Result<()> {
@@ -110,7 +101,7 @@ impl Update for SglangUpdate<'_> {
         self.check_whole()?;
         self.check_complete()?;
         let to = self.to;
-        self.engine.told(|control| control.end_update())?;
+        self.engine.close_session()?;
         if let Some(checksums) = self.checksums.take() {
             self.engine.compare(checksums, to)?;
         }

@@ -185,12 +185,17 @@ impl Control {
         })
     }
 
-    pub(super) fn wake(&self, parts: Parts) -> Result<()> {
-        self.post(match parts {
+    /// Whether all of it is awake then, as far as it says: older ones do not.
+    pub(super) fn wake(&self, parts: Parts) -> Result<bool> {
+        let path = match parts {
             Parts::Weights => "/wake_up?tags=weights",
             Parts::Cache => "/wake_up?tags=kv_cache",
             Parts::All => "/wake_up?tags=weights&tags=kv_cache",
-        })
+        };
+        let reply = self.http.post(path, &json!({}), self.within);
+        let reply = reply.map_err(|source| ServerError::Wake { source: Box::new(source) })?;
+        let status = reply.json::<Value>().ok().and_then(|reply| reply["status"].as_str().map(str::to_owned));
+        Ok(status.as_deref() != Some("sleeping"))
     }
 
     /// Whether anything of it sleeps, or it is paused: it has one word for both. A server without that route cannot be put

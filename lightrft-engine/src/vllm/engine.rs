@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::control::Control;
+use super::control::{Control, is_old};
 use super::flight::Requests;
 use super::settings::{Attach, Driver, SCALE_OUT, Start, TokenRoute};
 use super::transfer::{Transport, transport};
@@ -15,13 +15,13 @@ use super::verify;
 use super::wire::{self, Asked};
 use crate::generate::check_fields;
 use crate::server::{
-    Flight, Http, Job, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, in_parallel, jobs,
+    Flight, Http, Job, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, autopsy, in_parallel, jobs,
     on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
-    ApiKey, Cache, Completion, Engine, Error, Event, Level, Limits, MediaKind, MemoryBytes, Parts, Progress,
-    Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
+    ApiKey, Cache, Call, Completion, Engine, Error, Event, Level, Limits, MediaKind, MemoryBytes, Parts,
+    Progress, Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
 };
 
 /// The plug-in of the server's workers.
@@ -35,9 +35,6 @@ const COUNTERS: MetricNames = MetricNames {
     prompt_tokens: "vllm:prompt_tokens_total",
     generated_tokens: "vllm:generation_tokens_total",
 };
-
-/// How long a look at a server's health may take.
-const PROBE: Duration = Duration::from_secs(5);
 
 /// How long each call may take by which an update is abandoned, since dropping it waits for them.
 const ABANDON: Duration = Duration::from_secs(30);
@@ -60,8 +57,10 @@ pub struct VllmEngine {
     takes_media: bool,
     state: State,
     version: Version,
-    /// It slept or was paused when it was found, and which of its parts sleep is not known since.
-    found_asleep: bool,
+    /// Which of its parts sleep, and whether it is paused, is not known: it was found asleep, or a call was lost.
+    unsure: bool,
+    /// It knows less of sleeping in parts than newer ones.
+    is_old: bool,
 }
 
 impl VllmEngine {
@@ -152,6 +151,7 @@ impl VllmEngine {
         let context_tokens = served.max_model_len.unwrap_or(usize::MAX);
         let takes_media = control.takes_media(&version)?;
         transport.meet(&control, &version)?;
+        let is_old = is_old(&version);
         let named = control.weight_version()?;
         if named.is_none() && !found_asleep {
             control.name_weights(driver.version)?;
@@ -168,7 +168,8 @@ impl VllmEngine {
             limits: Limits { vocabulary, context_tokens },
             takes_media,
             state: if found_asleep { State::EMPTY } else { State::READY },
-            found_asleep,
+            unsure: found_asleep,
+            is_old,
             version: named.unwrap_or(driver.version),
             control,
             driver,
@@ -218,23 +219,34 @@ impl VllmEngine {
 
     /// Passes a result on; if it is the kind of failure that a dying server leaves, looks whether this one is dead.
     fn settle<T>(&mut self, result: Result<T>) -> Result<T> {
-        let Err(error) = result else { return result };
-        let error = match error {
-            Error::Server(error) if error.may_be_the_end() => error,
-            error => return Err(error),
+        let error = match result {
+            Err(Error::Server(error)) => *error,
+            result => return result,
         };
-        if self.control.is_healthy(PROBE) {
-            return Err(Error::Server(error));
+        let (error, gone) = autopsy(error, self.process.as_mut(), |within| self.control.is_healthy(within));
+        if gone {
+            self.step(Event::Die)?;
         }
-        let ended = self.process.as_mut().and_then(|process| process.ends_within(PROBE).err());
-        self.step(Event::Die)?;
-        Err(ended.unwrap_or_else(|| error.gone()).into())
+        Err(error.into())
     }
 
     /// A control call, settled.
     fn control(&mut self, call: impl FnOnce(&Control) -> Result<(), ServerError>) -> Result<()> {
         let result = call(&self.control).map_err(Error::from);
         self.settle(result)
+    }
+
+    /// A control call that changes what sleeps, or is paused. If it fails, and was not refused, what it changed is not
+    /// known: the engine is stale, and sees to the whole server before it is used again.
+    fn change<T>(&mut self, call: impl FnOnce(&Control) -> Result<T, ServerError>) -> Result<T> {
+        let result = call(&self.control);
+        let refused = result.as_ref().is_err_and(ServerError::is_refusal);
+        let result = self.settle(result.map_err(Error::from));
+        if result.is_err() && !refused && self.state != State::Dead {
+            self.unsure = true;
+            self.step(Event::LoseTrack)?;
+        }
+        result
     }
 
     pub(super) fn with_transport<T>(
@@ -258,8 +270,12 @@ impl VllmEngine {
         self.control(|control| control.reset_caches())?;
         self.control(|control| control.name_weights(to))?;
         let next = self.state.after(Event::Commit)?;
-        if next.can_generate() {
-            self.control(Control::resume)?;
+        if next.can_generate()
+            && let Err(error) = self.control(Control::resume)
+        {
+            // It may draw already, and must not while what comes next puts an end to the update.
+            let _ = self.control.within(ABANDON).pause();
+            return Err(error);
         }
         self.version = to;
         self.step(Event::Commit)?;
@@ -272,15 +288,15 @@ impl VllmEngine {
         self.transport.abandon(&self.control.within(ABANDON));
     }
 
-    /// Wakes all of a server that was found asleep. It stays paused.
+    /// Wakes all of a server of which it is not known what sleeps. It stays paused.
     fn rouse(&mut self) -> Result<()> {
         // None of the parts wakes that are asked for at once where one of them is awake. The whole is tried first all the
         // same: older ones draw as soon as a part of them wakes, and die of it.
         for parts in [Parts::All, Parts::Weights, Parts::Cache] {
-            self.control(|control| control.wake(parts))?;
+            self.change(|control| control.wake(parts))?;
         }
-        self.control(Control::pause)?;
-        self.found_asleep = false;
+        self.change(Control::pause)?;
+        self.unsure = false;
         Ok(())
     }
 
@@ -392,22 +408,25 @@ impl Engine for VllmEngine {
         let next = self.state.after(Event::Sleep(level))?;
         // A server that sleeps stays as it is: what it put aside on the host is forgotten when its weights are updated.
         if !matches!(self.state, State::Asleep { .. }) {
-            if matches!(
+            let in_part = matches!(
                 self.state,
                 State::Awake { cache: Cache::Asleep } | State::Stale { cache: Cache::Asleep }
-            ) {
-                // Older ones take a server of which a part sleeps for asleep, and would keep the weights in use.
-                self.control(|control| control.wake(Parts::Cache))?;
+            );
+            // Older ones take a server of which a part sleeps for asleep, and would keep the weights in use.
+            if self.is_old && self.unsure {
+                self.rouse()?;
+            } else if self.is_old && in_part {
+                self.change(|control| control.wake(Parts::Cache))?;
             }
             let level = if next.has_weights() { Level::One } else { Level::Two };
-            self.control(|control| control.sleep(level))?;
+            self.change(|control| control.sleep(level))?;
         }
         self.step(Event::Sleep(level))
     }
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
         let next = self.state.after(Event::Wake(parts))?;
-        if self.found_asleep && next == State::EMPTY {
+        if self.unsure && next == State::EMPTY {
             self.rouse()?;
         } else if next != self.state {
             // vLLM wakes what sleeps; what is awake already is left out.
@@ -415,14 +434,19 @@ impl Engine for VllmEngine {
                 (State::Asleep { .. }, parts) => parts,
                 (_, _) => Parts::Cache,
             };
-            self.control(|control| control.wake(wake))?;
-            self.found_asleep = false;
+            let whole = self.change(|control| control.wake(wake))?;
+            if !whole && wake != Parts::Weights {
+                self.unsure = true;
+                self.step(Event::LoseTrack)?;
+                return Err(still_asleep().into());
+            }
+            self.unsure = false;
             if next.can_generate() {
-                self.control(Control::resume)?;
+                self.change(Control::resume)?;
             } else {
                 // Older servers go on drawing as soon as a part of them wakes: from weights or into a cache that are
                 // not there.
-                self.control(Control::pause)?;
+                self.change(Control::pause)?;
             }
         }
         self.step(Event::Wake(parts))
@@ -434,10 +458,10 @@ impl Engine for VllmEngine {
             // It was leaked.
             self.abandon();
         }
-        if self.found_asleep {
+        if self.unsure {
             self.rouse()?;
         } else {
-            self.control(Control::pause)?;
+            self.change(Control::pause)?;
         }
         self.state = next;
         let begun = self.with_transport(|transport, control| transport.begin(control));
@@ -471,6 +495,13 @@ impl Engine for VllmEngine {
         // Checksums are taken of what passes through the host.
         if self.verifies() { None } else { self.transport.buckets() }
     }
+}
+
+/// That a server says it sleeps after all of it was woken.
+fn still_asleep() -> ServerError {
+    let call = Call { engine: "vLLM", method: "POST", path: "/wake_up".to_owned() };
+    let what = "parts of it sleep on: another program has put it to sleep. Update its weights, which wakes it as a whole";
+    ServerError::Reply { call, what: what.to_owned() }
 }
 
 /// An id that no other request of the server has, of this process or of another.

@@ -7,11 +7,9 @@ use safetensors::Dtype;
 use super::control::Control;
 use super::engine::VllmEngine;
 use super::transfer::{TYPES, Transport};
+use crate::server::check_complete;
 use crate::transfer::Checksums;
 use crate::{Error, Event, NamedTensor, Result, Update, Version};
-
-/// Projections that vLLM fuses into one parameter: all or none of them, or the rest is uninitialised memory.
-const FUSED: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
 
 #[derive(Debug)]
 pub(super) struct VllmUpdate<'a> {
@@ -68,36 +66,11 @@ impl<'a> VllmUpdate<'a> {
         Ok(taken)
     }
 
-    /// Names that were not pushed, and how many there are in all.
-    fn missing(&self) -> (Vec<String>, usize) {
-        let parameters = &self.engine.model().parameters;
-        if !parameters.is_empty() {
-            let missing = parameters.keys().filter(|name| !self.pushed.contains(*name)).cloned();
-            return (missing.collect(), parameters.len());
-        }
-        let missing = missing_parts(&self.pushed);
-        let total = self.pushed.len() + missing.len();
-        (missing, total)
-    }
-
     fn send<T>(&mut self, call: impl FnOnce(&mut dyn Transport, &Control) -> Result<T>) -> Result<T> {
         let sent = self.engine.with_transport(call);
         self.broken = sent.is_err();
         sent
     }
-}
-
-/// Parts of fused parameters that are absent although others of the same layer are there.
-fn missing_parts(names: &BTreeSet<String>) -> Vec<String> {
-    let mut missing = BTreeSet::new();
-    for name in names {
-        for (parts, part) in FUSED.iter().flat_map(|parts| parts.iter().map(move |part| (parts, part))) {
-            let Some((before, after)) = name.split_once(&format!(".{part}.")) else { continue };
-            let others = parts.iter().map(|other| format!("{before}.{other}.{after}"));
-            missing.extend(others.filter(|other| !names.contains(other)));
-        }
-    }
-    missing.into_iter().collect()
 }
 
 impl Update for VllmUpdate<'_> {
@@ -124,11 +97,7 @@ impl Update for VllmUpdate<'_> {
         if self.broken {
             return Err(broken());
         }
-        let (missing, total) = self.missing();
-        if !missing.is_empty() {
-            let examples = missing.iter().take(4).cloned().collect();
-            return Err(Error::MissingTensors { version: self.to, missing: missing.len(), total, examples });
-        }
+        check_complete("vLLM", self.to, &self.engine.model().parameters, &self.pushed)?;
         let pushed = self.checksums.take();
         self.engine.commit(self.to, pushed)
     }
@@ -147,26 +116,4 @@ impl Drop for VllmUpdate<'_> {
 fn broken() -> Error {
     let source = "an earlier bucket of this update failed: drop it and begin another".into();
     Error::Backend { engine: "vLLM", operation: "update weights", source }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_part_of_a_fused_layer_calls_for_the_others() {
-        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
-        let found = missing_parts(&names(&[
-            "l.0.attn.q_proj.weight",
-            "l.0.attn.q_proj.bias",
-            "l.0.attn.k_proj.bias",
-        ]));
-        let expected =
-            ["l.0.attn.k_proj.weight", "l.0.attn.v_proj.bias", "l.0.attn.v_proj.weight"].map(str::to_owned);
-        assert_eq!(found, expected);
-        assert_eq!(missing_parts(&names(&["l.1.mlp.up_proj.weight"])), ["l.1.mlp.gate_proj.weight"]);
-        assert!(
-            missing_parts(&names(&["l.1.mlp.up_proj.weight", "l.1.mlp.gate_proj.weight", "norm"])).is_empty()
-        );
-    }
 }

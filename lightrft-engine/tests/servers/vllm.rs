@@ -55,6 +55,8 @@ pub(crate) struct Fake {
     /// Instead of what it would do, for paths that begin so; taken as often as the number says.
     pub(crate) instead: Vec<(&'static str, usize, Answer)>,
     pub(crate) healthy: bool,
+    /// Of calls whose path begins so the reply is lost once, after they were done.
+    pub(crate) loses: Vec<&'static str>,
     /// Every update that comes changes a bit of this parameter.
     pub(crate) spoils: Option<&'static str>,
     /// As `instead`, once so many others were answered.
@@ -141,6 +143,17 @@ impl FakeVllm {
 
 impl Fake {
     fn answer(&mut self, asked: &Asked, root: &Path) -> Answer {
+        let answer = self.done(asked, root);
+        match self.loses.iter().position(|path| asked.path.starts_with(path)) {
+            Some(at) => {
+                self.loses.remove(at);
+                Answer::Close
+            }
+            None => answer,
+        }
+    }
+
+    fn done(&mut self, asked: &Asked, root: &Path) -> Answer {
         let special =
             self.instead.iter_mut().find(|(path, times, _)| *times > 0 && asked.path.starts_with(path));
         if let Some((_, times, answer)) = special {
@@ -208,7 +221,10 @@ impl Fake {
                     self.asleep.retain(|part| !query.contains(part));
                 }
                 self.paused &= self.release == Release::New && !self.asleep.is_empty();
-                ok(json!({"status": "awake"}))
+                match self.release {
+                    Release::New if !self.asleep.is_empty() => ok(json!({"status": "sleeping"})),
+                    _ => ok(json!({"status": "awake"})),
+                }
             }
             ("POST", "/reset_prefix_cache") => {
                 self.cached = false;

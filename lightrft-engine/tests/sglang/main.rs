@@ -459,6 +459,72 @@ fn a_failed_call_is_an_error_that_names_it_and_the_next_one_works() {
 }
 
 #[test]
+fn memory_of_which_nobody_knows_whether_it_is_there_ends_the_engine() {
+    for path in ["/release_memory_occupation", "/resume_memory_occupation"] {
+        for fault in [Fault::Status(400), Fault::Status(500), Fault::Hangup, Fault::Half] {
+            let fake = Fake::new();
+            let mut engine = engine(&fake);
+            let moves = |engine: &mut SglangEngine| {
+                if path == "/resume_memory_occupation" {
+                    engine.sleep(Level::One).unwrap();
+                }
+                fake.fail(path, fault);
+                if path == "/resume_memory_occupation" {
+                    engine.wake(Parts::All)
+                } else {
+                    engine.sleep(Level::One)
+                }
+            };
+            let error = moves(&mut engine).unwrap_err();
+            if fault == Fault::Status(400) {
+                // It did nothing, so nothing has changed.
+                assert!(!error.is_death(), "{path}: {error}");
+                engine.wake(Parts::All).unwrap();
+                assert_eq!(drawn(&mut engine).0, expected(0));
+                continue;
+            }
+            assert!(
+                error.is_death() && error.to_string().contains("start it anew"),
+                "{path} {fault:?}: {error}"
+            );
+            assert_eq!(engine.state(), State::Dead);
+        }
+    }
+}
+
+#[test]
+fn a_server_that_may_be_paused_is_told_to_go_on() {
+    for (path, fault) in [("/pause_generation", Fault::Half), ("/pause_generation", Fault::Hangup)] {
+        let fake = Fake::new();
+        let mut engine = engine(&fake);
+        fake.fail(path, fault);
+        assert!(engine.sleep(Level::One).is_err());
+        assert_eq!(engine.state(), State::READY);
+        assert_eq!(drawn(&mut engine).0, expected(0));
+    }
+    let fake = Fake::new();
+    let mut engine = engine(&fake);
+    engine.sleep(Level::One).unwrap();
+    fake.fail("/continue_generation", Fault::Hangup);
+    assert!(engine.wake(Parts::All).is_err());
+    engine.wake(Parts::All).unwrap();
+    assert_eq!(drawn(&mut engine).0, expected(0));
+}
+
+#[test]
+fn a_folder_is_loaded_after_an_update_that_was_dropped() {
+    let fake = Fake::new();
+    let mut engine = engine(&fake);
+    let mut update = engine.begin_update(Version(1)).unwrap();
+    update.push(&views(&weights(1))[..1]).unwrap();
+    drop(update);
+    fake.calls();
+    engine.load_folder(fake.folder.path(), Version(2)).unwrap();
+    assert_eq!(fake.paths()[..2], ["/end_weight_update", "/update_weights_from_disk"]);
+    assert_eq!(drawn(&mut engine), (expected(0), Version(2)));
+}
+
+#[test]
 fn a_silent_server_costs_the_deadline_and_the_engine_goes_on() {
     let fake = Fake::new();
     let mut engine = engine(&fake);
