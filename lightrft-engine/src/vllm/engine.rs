@@ -435,6 +435,10 @@ impl Engine for VllmEngine {
         // Checksums are taken of what passes through the host.
         if self.verifies() { None } else { self.transport.buckets() }
     }
+
+    fn shared_buckets(&self) -> Option<crate::shared::SharedBuckets> {
+        self.transport.shared_buckets()
+    }
 }
 
 /// An id that no other request of the server has, of this process or of another.

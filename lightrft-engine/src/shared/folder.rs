@@ -12,14 +12,14 @@ const LOCK: &str = "owner.lock";
 
 /// A folder of its own, readable by this user alone, removed when this is dropped.
 #[derive(Debug)]
-pub(super) struct StagingFolder {
+pub(crate) struct StagingFolder {
     folder: tempfile::TempDir,
     _lock: File,
 }
 
 impl StagingFolder {
     /// Makes one in `parent`, and removes those in it whose owners are gone.
-    pub(super) fn new(parent: &Path) -> io::Result<Self> {
+    pub(crate) fn new(parent: &Path) -> io::Result<Self> {
         sweep(parent);
         let folder = tempfile::Builder::new().prefix(NAME).tempdir_in(parent)?;
         let unlocked = folder.path().join("owner.new");
@@ -30,13 +30,13 @@ impl StagingFolder {
         Ok(Self { folder, _lock: lock })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.folder.path()
     }
 }
 
 /// Where weights are staged unless it is said: memory that is shared as files, if there is any.
-pub(super) fn default_parent() -> PathBuf {
+pub(crate) fn default_parent() -> PathBuf {
     let shared = Path::new("/dev/shm");
     if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() }
 }
