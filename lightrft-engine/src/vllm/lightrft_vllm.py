@@ -42,24 +42,24 @@ class SharedMemoryEngine(NCCLWeightTransferEngine):
     init_info_cls = Init
     update_info_cls = Update
 
-    # Layers into whose parameters vLLM loads at once, and those that it reloads; whether some of the latter wait for
-    # all of their weights. Older workers reload every layer, and do not ask.
-    in_place = ()
-    reloaded = ()
-    holds = True
+    # Layers into whose parameters vLLM loads at once, and those that it reloads: all of them, if none are named. Whether
+    # some of these wait for all of their weights.
+    in_place, reloaded, holds = (), None, True
 
     def init_transfer_engine(self, init_info):
         if init_info.protocol != PROTOCOL:
             raise ValueError(f"this plug-in speaks protocol {PROTOCOL}, the trainer {init_info.protocol}")
 
     def start_weight_update(self):
+        # Older workers do this and what ends it by themselves, for all layers.
+        self.in_place, self.reloaded, self.holds = (), None, True
+        if not current_platform.is_cpu() or self.model_config.quantization is not None:
+            return super().start_weight_update()
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         # A reload makes a layer anew and copies it over the one that computes: twice the copies, one of them into memory
         # that nobody has touched yet.
-        self.reloaded = [self.model]
-        if current_platform.is_cpu() and self.model_config.quantization is None:
-            self.reloaded = [layer for layer in self.model.modules() if not loads_in_place(layer)]
+        self.reloaded = [layer for layer in self.model.modules() if not loads_in_place(layer)]
         anew = {part for layer in self.reloaded for part in layer.modules()}
         self.in_place = [layer for layer in self.model.modules() if layer not in anew]
         self.holds = any(first_parameters(layer) for layer in anew)
@@ -67,6 +67,8 @@ class SharedMemoryEngine(NCCLWeightTransferEngine):
             initialize_layerwise_reload(layer)
 
     def finish_weight_update(self):
+        if self.reloaded is None:
+            return super().finish_weight_update()
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         for layer in self.in_place:
