@@ -2,8 +2,9 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::ops::{Deref, DerefMut};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use memmap2::{MmapMut, MmapOptions};
@@ -19,8 +20,8 @@ pub(super) struct Mapping {
 impl Mapping {
     /// A new file of `bytes` zeros.
     pub(super) fn create(path: PathBuf, bytes: usize) -> io::Result<Self> {
-        let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-        let memory = extend(&mut file, 0, bytes).and_then(|()| map(&file));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        let memory = extend(&file, 0, bytes).and_then(|()| map(&file));
         match memory {
             Ok(memory) => Ok(Self { path, file, memory }),
             Err(error) => {
@@ -37,7 +38,7 @@ impl Mapping {
         if bytes <= before {
             return Ok(());
         }
-        match extend(&mut self.file, before, bytes).and_then(|()| map(&self.file)) {
+        match extend(&self.file, before, bytes).and_then(|()| map(&self.file)) {
             Ok(memory) => self.memory = memory,
             Err(error) => {
                 // What was added has been mapped by nobody.
@@ -69,13 +70,13 @@ impl DerefMut for Mapping {
 
 /// Writes zeros from where a file ends, instead of only saying how long it is: a file system that has no room says so
 /// here, and not by a signal when the memory is written to.
-fn extend(file: &mut File, from: usize, to: usize) -> io::Result<()> {
-    const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-    let mut left = to.saturating_sub(from);
-    while left > 0 {
-        let chunk = left.min(ZEROS.len());
-        file.write_all(&ZEROS[..chunk])?;
-        left -= chunk;
+fn extend(file: &File, from: usize, to: usize) -> io::Result<()> {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    let mut end = from;
+    while end < to {
+        let chunk = (to - end).min(ZEROS.len());
+        file.write_all_at(&ZEROS[..chunk], end as u64)?;
+        end += chunk;
     }
     Ok(())
 }
@@ -108,7 +109,7 @@ mod tests {
     #[test]
     fn a_file_system_without_room_is_an_error() {
         // A device that is always full stands for it.
-        let mut full = OpenOptions::new().write(true).open("/dev/full").unwrap();
-        assert_eq!(extend(&mut full, 0, 1).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        assert_eq!(extend(&full, 0, 1).unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
 }
