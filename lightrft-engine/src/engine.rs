@@ -80,6 +80,13 @@ pub trait Engine: fmt::Debug + Send {
     fn gpu_buckets(&self) -> Option<crate::cuda::GpuBuckets> {
         None
     }
+
+    /// Memory that its workers see too, for the buckets of an update that come from the host: those that lie in it need
+    /// not be copied once more by [`Update::push`]. `None` where all memory is the same to it.
+    #[cfg(feature = "vllm")]
+    fn shared_buckets(&self) -> Option<crate::shared::SharedBuckets> {
+        None
+    }
 }
 
 /// What an engine holds, in bytes.

@@ -52,6 +52,8 @@ mod media;
 mod names;
 #[cfg(any(feature = "sglang", feature = "vllm"))]
 mod server;
+#[cfg(feature = "vllm")]
+pub mod shared;
 mod transfer;
 mod update;
 #[cfg(feature = "vllm")]

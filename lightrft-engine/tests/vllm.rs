@@ -3,9 +3,9 @@
 
 mod servers;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -495,6 +495,42 @@ fn a_server_that_is_gone_leaves_the_engine_dead() {
     assert!(error.is_death(), "{error}");
     assert!(update.commit().is_err());
     assert_eq!(engine.state(), State::Dead);
+}
+
+#[test]
+fn updates_through_shared_memory_write_two_files_again_and_again() {
+    let (by_memory, by_folder) = (FakeVllm::new(), FakeVllm::new());
+    let mut engine = attach(&by_memory, memory_transfer(&by_memory));
+    let mut other = attach(&by_folder, folder_transfer(&by_folder));
+    for version in 1..5 {
+        let new = weights(version);
+        let new = views(&new);
+        let mut source = TensorSlice::new(&new);
+        let report = engine.update_from(Version(version), &mut source, &Identity, 100).unwrap();
+        assert_eq!(report.buckets, 3);
+        other.replace_weights(Version(version), &new, 100).unwrap();
+        assert_eq!(engine.complete(&[greedy()]).unwrap(), other.complete(&[greedy()]).unwrap());
+    }
+    let files = || {
+        let asked = by_memory.server.asked();
+        let sent = asked.iter().filter(|asked| asked.path == "/update_weights");
+        let file = |body: &[u8]| {
+            let body: Value = serde_json::from_slice(body).unwrap();
+            body["update_info"]["file"].as_str().unwrap().to_owned()
+        };
+        sent.map(|asked| file(&asked.body)).collect::<Vec<_>>()
+    };
+    // Were buckets copied that lie there already, there would be a third.
+    let of_updates: BTreeSet<String> = files().into_iter().collect();
+    assert_eq!((files().len(), of_updates.len()), (12, 2));
+    // Tensors that lie elsewhere are copied, into the same files.
+    let new = weights(9);
+    engine.replace_weights(Version(9), &views(&new), 100).unwrap();
+    assert!(files().len() == 15 && files().iter().all(|file| of_updates.contains(file)));
+    assert!(of_updates.iter().all(|file| std::path::Path::new(file).exists()));
+    drop(engine);
+    assert!(!of_updates.iter().any(|file| std::path::Path::new(file).exists()));
+    assert_eq!(by_memory.broken(), Vec::<String>::new());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The bytes of a bucket: on the host, or on the GPU where the engine wants them.
+//! The bytes of a bucket: on the host, in memory that the engine's workers share, or on the GPU where the engine wants them.
 
 use std::ops::Range;
 
@@ -6,6 +6,8 @@ use crate::{Engine, Error, Result};
 
 #[cfg(feature = "cuda")]
 use crate::cuda::{GpuBuckets, GpuMemory, download};
+#[cfg(feature = "vllm")]
+use crate::shared::{SharedBucket, SharedBuckets};
 #[cfg(feature = "cuda")]
 use lightrft_collectives::Device;
 
@@ -13,6 +15,8 @@ use lightrft_collectives::Device;
 #[derive(Clone, Debug)]
 pub(super) enum Home {
     Host,
+    #[cfg(feature = "vllm")]
+    Shared(SharedBuckets),
     #[cfg(feature = "cuda")]
     Gpu(GpuBuckets),
 }
@@ -22,6 +26,10 @@ impl Home {
         #[cfg(feature = "cuda")]
         if let Some(buckets) = engine.gpu_buckets() {
             return Home::Gpu(buckets);
+        }
+        #[cfg(feature = "vllm")]
+        if let Some(buckets) = engine.shared_buckets() {
+            return Home::Shared(buckets);
         }
         let _ = engine;
         Home::Host
@@ -38,6 +46,13 @@ impl Home {
                 drop(there);
                 Ok(Memory::Gpu(buckets.allocate(most.max(bytes))?))
             }
+            #[cfg(feature = "vllm")]
+            (Home::Shared(_), Memory::Shared(memory)) if memory.len() >= bytes => Ok(Memory::Shared(memory)),
+            #[cfg(feature = "vllm")]
+            (Home::Shared(buckets), there) => {
+                drop(there);
+                Ok(Memory::Shared(buckets.take(bytes).map_err(|error| Error::Source(error.into()))?))
+            }
             (Home::Host, Memory::Host(memory)) if memory.len() >= bytes => Ok(Memory::Host(memory)),
             (Home::Host, there) => {
                 drop(there);
@@ -52,6 +67,8 @@ impl Home {
 #[derive(Debug)]
 pub(super) enum Memory {
     Host(Vec<u8>),
+    #[cfg(feature = "vllm")]
+    Shared(SharedBucket),
     #[cfg(feature = "cuda")]
     Gpu(Box<dyn GpuMemory>),
 }
@@ -70,6 +87,8 @@ impl Memory {
     ) -> Result<()> {
         match self {
             Memory::Host(bytes) => write(bytes.get_mut(place).ok_or_else(outside)?),
+            #[cfg(feature = "vllm")]
+            Memory::Shared(bytes) => write(bytes.get_mut(place).ok_or_else(outside)?),
             #[cfg(feature = "cuda")]
             Memory::Gpu(memory) => {
                 let mut bytes = on_host(place.len())?;
@@ -81,14 +100,14 @@ impl Memory {
 
     /// Copies what belongs at `place` from the host.
     pub(super) fn copy(&mut self, place: Range<usize>, from: &[u8]) -> Result<()> {
-        match self {
-            Memory::Host(bytes) => {
-                bytes.get_mut(place).ok_or_else(outside)?.copy_from_slice(from);
-                Ok(())
-            }
-            #[cfg(feature = "cuda")]
-            Memory::Gpu(memory) => memory.upload(place.start, from),
+        #[cfg(feature = "cuda")]
+        if let Memory::Gpu(memory) = self {
+            return memory.upload(place.start, from);
         }
+        self.fill(place, |bytes| {
+            bytes.copy_from_slice(from);
+            Ok(())
+        })
     }
 
     /// Copies what belongs at `place` from a GPU.
@@ -96,6 +115,8 @@ impl Memory {
     pub(super) fn copy_from_gpu(&mut self, place: Range<usize>, from: &Device<'_>) -> Result<()> {
         match self {
             Memory::Host(bytes) => download(from, bytes.get_mut(place).ok_or_else(outside)?),
+            #[cfg(feature = "vllm")]
+            Memory::Shared(bytes) => download(from, bytes.get_mut(place).ok_or_else(outside)?),
             Memory::Gpu(memory) => memory.copy(place.start, from),
         }
     }

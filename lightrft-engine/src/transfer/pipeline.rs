@@ -128,6 +128,11 @@ impl Sender<'_> {
                 update.push(&self.tensors(index, &bytes)?)?;
                 Ok(Memory::Host(bytes))
             }
+            #[cfg(feature = "vllm")]
+            Memory::Shared(bytes) => {
+                update.push(&self.tensors(index, &bytes)?)?;
+                Ok(Memory::Shared(bytes))
+            }
             #[cfg(feature = "cuda")]
             Memory::Gpu(memory) => {
                 let bucket = self.buckets.get(index).ok_or_else(lost)?;

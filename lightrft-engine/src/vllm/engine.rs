@@ -15,8 +15,8 @@ use super::verify;
 use super::wire::{self, Asked};
 use crate::generate::check_fields;
 use crate::server::{
-    Flight, Http, Job, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, autopsy, in_parallel, jobs,
-    on_port,
+    Flight, Http, Job, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, autopsy, in_parallel,
+    jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -494,6 +494,10 @@ impl Engine for VllmEngine {
     fn gpu_buckets(&self) -> Option<crate::cuda::GpuBuckets> {
         // Checksums are taken of what passes through the host.
         if self.verifies() { None } else { self.transport.buckets() }
+    }
+
+    fn shared_buckets(&self) -> Option<crate::shared::SharedBuckets> {
+        self.transport.shared_buckets()
     }
 }
 

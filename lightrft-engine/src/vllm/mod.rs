@@ -44,7 +44,6 @@ pub(crate) mod fuzzing;
 mod ipc;
 mod reply;
 mod settings;
-mod staging;
 mod transfer;
 mod update;
 mod verify;

@@ -392,7 +392,9 @@ pub enum Transfer {
         staging: Option<PathBuf>,
     },
     /// Bucket by bucket through files in shared memory, which the server's workers map. A plug-in of the workers reads
-    /// them, which servers started here have. Memory for two buckets is taken.
+    /// them, which servers started here have. Memory for two buckets is taken, and kept for the next update. On a CPU the
+    /// workers load an unquantized model's weights in place: a server whose trainer was killed in the midst of an update
+    /// stays paused, with some layers of the new weights.
     SharedMemory {
         /// Where the files are made, and removed again; `/dev/shm` if it is not said.
         folder: Option<PathBuf>,

@@ -1,8 +1,7 @@
 //! How weights reach the server: a folder that it loads, or files in shared memory behind its update routes.
 
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 
 use safetensors::Dtype;
@@ -11,9 +10,9 @@ use serde_json::json;
 
 use super::control::Control;
 use super::settings::Transfer;
-use super::staging::{StagingFolder, default_parent};
 #[cfg(feature = "cuda")]
 use crate::cuda::{GpuBucket, GpuBuckets};
+use crate::shared::{Lying, SharedBuckets, StagingFolder, default_parent};
 use crate::{Error, NamedTensor, Result};
 
 /// One way for weights. Its calls come in the order `begin`, any number of `send`, `finish`; or `abandon` at any point
@@ -33,6 +32,11 @@ pub(super) trait Transport: fmt::Debug + Send {
     /// The GPU on which it takes buckets, if it does.
     #[cfg(feature = "cuda")]
     fn buckets(&self) -> Option<GpuBuckets> {
+        None
+    }
+
+    /// Memory that the server's workers see too, if it has any.
+    fn shared_buckets(&self) -> Option<SharedBuckets> {
         None
     }
 
@@ -58,9 +62,7 @@ pub(super) fn transport(transfer: &Transfer) -> Result<Box<dyn Transport>> {
             files: 0,
         }),
         Transfer::SharedMemory { folder } => Box::new(SharedMemory {
-            parent: folder.clone().unwrap_or_else(|| PathBuf::from("/dev/shm")),
-            staged: None,
-            files: 0,
+            buckets: SharedBuckets::within(folder.clone().unwrap_or_else(|| PathBuf::from("/dev/shm"))),
             greeted: false,
         }),
         #[cfg(feature = "cuda")]
@@ -129,30 +131,31 @@ impl Transport for Folder {
     }
 }
 
-/// A file in shared memory for each bucket, read by the plug-in of the server's workers.
+/// Files in shared memory, read by the plug-in of the server's workers.
 #[derive(Debug)]
 struct SharedMemory {
-    parent: PathBuf,
-    staged: Option<StagingFolder>,
-    files: usize,
+    buckets: SharedBuckets,
     /// The workers' plug-in has been found, in this or in a former update.
     greeted: bool,
 }
+
+/// Told to the plug-in, so that neither misreads the other: files are written to again once a bucket was sent, so what
+/// workers still need of them then they must have copied.
+const PROTOCOL: u32 = 2;
 
 /// Of each tensor in a file: any element type may begin there.
 const ALIGNMENT: usize = 64;
 
 impl Transport for SharedMemory {
+    fn shared_buckets(&self) -> Option<SharedBuckets> {
+        Some(self.buckets.clone())
+    }
+
     fn begin(&mut self, control: &Control) -> Result<()> {
-        if self.staged.is_none() {
-            let named = |source: io::Error| {
-                let what = format!("{}: {source}", self.parent.display());
-                failed("make a folder for weights", io::Error::new(source.kind(), what))
-            };
-            self.staged = Some(StagingFolder::new(&self.parent).map_err(named)?);
-        }
+        self.buckets.prepare().map_err(|error| failed("stage weights", error))?;
         if !self.greeted {
-            control.post_json("/init_weight_transfer_engine", &json!({"init_info": {"protocol": 1}}))?;
+            let hello = json!({"init_info": {"protocol": PROTOCOL}});
+            control.post_json("/init_weight_transfer_engine", &hello)?;
             // A trainer that was here before may have left an update open, or parts of layers.
             clear(control)?;
             self.greeted = true;
@@ -162,24 +165,25 @@ impl Transport for SharedMemory {
     }
 
     fn send(&mut self, control: &Control, bucket: &[NamedTensor<'_>]) -> Result<()> {
-        let Some(folder) = &self.staged else { return Err(failed("stage weights", "no update was begun")) };
         if bucket.is_empty() {
             return Ok(());
         }
-        let path = folder.path().join(format!("bucket-{:06}", self.files));
-        self.files += 1;
-        let (offsets, bytes) = layout(bucket);
-        let named = |source: io::Error| {
-            let what = format!("{}: {source}", path.display());
-            failed("stage weights", io::Error::new(source.kind(), what))
+        // Held until the workers have what is in it, where it is memory of the caller's own.
+        let mut copy = None;
+        let lying = match self.buckets.find(bucket) {
+            Some(lying) => lying,
+            None => {
+                let (offsets, end) = layout(bucket);
+                let memory = self.buckets.take(end).map_err(|error| failed("stage weights", error))?;
+                let memory = copy.insert(memory);
+                for (tensor, offset) in bucket.iter().zip(&offsets) {
+                    memory[*offset..offset + tensor.bytes().len()].copy_from_slice(tensor.bytes());
+                }
+                Lying { file: memory.path().to_owned(), offsets, end }
+            }
         };
-        let sent = write(&path, bucket, &offsets, bytes).map_err(named).and_then(|()| {
-            let info = update_info(&path.to_string_lossy(), bucket, &offsets, bytes)?;
-            Ok(control.post_json("/update_weights", &json!({ "update_info": info }))?)
-        });
-        // The workers have mapped it, or never will.
-        let _ = fs::remove_file(&path);
-        sent
+        let info = update_info(&lying, bucket)?;
+        Ok(control.post_json("/update_weights", &json!({ "update_info": info }))?)
     }
 
     fn finish(&mut self, control: &Control) -> Result<()> {
@@ -206,7 +210,7 @@ pub(super) fn clear(control: &Control) -> Result<()> {
     Ok(())
 }
 
-/// Where each tensor begins in a file, and the file's length.
+/// Where each tensor begins in a file, and where the last one ends.
 fn layout(bucket: &[NamedTensor<'_>]) -> (Vec<usize>, usize) {
     let mut offsets = Vec::with_capacity(bucket.len());
     let mut end = 0_usize;
@@ -215,43 +219,25 @@ fn layout(bucket: &[NamedTensor<'_>]) -> (Vec<usize>, usize) {
         offsets.push(begin);
         end = begin + tensor.bytes().len();
     }
-    // An empty file cannot be mapped.
+    // Nothing cannot be mapped.
     (offsets, end.max(1))
 }
 
-fn write(
-    path: &std::path::Path,
-    bucket: &[NamedTensor<'_>],
-    offsets: &[usize],
-    bytes: usize,
-) -> io::Result<()> {
-    let mut file = File::create_new(path)?;
-    let mut at = 0;
-    for (tensor, offset) in bucket.iter().zip(offsets) {
-        file.write_all(&[0; ALIGNMENT][..offset - at])?;
-        file.write_all(tensor.bytes())?;
-        at = offset + tensor.bytes().len();
-    }
-    file.set_len(bytes as u64)
-}
-
 /// What the plug-in is told of a file.
-fn update_info(
-    file: &str,
-    bucket: &[NamedTensor<'_>],
-    offsets: &[usize],
-    bytes: usize,
-) -> Result<serde_json::Value> {
+fn update_info(lying: &Lying, bucket: &[NamedTensor<'_>]) -> Result<serde_json::Value> {
+    let Some(file) = lying.file.to_str() else {
+        return Err(failed("send weights", format!("{} is not UTF-8", lying.file.display())));
+    };
     let names: Vec<&str> = bucket.iter().map(NamedTensor::name).collect();
     let dtype_names = bucket.iter().map(torch_name).collect::<Result<Vec<_>>>()?;
     let shapes: Vec<&[usize]> = bucket.iter().map(NamedTensor::shape).collect();
     Ok(json!({
         "file": file,
-        "bytes": bytes,
+        "bytes": lying.end,
         "names": names,
         "dtype_names": dtype_names,
         "shapes": shapes,
-        "offsets": offsets,
+        "offsets": lying.offsets,
     }))
 }
 
@@ -272,25 +258,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_holds_every_tensor_where_the_worker_is_told() {
+    fn a_worker_is_told_where_every_tensor_lies() {
         let (a, b, c) = ([1_u8; 12], [2_u8; 130], [3_u8; 2]);
         let bucket = [
             NamedTensor::new("a", Dtype::F32, &[3], &a).unwrap(),
             NamedTensor::new("b", Dtype::BF16, &[5, 13], &b).unwrap(),
             NamedTensor::new("c", Dtype::F16, &[1], &c).unwrap(),
         ];
-        let (offsets, bytes) = layout(&bucket);
-        assert_eq!((offsets.as_slice(), bytes), (&[0, 64, 256][..], 258));
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("f");
-        write(&path, &bucket, &offsets, bytes).unwrap();
-        let written = fs::read(&path).unwrap();
-        assert_eq!(written.len(), bytes);
-        for (tensor, offset) in bucket.iter().zip(&offsets) {
-            assert_eq!(&written[*offset..offset + tensor.bytes().len()], tensor.bytes());
-        }
+        let (offsets, end) = layout(&bucket);
+        assert_eq!((offsets.as_slice(), end), (&[0, 64, 256][..], 258));
+        let lying = Lying { file: "/dev/shm/f".into(), offsets, end };
         assert_eq!(
-            update_info("/dev/shm/f", &bucket, &offsets, bytes).unwrap().to_string(),
+            update_info(&lying, &bucket).unwrap().to_string(),
             concat!(
                 r#"{"bytes":258,"dtype_names":["float32","bfloat16","float16"],"file":"/dev/shm/f","#,
                 r#""names":["a","b","c"],"offsets":[0,64,256],"shapes":[[3],[5,13],[1]]}"#
