@@ -557,8 +557,11 @@ mod tests {
         }
     }
 
-    /// An array of objects, each as the bytes of its keys with their values.
-    fn rows(scan: &mut Scan<'_>) -> Read<Vec<Vec<(Vec<u8>, u32)>>> {
+    /// The keys of an object with their values.
+    type Row = Vec<(Vec<u8>, u32)>;
+
+    /// An array of objects.
+    fn rows(scan: &mut Scan<'_>) -> Read<Vec<Row>> {
         let (mut keys, mut rows) = (Keys::default(), Vec::new());
         let names = std::cell::RefCell::new(Vec::new());
         let name = |key: &[u8]| {
@@ -592,7 +595,7 @@ mod tests {
                 format!("{{{}}}", pairs.join(","))
             };
             let text = format!("[{}]", rows.iter().map(object).collect::<Vec<_>>().join(", "));
-            let rows: Vec<Vec<(Vec<u8>, u32)>> =
+            let rows: Vec<Row> =
                 rows.into_iter().map(|row| row.into_iter().map(|(key, value)| (key.into_bytes(), value)).collect()).collect();
             prop_assert_eq!(Scan::whole(text.as_bytes(), super::tests::rows), Ok(rows), "{}", text);
             for cut in 0..text.len() {

@@ -403,7 +403,8 @@ fn level_one_keeps_the_weights_and_level_two_does_not(mut subject: Subject) {
 }
 
 fn what_one_engine_left_spoils_nothing_for_the_next(make: impl Fn() -> Subject) {
-    let left: [(&str, fn(&mut dyn Engine)); 5] = [
+    type Leave = fn(&mut dyn Engine);
+    let left: [(&str, Leave); 5] = [
         ("asleep at level 1", |engine| engine.sleep(Level::One).expect("sleeps")),
         ("asleep at level 2", |engine| engine.sleep(Level::Two).expect("sleeps")),
         ("with its cache asleep", |engine| {
