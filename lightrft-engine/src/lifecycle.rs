@@ -55,7 +55,7 @@ pub enum State {
         /// The cache, as it was when the update began.
         cache: Cache,
     },
-    /// The weights are absent, or of no one version. Only an update mends that.
+    /// The weights are absent, not known, or of no one version. Only an update mends that.
     Stale {
         /// The cache, which may still sleep.
         cache: Cache,
@@ -100,7 +100,7 @@ pub struct Refusal {
 impl State {
     /// The state of an engine that was made with its weights.
     pub const READY: State = State::Awake { cache: Cache::Ready };
-    /// The state of an engine that was made without weights.
+    /// The state of an engine that was made without weights, or for a server that was found asleep.
     pub const EMPTY: State = State::Stale { cache: Cache::Ready };
 
     /// The state after `event`, or why there is none.

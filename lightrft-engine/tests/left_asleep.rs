@@ -17,6 +17,9 @@ use servers::vllm::{FakeVllm, Release, weights};
 
 const RELEASES: [Release; 2] = [Release::Old, Release::New];
 
+/// The whole at once.
+const ALL: &str = "/wake_up?tags=weights&tags=kv_cache";
+
 /// How a trainer that died has left its server.
 type Left = (&'static str, fn(&mut VllmEngine));
 
@@ -134,10 +137,17 @@ fn it_sleeps_on_and_wakes_as_it_is_told() {
                     engine.sleep(level).unwrap();
                     assert_eq!(engine.state(), State::Asleep { level: Level::Two }, "{how}");
                 }
+                let before = changes(&fake).len();
                 engine.wake(if whole { Parts::All } else { Parts::Weights }).unwrap();
                 replace(&mut engine, 1).unwrap();
                 engine.wake(Parts::Cache).unwrap();
                 assert_eq!(drawn(&mut engine), expected, "{how}");
+                let mut woken = changes(&fake).split_off(before);
+                woken.retain(|path| path.starts_with("/wake_up"));
+                // Which parts sleep is not known, so the whole is tried first, and each part then.
+                let (all, [weights, cache]) = (ALL, ["/wake_up?tags=weights", "/wake_up?tags=kv_cache"]);
+                let wanted = if whole { vec![all, weights, cache] } else { vec![weights, cache] };
+                assert_eq!(woken, wanted, "{how}");
                 // An older one takes itself for asleep already, and keeps what is awake of it.
                 let keeps = release == Release::Old && how.starts_with("with its cache asleep");
                 let broken: &[&str] = if keeps { &["put to sleep, and a part stays awake"] } else { &[] };

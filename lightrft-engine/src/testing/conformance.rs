@@ -247,9 +247,7 @@ fn the_state_follows_the_table(mut subject: Subject) {
             Event::Sleep(level) => engine.sleep(level),
             Event::Wake(parts) => engine.wake(parts),
             Event::Commit => engine.replace_weights(Version(step), &views, usize::MAX),
-            Event::Abandon | Event::BeginUpdate | Event::LoseTrack | Event::Die => {
-                engine.begin_update(Version(step)).map(drop)
-            }
+            Event::Abandon | Event::BeginUpdate | Event::LoseTrack | Event::Die => engine.begin_update(Version(step)).map(drop),
         };
         // An update in one call is two events.
         let expected = match event {
@@ -402,9 +400,11 @@ fn level_one_keeps_the_weights_and_level_two_does_not(mut subject: Subject) {
     assert_eq!(tokens(subject.engine.as_mut(), greedy()), expected, "the same weights, pushed again");
 }
 
+/// How an engine is left, and what leaves it so.
+type Left = (&'static str, fn(&mut dyn Engine));
+
 fn what_one_engine_left_spoils_nothing_for_the_next(make: impl Fn() -> Subject) {
-    type Leave = fn(&mut dyn Engine);
-    let left: [(&str, Leave); 5] = [
+    let left: [Left; 5] = [
         ("asleep at level 1", |engine| engine.sleep(Level::One).expect("sleeps")),
         ("asleep at level 2", |engine| engine.sleep(Level::Two).expect("sleeps")),
         ("with its cache asleep", |engine| {
