@@ -435,7 +435,7 @@ fn requests_can_be_aborted_from_another_thread() {
     let completions = std::thread::scope(|scope| {
         let requests = [Request::new([1, 2], Sampling::default()).samples(2)];
         let call = scope
-            .spawn(move || engine.generate(&requests, &mut Watch::within(Duration::from_secs(60))).unwrap());
+            .spawn(move || engine.generate(&requests, &mut Watch::within(Duration::from_secs(30))).unwrap());
         while !handle.is_busy() && !call.is_finished() {
             std::thread::yield_now();
         }
