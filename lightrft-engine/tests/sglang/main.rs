@@ -461,6 +461,7 @@ fn somebody_elses_server_on_the_port_is_not_driven() {
     let mut start = Start::new(folder.path());
     start.program = program;
     start.log = Some(folder.path().join("log"));
+    start.ready_within = Duration::from_secs(60);
     start.variables.insert("STARTED".into(), started.clone().into());
     let stray = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = stray.local_addr().unwrap().port();
