@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use lightrft_engine::sglang::{Attach, MemorySaver, Requests, Seeds, SglangEngine, Start, Verify};
 use lightrft_engine::testing::{Subject, TensorBytes, conformance_without_seeds};
 use lightrft_engine::{
-    Engine, EngineExt, Error, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor, Parts,
-    Request, Sampling, ServerError, State, Version, Watch,
+    ApiKey, Engine, EngineExt, Error, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor,
+    Parts, Request, Sampling, ServerError, State, Version, Watch,
 };
 use serde::Deserialize;
 
@@ -53,9 +53,15 @@ fn weights(name: &str) -> Vec<TensorBytes> {
     file.tensors().into_iter().map(tensor).collect()
 }
 
+/// Every server asks for it.
+fn key() -> ApiKey {
+    ApiKey::new("open\"sesame")
+}
+
 fn start(name: &str) -> Start {
     let mut start = Start::new(model(name));
     start.program = folder().join("venv/bin/python");
+    start.key = Some(key());
     start.dtype = Some("float32".into());
     start.memory_saver = MemorySaver::Off; // a CPU has none
     start.seeds = Seeds::Ignored; // nor can it honour them
@@ -154,6 +160,7 @@ fn a_text_model() {
         is_as_transformers_says(engine, "a");
     });
     let mut attach = Attach::new(engine.url());
+    attach.key = Some(key());
     step("checksums of what was sent, by another driver", || {
         attach.driver.verify = Verify::Checksums;
         let mut other = SglangEngine::attach(&attach).unwrap();
@@ -315,7 +322,8 @@ fn pitfalls(engine: &mut SglangEngine) {
     is_as_transformers_says(engine, "a");
 
     // A trainer that died in the middle of an update, and another that takes over.
-    let attach = Attach::new(engine.url());
+    let mut attach = Attach::new(engine.url());
+    attach.key = Some(key());
     let mut first = SglangEngine::attach(&attach).unwrap();
     let mut update = first.begin_update(Version(13)).unwrap();
     update.push(&half).unwrap();
@@ -382,6 +390,7 @@ fn a_vision_model() {
     });
     step("checksums of a model with a vision tower", || {
         let mut attach = Attach::new(engine.url());
+        attach.key = Some(key());
         attach.driver = settings.driver.clone();
         attach.driver.verify = Verify::Checksums;
         let mut other = SglangEngine::attach(&attach).unwrap();

@@ -160,6 +160,7 @@ fn somebody_elses_server_on_the_port_is_not_driven() {
     let mut start = Start::new(model.folder().to_str().unwrap());
     start.program = program(folder.path(), ": > \"$STARTED\"; exec sleep 1000");
     start.log = Some(folder.path().join("log"));
+    start.ready_within = LONG;
     let started = folder.path().join("started");
     start.variables.insert("STARTED".into(), started.clone().into());
     let port = stray.server.url().rsplit(':').next().unwrap().parse().unwrap();
@@ -219,6 +220,7 @@ fn start_fake(start: &mut Start, fake: &FakeVllm, folder: &Path) -> (VllmEngine,
     let started = folder.join("started");
     start.program = program(folder, ": > \"$STARTED\"; exec sleep 1000");
     start.log = Some(folder.join("log"));
+    start.ready_within = LONG;
     start.variables.insert("STARTED".into(), started.clone().into());
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     start.port = Some(port);

@@ -222,6 +222,9 @@ struct Failing<'a> {
     views: &'a [NamedTensor<'a>],
     gives: usize,
     while_writing: bool,
+    card: Arc<StandIn>,
+    /// Whether memory was freed by the time that it had failed.
+    freed: bool,
 }
 
 impl WeightSource for Failing<'_> {
@@ -233,10 +236,12 @@ impl WeightSource for Failing<'_> {
         let (whole, rest) = self.views.split_at(self.gives);
         whole.iter().try_for_each(|tensor| staging.copy(tensor))?;
         let broken = || Error::Source("a shard is lost".into());
-        match rest.first() {
+        let failed = match rest.first() {
             Some(tensor) if self.while_writing => staging.fill(tensor.name(), |_| Err(broken())),
             _ => Err(broken()),
-        }
+        };
+        self.freed = self.card.log.lock().unwrap().iter().any(|(what, _)| *what == "freed");
+        failed
     }
 }
 
@@ -247,10 +252,14 @@ fn memory_that_the_server_has_open_stays_until_the_update_of_a_source_that_fails
     for (gives, while_writing) in (0..views.len()).flat_map(|gives| [(gives, true), (gives, false)]) {
         let fake = FakeVllm::new();
         let (mut engine, card) = engine(&fake, Release::New);
-        // A bucket for about every tensor, so that both memories have been the server's.
-        let mut source = Failing { tensors: TensorSlice::new(&views), views: &views, gives, while_writing };
+        let tensors = TensorSlice::new(&views);
+        let card_of_source = card.clone();
+        let mut source =
+            Failing { tensors, views: &views, gives, while_writing, card: card_of_source, freed: false };
+        // A bucket for every tensor, so that the server has had each of the memories.
         let error = engine.update_from(Version(1), &mut source, &Identity, 1).unwrap_err();
         assert!(error.to_string().contains("a shard is lost"), "{error}");
+        assert!(!source.freed, "{gives} {while_writing}: {card:?}");
         assert!(matches!(engine.state(), State::Stale { .. }), "{}", engine.state());
         assert_eq!(fake.broken(), Vec::<String>::new(), "{gives} {while_writing}");
         assert!(card.shared.lock().unwrap().is_empty(), "{gives} {while_writing}: {card:?}");

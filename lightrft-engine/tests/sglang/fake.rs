@@ -197,6 +197,9 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>, ended: &(Mutex<bool>, Cond
             };
             let patience = Duration::from_secs(60);
             drop(ended.1.wait_timeout_while(ended.0.lock().unwrap(), patience, goes_on));
+            if !state.lock().unwrap().aborted.contains(rids[0]) {
+                return;
+            }
             let one = |rid| {
                 json!({"text": "", "output_ids": [7], "meta_info": {
                     "id": rid, "finish_reason": {"type": "abort", "message": "Aborted"},

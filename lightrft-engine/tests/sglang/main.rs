@@ -559,7 +559,7 @@ fn requests_can_be_aborted_from_another_thread() {
     let completions = std::thread::scope(|scope| {
         let requests = [Request::new([1, 2], Sampling::default()).samples(2)];
         let call = scope
-            .spawn(move || engine.generate(&requests, &mut Watch::within(Duration::from_secs(60))).unwrap());
+            .spawn(move || engine.generate(&requests, &mut Watch::within(Duration::from_secs(30))).unwrap());
         while !handle.is_busy() && !call.is_finished() {
             std::thread::yield_now();
         }
@@ -585,6 +585,7 @@ fn somebody_elses_server_on_the_port_is_not_driven() {
     let mut start = Start::new(folder.path());
     start.program = program;
     start.log = Some(folder.path().join("log"));
+    start.ready_within = Duration::from_secs(60);
     start.variables.insert("STARTED".into(), started.clone().into());
     let stray = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = stray.local_addr().unwrap().port();
