@@ -54,7 +54,7 @@ type Listener = Box<dyn FnMut(&ReplicaEvent<'_>) + Send>;
 /// died ends the call with [`Error::Deadly`]. The dead engine is dropped, and made anew at the beginning of
 /// - the next update, which gives it the weights, and
 /// - the next call of [`generate`](Engine::generate), if it can be given the current weights: where it is made with them,
-///   or [`with_weights`](Self::with_weights) said where they are.
+///   which holds until the first update begins, or [`with_weights`](Self::with_weights) said where they are.
 ///
 /// These calls wait for it to be made: whoever makes it sets the bound. [`Restarts`] says how often that is tried.
 /// Nothing is restarted by sleeping and waking, which the dead are left out of: their memory is free.
@@ -72,8 +72,9 @@ pub struct DataParallel {
 /// What does not belong to any one replica.
 pub(super) struct Shared {
     pub(super) recipe: Recipe,
-    /// The version that replicas are made with.
-    made: Option<Version>,
+    /// The version that replicas are made with, until an update begins. From then on a version does not tell whose weights
+    /// they are: an update may take the number that replicas are made with.
+    pub(super) made: Option<Version>,
     /// The version of the last update.
     pub(super) version: Version,
     /// Where the handle stands if no replica does.

@@ -235,9 +235,9 @@ pub(super) fn restart(members: Vec<&mut Member>, state: State, shared: &mut Shar
     }
     let indices: Vec<usize> = members.iter().map(|member| member.record.index).collect();
     let made = {
-        let (recipe, version) = (&shared.recipe, shared.version);
+        let (recipe, version, made) = (&shared.recipe, shared.version, shared.made);
         side_by_side("restart", indices, |index| {
-            make(index, state, version, recipe).map_err(|error| Failure::new(error, None))
+            make(index, state, version, made, recipe).map_err(|error| Failure::new(error, None))
         })
     };
     let mut last = None;
@@ -282,7 +282,14 @@ enum Given {
     Failed(Error),
 }
 
-fn make(index: usize, state: State, version: Version, recipe: &Recipe) -> Result<(Box<dyn Engine>, Given)> {
+/// A new engine for a handle that stands in `state` at `version`; one that says `made` has the weights it is made with.
+fn make(
+    index: usize,
+    state: State,
+    version: Version,
+    made: Option<Version>,
+    recipe: &Recipe,
+) -> Result<(Box<dyn Engine>, Given)> {
     let mut engine = (recipe.make)(index)?;
     recipe.model.check(index, engine.as_ref())?;
     if !matches!(state, State::Asleep { .. }) && cache(state) == Cache::Asleep {
@@ -291,7 +298,7 @@ fn make(index: usize, state: State, version: Version, recipe: &Recipe) -> Result
         engine.wake(Parts::Weights)?;
     }
     let is_current = |engine: &dyn Engine| engine.version() == Some(version);
-    if is_current(engine.as_ref()) {
+    if made == Some(version) && is_current(engine.as_ref()) {
         return Ok((engine, Given::Current));
     }
     let given = match recipe.weights.as_ref() {
