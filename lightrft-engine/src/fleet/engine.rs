@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::replica::{self, Member, Replica, ReplicaEvent, Restarts, cache, least_advanced, without_weights};
+use super::replica::{
+    self, Member, Replica, ReplicaEvent, Restarts, cache, least_advanced, with_weights, without_weights,
+};
 use super::threads::{Failure, side_by_side};
 use super::update::AllUpdate;
 use crate::{
@@ -321,17 +323,24 @@ impl Engine for DataParallel {
     }
 
     fn state(&self) -> State {
-        let version = self.shared.version;
-        let of = |members: &dyn Fn(&&Member) -> bool| {
-            least_advanced(self.members.iter().filter(members).filter_map(|member| member.state(version)))
+        let Shared { version, alone, restarts, .. } = &self.shared;
+        let of = |behind: bool| {
+            let members = self.members.iter().filter(|member| member.record.behind == behind);
+            least_advanced(members.filter_map(|member| member.state(*version)))
         };
-        if let Some(state) = of(&|member| !member.record.behind).or_else(|| of(&|_| true)) {
+        if let Some(state) = of(false) {
             return state;
         }
-        match self.shared.alone {
-            _ if self.members.iter().all(|m| m.record.restarts >= self.shared.restarts.most) => State::Dead,
-            state if self.shared.can_give() => state,
-            state => without_weights(state),
+        // None that lives has the current weights. A new engine can: those left behind must not be in its way.
+        let comes_back = |m: &Member| m.living().is_none() && m.record.restarts < restarts.most;
+        match (of(true), self.members.iter().any(comes_back)) {
+            (behind, true) if self.shared.can_give() => {
+                let others = behind.map(with_weights);
+                least_advanced(others.into_iter().chain([*alone])).unwrap_or(*alone)
+            }
+            (Some(behind), _) => behind,
+            (None, true) => without_weights(*alone),
+            (None, false) => State::Dead,
         }
     }
 

@@ -126,6 +126,8 @@ impl DataParallel {
         watch.report(progress)?;
         // Never falls: what a replica had drawn when it died does not count back.
         let mut furthest = progress;
+        // Where all of them die, the handle still stands here.
+        self.shared.alone = self.state();
         let mut last = self.restart(Event::Generate);
         let in_service = self.in_service().count();
         let mut open: Vec<Open> =

@@ -221,6 +221,15 @@ pub(super) fn without_weights(state: State) -> State {
     }
 }
 
+/// The same state with weights.
+pub(super) fn with_weights(state: State) -> State {
+    match state {
+        State::Stale { cache } => State::Awake { cache },
+        State::Asleep { .. } => State::Asleep { level: Level::One },
+        state => state,
+    }
+}
+
 pub(super) fn cache(state: State) -> Cache {
     match state {
         State::Awake { cache } | State::Stale { cache } | State::Updating { cache } => cache,
