@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::{Duration, Instant};
 
 use super::replica::{
     self, Member, Replica, ReplicaEvent, Restarts, cache, least_advanced, with_weights, without_weights,
@@ -58,7 +59,8 @@ type Listener = Box<dyn FnMut(&ReplicaEvent<'_>) + Send>;
 /// - the next call of [`generate`](Engine::generate), if it can be given the current weights: where it is made with them,
 ///   which holds until the first update begins, or [`with_weights`](Self::with_weights) said where they are.
 ///
-/// These calls wait for it to be made: whoever makes it sets the bound. [`Restarts`] says how often that is tried.
+/// These calls wait for it to be made: whoever makes it sets the bound, not the [`Watch`]. A call of `generate` that has less
+/// time than making ever took leaves it to a later one while others live. [`Restarts`] says how often making is tried.
 /// Nothing is restarted by sleeping and waking, which the dead are left out of: their memory is free.
 ///
 /// # State
@@ -82,6 +84,8 @@ pub(super) struct Shared {
     /// Where the handle stands if no replica does.
     pub(super) alone: State,
     pub(super) restarts: Restarts,
+    /// The longest that making engines has taken, with giving them weights.
+    pub(super) making: Duration,
     listener: Option<Listener>,
 }
 
@@ -171,9 +175,11 @@ impl DataParallel {
         count: usize,
         make: impl Fn(usize) -> Result<Box<dyn Engine>> + Send + Sync + 'static,
     ) -> Result<Self> {
+        let begun = Instant::now();
         let made = side_by_side("start", (0..count).collect(), |replica| {
             make(replica).map_err(|error| Failure::new(error, None))
         });
+        let making = begun.elapsed();
         let mut members = Vec::with_capacity(count);
         for (replica, engine) in made.into_iter().enumerate() {
             let engine = engine.map_err(|failure| failure.of(replica))?;
@@ -204,6 +210,7 @@ impl DataParallel {
             version: version.unwrap_or_default(),
             alone: state,
             restarts: Restarts::default(),
+            making,
             listener: None,
         };
         Ok(Self { members, shared })

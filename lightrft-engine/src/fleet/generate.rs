@@ -128,7 +128,11 @@ impl DataParallel {
         let mut furthest = progress;
         // Where all of them die, the handle still stands here.
         self.shared.alone = self.state();
-        let mut last = self.restart(Event::Generate);
+        let others = self.in_service().next().is_some();
+        let mut last = match others && watch.left() < self.shared.making {
+            true => None,
+            false => self.restart(Event::Generate),
+        };
         let in_service = self.in_service().count();
         let mut open: Vec<Open> =
             pieces(requests, in_service).into_iter().map(|piece| Open { piece, deaths: 0 }).collect();

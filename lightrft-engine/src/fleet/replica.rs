@@ -243,12 +243,14 @@ pub(super) fn restart(members: Vec<&mut Member>, state: State, shared: &mut Shar
         return None;
     }
     let indices: Vec<usize> = members.iter().map(|member| member.record.index).collect();
+    let begun = Instant::now();
     let made = {
         let (recipe, version, made) = (&shared.recipe, shared.version, shared.made);
         side_by_side("restart", indices, |index| {
             make(index, state, version, made, recipe).map_err(|error| Failure::new(error, None))
         })
     };
+    shared.making = shared.making.max(begun.elapsed());
     let mut last = None;
     for (member, made) in members.into_iter().zip(made) {
         let record = &mut member.record;
