@@ -165,8 +165,9 @@ impl EmbeddedEngine {
     }
 
     /// A whole update without a copy: takes the trainer's tensors themselves, as version `to`, where they are of
-    /// [`Settings::dtype`] and in host memory. Whoever writes into them afterwards changes the engine's weights too. An
-    /// engine on a GPU copies them there.
+    /// [`Settings::dtype`] and in host memory. Whoever writes into them afterwards changes the engine's weights too; another
+    /// thread that does so waits for a call of [`generate`](Engine::generate) that is under way. An engine on a GPU copies
+    /// them there.
     ///
     /// # Errors
     /// [`Error::Refused`] while asleep; [`Error::Model`] names a tensor that is missing, unknown or of another shape.
