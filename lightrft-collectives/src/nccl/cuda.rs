@@ -30,6 +30,7 @@ symbols! {
     fn init = "cuInit"(c_uint) -> Code;
     fn device_get_count = "cuDeviceGetCount"(*mut c_int) -> Code;
     fn device_get = "cuDeviceGet"(*mut c_int, c_int) -> Code;
+    fn get_version = "cuDriverGetVersion"(*mut c_int) -> Code;
     fn device_get_uuid = "cuDeviceGetUuid_v2"(*mut [u8; 16], c_int) -> Code;
     fn primary_retain = "cuDevicePrimaryCtxRetain"(*mut usize, c_int) -> Code;
     fn push_current = "cuCtxPushCurrent_v2"(usize) -> Code;
@@ -103,6 +104,14 @@ impl Driver {
 /// One GPU of this process: its ordinal and primary context, which is that of the CUDA runtime and so of NCCL too.
 #[derive(Debug)]
 pub struct Gpu {
+/// The version of CUDA that this machine's driver is of, 12080 for 12.8; `None` without one.
+pub(super) fn driver_version() -> Option<i32> {
+    let (driver, mut version) = (Driver::get().ok()?, 0);
+    // SAFETY: writes one int.
+    let code = unsafe { (driver.get_version)(&mut version) };
+    (code == 0).then_some(version)
+}
+
     driver: &'static Driver,
     ordinal: usize,
     /// Retained and never released: communicators that are still being destroyed may outlive all else.
