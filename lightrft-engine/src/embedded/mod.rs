@@ -56,4 +56,4 @@ pub use error::{ModelError, ModelResult};
 pub use kv_cache::{KvCache, LayerCache};
 pub use sampling::{Draw, DrawKey, Past, Unusable, draw, uniform};
 pub use stop::Detokenize;
-pub use weights::{Weights, weight_files};
+pub use weights::Weights;
