@@ -121,7 +121,9 @@ impl Gpu {
     }
 
     pub(super) fn park(&mut self) -> Result<()> {
-        self.weights.park(&self.stream)
+        self.weights.park()?;
+        self.return_memory();
+        Ok(())
     }
 
     pub(super) fn unpark(&mut self) -> Result<()> {
