@@ -91,6 +91,9 @@ impl Default for Settings {
 /// held. Sleeping at [`Level::Two`] frees them, on the CPU provided that no clone of the [`Weights`] given to
 /// [`EmbeddedEngine::new`] or [`EmbeddedEngine::adopt`] is alive elsewhere. There is never more than one set: on the CPU
 /// an update frees the former weights when it begins, on a GPU it writes over them.
+///
+/// A GPU that fails a process fails it for good, unless what it lacks is memory: the call ends with `Error::GpuLost`, and the
+/// engine is [`State::Dead`] from then on.
 #[derive(Debug)]
 pub struct EmbeddedEngine {
     config: DecoderConfig,
@@ -175,8 +178,9 @@ impl EmbeddedEngine {
     pub fn adopt(&mut self, to: Version, weights: &Weights) -> Result<()> {
         let updating = self.state.after(Event::BeginUpdate)?;
         weights.check(&self.config)?;
-        if let Err(error) = self.place.replace(weights) {
-            if self.settings.device != Device::Cpu {
+        let replaced = self.place.replace(weights);
+        if let Err(error) = self.survived(replaced) {
+            if self.settings.device != Device::Cpu && self.state != State::Dead {
                 self.state = updating;
                 self.step(Event::Abandon)?;
             }
@@ -201,16 +205,28 @@ impl EmbeddedEngine {
 
     /// Takes a tensor of an update: a parameter, of the engine's type.
     pub(super) fn stage(&mut self, name: String, tensor: Tensor) -> Result<()> {
-        self.place.stage(name, tensor)
+        let staged = self.place.stage(name, tensor);
+        self.survived(staged)
     }
 
     /// Ends an update of which every tensor was staged.
     pub(super) fn commit(&mut self, to: Version) -> Result<()> {
         let committed = self.state.after(Event::Commit)?;
-        self.place.commit()?;
+        let taken = self.place.commit();
+        self.survived(taken)?;
         self.state = committed;
         self.replaced(to);
         Ok(())
+    }
+
+    /// What a call on the engine's device came to, which may have been the end of it.
+    fn survived<T>(&mut self, done: Result<T>) -> Result<T> {
+        if done.as_ref().is_err_and(Error::is_death) {
+            self.place.abandon();
+            self.pages.clear();
+            self.step(Event::Die)?;
+        }
+        done
     }
 
     fn replaced(&mut self, to: Version) {
@@ -233,7 +249,7 @@ impl EmbeddedEngine {
     }
 }
 
-/// Whole pages of so many bytes.
+/// Whole pages within so many bytes.
 fn pages_within(cache_bytes: Option<u64>, page_bytes: u64) -> usize {
     cache_bytes.map_or(usize::MAX, |bytes| usize::try_from(bytes / page_bytes.max(1)).unwrap_or(usize::MAX))
 }
@@ -263,7 +279,10 @@ impl Engine for EmbeddedEngine {
         }
         let cache_bytes = match self.settings.cache_bytes {
             Some(bytes) => Some(bytes),
-            None => self.place.default_cache_bytes()?,
+            None => {
+                let most = self.place.default_cache_bytes();
+                self.survived(most)?
+            }
         };
         self.check_cache(requests, cache_bytes)?;
         self.pages.set_limit(pages_within(cache_bytes, self.place.page_bytes()));
@@ -275,7 +294,8 @@ impl Engine for EmbeddedEngine {
             max_sequences: self.settings.max_sequences,
             version: self.version,
         };
-        let mut completions = self.place.run(&self.config, &self.team, drive, requests, watch)?;
+        let drawn = self.place.run(&self.config, &self.team, drive, requests, watch);
+        let mut completions = self.survived(drawn)?;
         completions.sort_by_key(|c| (c.request, c.sample));
         Ok(completions)
     }
@@ -285,7 +305,8 @@ impl Engine for EmbeddedEngine {
         self.pages.clear();
         self.place.drop_cache();
         if asleep.has_weights() {
-            self.place.park()?;
+            let parked = self.place.park();
+            self.survived(parked)?;
         } else {
             self.place.drop_weights();
         }
@@ -296,7 +317,8 @@ impl Engine for EmbeddedEngine {
     fn wake(&mut self, parts: Parts) -> Result<()> {
         let woken = self.state.after(Event::Wake(parts))?;
         if woken.has_weights() {
-            self.place.unpark()?;
+            let back = self.place.unpark();
+            self.survived(back)?;
         }
         self.state = woken;
         Ok(())
@@ -332,5 +354,33 @@ impl Engine for EmbeddedEngine {
     fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
         let parameters = self.config().parameter_groups().into_iter().flat_map(|g| g.parameters);
         Some(parameters.map(|p| (p.name, p.shape)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{EngineExt, Refusal, Sampling};
+
+    #[test]
+    fn an_engine_whose_device_is_gone_is_dead() {
+        let config = DecoderConfig::from_json(
+            r#"{"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}"#,
+        )
+        .unwrap();
+        let weights = Weights::random(&config, 1, 0.1, &candle_core::Device::Cpu).unwrap();
+        let mut engine = EmbeddedEngine::new(config, weights, Settings::default()).unwrap();
+        let request = Request::new([1, 2, 3], Sampling::greedy(4));
+        engine.complete(std::slice::from_ref(&request)).unwrap();
+
+        let passes = Error::Refused(State::EMPTY.after(Event::Generate).unwrap_err());
+        engine.survived::<()>(Err(passes)).unwrap_err();
+        assert_eq!(engine.state(), State::READY);
+        let lost = Error::Refused(Refusal { state: State::Dead, event: Event::Generate, advice: "" });
+        engine.survived::<()>(Err(lost)).unwrap_err();
+        assert_eq!((engine.state(), engine.version()), (State::Dead, None));
+        assert_eq!(engine.memory_bytes(), Some(MemoryBytes::default()));
+        assert!(engine.complete(&[request]).unwrap_err().is_death());
     }
 }

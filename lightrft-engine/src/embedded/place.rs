@@ -108,6 +108,18 @@ impl Place {
         each!(self, it => it.drop_cache());
     }
 
+    /// Frees all without asking the device, which is gone.
+    pub(super) fn abandon(&mut self) {
+        match self {
+            Place::Host(host) => {
+                host.drop_weights();
+                host.drop_cache();
+            }
+            #[cfg(feature = "cuda")]
+            Place::Gpu(gpu) => gpu.abandon(),
+        }
+    }
+
     /// Moves the weights to host memory.
     pub(super) fn park(&mut self) -> Result<()> {
         match self {

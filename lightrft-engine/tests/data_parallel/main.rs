@@ -203,7 +203,7 @@ fn a_dead_replicas_requests_are_answered_by_others_and_it_is_restarted_before_th
     for _ in 0..3 {
         assert_eq!(engines.complete(&requests).unwrap(), alone(&requests));
     }
-    let refused = "cannot generate while dead: its server is gone: start another, or attach to one";
+    let refused = "cannot generate while dead: its server or its GPU is gone: make another engine";
     let told = [&format!("1 died: generate: {refused}"), "4 of 1 repeated", "1 restarted 1: In"];
     assert_eq!(*events.lock().unwrap(), told);
     let well = Replica { state: State::READY, version: Some(Version(0)), service: Service::In, restarts: 0 };

@@ -52,6 +52,8 @@ pub(super) struct Gpu {
     work: Option<Work>,
     blas: Blas,
     stream: Stream,
+    /// Nothing comes back from it any more.
+    lost: bool,
 }
 
 impl Drop for Gpu {
@@ -89,6 +91,7 @@ impl Gpu {
             blas,
             stream,
             shape,
+            lost: false,
         })
     }
 
@@ -113,8 +116,18 @@ impl Gpu {
         self.return_memory();
     }
 
+    /// Frees all without waiting for a GPU that may never answer.
+    pub(super) fn abandon(&mut self) {
+        self.lost = true;
+        self.drop_weights();
+        self.drop_cache();
+    }
+
     /// What was freed is for others now. A failure shows in the next call that needs the GPU.
     fn return_memory(&self) {
+        if self.lost {
+            return;
+        }
         if let Err(error) = give_back(&self.stream) {
             tracing::warn!(%error, "memory was not given back");
         }
