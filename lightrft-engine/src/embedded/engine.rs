@@ -235,13 +235,13 @@ impl EmbeddedEngine {
     }
 
     /// Refuses a request whose longest completion would not fit the cache even alone.
-    fn check_cache(&self, requests: &[Request], cache_bytes: Option<u64>) -> Result<()> {
-        let Some(cache_bytes) = cache_bytes else { return Ok(()) };
+    fn check_cache(&self, requests: &[Request]) -> Result<()> {
         for (request, r) in requests.iter().enumerate() {
             // The last token drawn is never computed.
             let tokens = r.prompt.len() + r.sampling.max_new_tokens - 1;
-            let needed_bytes = Pages::pages_of(tokens) as u64 * self.place.page_bytes();
-            if needed_bytes > cache_bytes {
+            let (needed, most) = (Pages::pages_of(tokens), self.pages.limit());
+            if needed > most {
+                let [needed_bytes, cache_bytes] = [needed, most].map(|n| n as u64 * self.place.page_bytes());
                 return Err(Error::CacheExceeded { request, tokens, needed_bytes, cache_bytes });
             }
         }
@@ -280,13 +280,14 @@ impl Engine for EmbeddedEngine {
         let cache_bytes = match self.settings.cache_bytes {
             Some(bytes) => Some(bytes),
             None => {
-                let most = self.place.default_cache_bytes();
+                let most = self.place.default_cache_bytes(self.settings.max_sequences);
                 self.survived(most)?
             }
         };
-        self.check_cache(requests, cache_bytes)?;
-        self.pages.set_limit(pages_within(cache_bytes, self.place.page_bytes()));
-        self.pages.reset();
+        let page_bytes = self.place.page_bytes();
+        self.pages.reset(pages_within(Some(self.place.cache_bytes()), page_bytes));
+        self.pages.set_limit(pages_within(cache_bytes, page_bytes));
+        self.check_cache(requests)?;
         let drive = Drive {
             team: &self.team,
             pages: &mut self.pages,

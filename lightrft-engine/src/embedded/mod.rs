@@ -22,7 +22,7 @@
 //!
 //! [`Settings::device`] puts weights, cache and arithmetic on a GPU (feature `cuda`). The driver, NVRTC and cuBLAS are looked
 //! for when such an engine is made: `libcuda.so.1`, `$NVRTC_LIB` or `libnvrtc.so.13`, `libnvrtc.so.12`, and `$CUBLAS_LIB`
-//! or `libcublas.so.13`, `libcublas.so.12`.
+//! or `libcublas.so.13`, `libcublas.so.12`; those of the driver's version of CUDA first.
 //!
 //! [`EmbeddedEngine`] is the engine; [`Weights`] and [`DecoderConfig`] are its model, and [`Decoder`] the same forward pass
 //! on candle, with gradients, for a trainer. [`draw`] is the sampling of one token, with [`uniform`] for its random

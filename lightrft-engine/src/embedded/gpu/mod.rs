@@ -155,10 +155,12 @@ impl Gpu {
         self.cache.page_bytes()
     }
 
-    /// Four fifths of what is free, with what the cache has.
-    pub(super) fn default_cache_bytes(&self) -> Result<u64> {
-        let free = free_bytes(&self.stream)?;
-        Ok((free + self.cache.bytes()) / 5 * 4)
+    /// Four fifths of what is free once steps have their memory, with what the cache has: the same in every call, as long as
+    /// others take none.
+    pub(super) fn default_cache_bytes(&self, max_sequences: usize) -> Result<u64> {
+        let (free, columns) = (free_bytes(&self.stream)?, STEP_COLUMNS.max(max_sequences));
+        let steps = Work::missing_bytes(self.work.as_ref(), self, columns);
+        Ok((free + self.cache.bytes()).saturating_sub(steps) / 5 * 4)
     }
 
     /// Calls `f` with the model, ready for steps with so many pages at most.
