@@ -51,6 +51,10 @@ type Listener = Box<dyn FnMut(&ReplicaEvent<'_>) + Send>;
 /// [`Request::id`] is set where it was not, and [`Request::first_sample`] where samples were parted, so whichever
 /// replica draws a sample draws the same tokens, as far as the engines heed seeds.
 ///
+/// # Weights
+/// Every replica takes the buckets of an update from the same bytes in host memory, also where its engine alone would take
+/// them from a GPU.
+///
 /// # Death
 /// A replica is dead when its engine says so ([`State::Dead`], [`Error::is_death`]), or panics. The call goes on without it;
 /// what it had not answered is dealt to those that live, but a request that was under way on three replicas when they
