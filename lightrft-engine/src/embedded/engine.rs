@@ -48,7 +48,8 @@ pub struct Settings {
     pub max_sequences: usize,
     /// Most bytes of keys and values. Where they are spent, the completions that began last give their part up, and
     /// compute it again later; a request that would not fit even alone is refused. `None` bounds them by
-    /// `max_sequences` and the context alone, and on a GPU by four fifths of the memory that is free when a call begins.
+    /// `max_sequences` and the context alone, and on a GPU by four fifths of the memory that is free when a call begins, less
+    /// what steps need.
     pub cache_bytes: Option<u64>,
     /// Threads of a step, on a GPU of the draws after it. `None` takes the rayon pool that the caller runs in, which `RAYON_NUM_THREADS` bounds; a
     /// number makes a pool of the engine's own, of which 1 is the calling thread. With a rank on every core, 1 keeps
