@@ -208,6 +208,19 @@ pub enum Error {
         #[source]
         source: Box<lightrft_collectives::Error>,
     },
+    /// This process has lost a GPU: it hangs, or every call on it fails since one before went wrong. The embedded engine on
+    /// it is dead, and others of this process on that GPU will be.
+    #[cfg(feature = "cuda")]
+    #[error("{doing} (GPU {ordinal}): {source}; the process has lost this GPU: start it again")]
+    GpuLost {
+        /// What was under way.
+        doing: &'static str,
+        /// The GPU's ordinal among those that this process sees.
+        ordinal: usize,
+        /// What the driver said.
+        #[source]
+        source: Box<lightrft_collectives::Error>,
+    },
     /// A GPU has too little memory for the embedded engine. What it had before it has still.
     #[cfg(feature = "cuda")]
     #[error(
@@ -308,6 +321,8 @@ impl Error {
             Error::Refused(refusal) => refusal.state == State::Dead,
             #[cfg(any(feature = "sglang", feature = "vllm"))]
             Error::Server(error) => error.is_the_end(),
+            #[cfg(feature = "cuda")]
+            Error::GpuLost { .. } => true,
             _ => false,
         }
     }

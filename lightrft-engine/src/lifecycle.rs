@@ -60,7 +60,7 @@ pub enum State {
         /// The cache, which may still sleep.
         cache: Cache,
     },
-    /// Its process or its server is gone. Nothing brings this engine back: make another.
+    /// Its process, its server or its GPU is gone. Nothing brings this engine back: make another.
     Dead,
 }
 
@@ -133,7 +133,7 @@ impl State {
         let refused = |advice| Err(Refusal { state: self, event, advice });
         match (self, event) {
             (_, Die) => Ok(Dead),
-            (Dead, _) => refused("its server is gone: start another, or attach to one"),
+            (Dead, _) => refused("its server or its GPU is gone: make another engine"),
             (_, LoseTrack) => Ok(Self::EMPTY),
 
             (Awake { cache: Ready }, Generate) => Ok(self),

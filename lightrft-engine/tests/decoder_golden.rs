@@ -1,11 +1,11 @@
-//! The decoder's logits, gradients and cached generation equal those of `transformers` (see `tests/data/README.md`).
+//! The decoder's logits and gradients, and the engine's generation, equal those of `transformers` (see `tests/data/README.md`).
 #![cfg(feature = "embedded")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
-use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, KvCache, Settings, Weights};
+use lightrft_engine::embedded::{Decoder, DecoderConfig, EmbeddedEngine, Settings, Weights};
 use lightrft_engine::{EngineExt, Request, Sampling};
 
 const CASES: [&str; 7] =
@@ -55,7 +55,7 @@ fn logits_equal_those_of_transformers() {
         let (decoder, weights, v) = load(case);
         let ids = decoder.token_ids(&v.input_ids).unwrap();
         let frame = decoder.frame(v.input_ids[0].len()).unwrap();
-        let x = decoder.hidden(&weights, &ids, &frame, None).unwrap();
+        let x = decoder.hidden(&weights, &ids, &frame).unwrap();
         let logits = decoder.logits(&weights, &x).unwrap();
         let got = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let want: Vec<f32> = v.logits.concat().concat();
@@ -73,7 +73,7 @@ fn every_parameter_gets_the_gradient_that_transformers_computes() {
         let ids = decoder.token_ids(&v.input_ids).unwrap();
         let (batch, length) = ids.dims2().unwrap();
         let frame = decoder.frame(length).unwrap();
-        let x = decoder.hidden(&tracked, &ids, &frame, None).unwrap();
+        let x = decoder.hidden(&tracked, &ids, &frame).unwrap();
         let x = x.narrow(1, 0, length - 1).unwrap();
         let targets = ids.narrow(1, 1, length - 1).unwrap();
         let log_probs = decoder.log_probs(&tracked, &x, &targets).unwrap();
@@ -95,60 +95,23 @@ fn every_parameter_gets_the_gradient_that_transformers_computes() {
 }
 
 #[test]
-fn greedy_generation_with_the_cache_repeats_that_of_transformers() {
+fn greedy_generation_repeats_that_of_transformers() {
     for case in CASES {
         let (decoder, weights, v) = load(case);
         for g in &v.generations {
-            let mut cache = KvCache::new(decoder.config().layers);
-            let mut step = g.prompt.clone();
+            let mut tokens = g.prompt.clone();
             for (token, want) in g.new_tokens.iter().zip(&g.logits) {
-                let frame = decoder.padded_frame(&[0], cache.len(), step.len()).unwrap();
-                let ids = decoder.token_ids(&[&step]).unwrap();
-                let x = decoder.hidden(&weights, &ids, &frame, Some(&mut cache)).unwrap();
-                let last = x.narrow(1, step.len() - 1, 1).unwrap();
+                let frame = decoder.frame(tokens.len()).unwrap();
+                let ids = decoder.token_ids(&[&tokens]).unwrap();
+                let x = decoder.hidden(&weights, &ids, &frame).unwrap();
+                let last = x.narrow(1, tokens.len() - 1, 1).unwrap();
                 let logits = decoder.logits(&weights, &last).unwrap();
                 let logits = logits.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 assert_close(case, &logits, want);
                 let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
                 assert_eq!(best as u32, *token, "{case}");
-                step = vec![*token];
+                tokens.push(*token);
             }
-        }
-    }
-}
-
-#[test]
-fn left_padded_rows_of_a_batch_equal_the_rows_alone() {
-    let (decoder, weights, v) = load("qwen2_tied");
-    let rows: Vec<Vec<u32>> = vec![v.input_ids[0][..3].to_vec(), v.input_ids[1][..7].to_vec()];
-    let (longest, padding) = (7, vec![4, 0]);
-    let padded: Vec<Vec<u32>> = rows
-        .iter()
-        .zip(&padding)
-        .map(|(r, p)| std::iter::repeat_n(0, *p).chain(r.iter().copied()).collect())
-        .collect();
-    let mut cache = KvCache::new(decoder.config().layers);
-    let mut got = Vec::new();
-    let mut next: Vec<Vec<u32>> = padded;
-    for step in 0..3u32 {
-        let new = next[0].len();
-        let frame = decoder.padded_frame(&padding, cache.len(), new).unwrap();
-        let ids = decoder.token_ids(&next).unwrap();
-        let x = decoder.hidden(&weights, &ids, &frame, Some(&mut cache)).unwrap();
-        let last = x.narrow(1, new - 1, 1).unwrap().contiguous().unwrap();
-        got.push(decoder.logits(&weights, &last).unwrap().squeeze(1).unwrap().to_vec2::<f32>().unwrap());
-        next = vec![vec![5 + step], vec![9 + step]];
-    }
-    assert_eq!(cache.len(), longest + 2);
-    for (row, tokens) in rows.iter().enumerate() {
-        let start = if row == 0 { 5 } else { 9 };
-        let whole: Vec<u32> = tokens.iter().copied().chain([start, start + 1]).collect();
-        let frame = decoder.frame(whole.len()).unwrap();
-        let ids = decoder.token_ids(&[&whole]).unwrap();
-        let x = decoder.hidden(&weights, &ids, &frame, None).unwrap();
-        let logits = decoder.logits(&weights, &x).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
-        for (step, got) in got.iter().enumerate() {
-            assert_close(&format!("row {row}, step {step}"), &got[row], &logits[tokens.len() - 1 + step]);
         }
     }
 }

@@ -73,7 +73,7 @@ fn recomputed(
     for position in 0..request.sampling.max_new_tokens {
         let ids = decoder.token_ids(&[&tokens]).unwrap();
         let frame = decoder.frame(tokens.len()).unwrap();
-        let hidden = decoder.hidden(weights, &ids, &frame, None).unwrap();
+        let hidden = decoder.hidden(weights, &ids, &frame).unwrap();
         let logits = decoder.logits(weights, &hidden).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
         let key = DrawKey {
             seed: request.sampling.seed,
@@ -136,7 +136,7 @@ fn log_probs_equal_those_of_a_trainers_forward_pass() {
         let ids = decoder.token_ids(&[&all[..length]]).unwrap();
         let targets = decoder.token_ids(&[&all[1..]]).unwrap();
         let frame = decoder.frame(length).unwrap();
-        let hidden = decoder.hidden(&weights, &ids, &frame, None).unwrap();
+        let hidden = decoder.hidden(&weights, &ids, &frame).unwrap();
         let log_probs = decoder.log_probs(&weights, &hidden, &targets).unwrap();
         let log_probs = log_probs.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_close(&c.log_probs, &log_probs[prompt.len() - 1..], 1e-5);

@@ -244,3 +244,13 @@ fn a_token_is_penalised_once_however_often_it_stands_there() {
     assert_eq!([token(&[2], &[]), token(&[0], &[]), token(&[2], &[0])], [0, 1, 1]);
     assert_eq!(token(&[0, 0, 0, 1], &[1, 1]), 0, "1.5 against 1.0, not less");
 }
+
+#[test]
+fn a_penalty_that_overflows_a_logit_is_an_error_and_not_a_token() {
+    let logits = [1.0, 5.0, 2.0];
+    let past = Past { prompt: &[1], completion: &[] };
+    for temperature in [0.0, 1.0] {
+        let sampling = Sampling { temperature, repetition_penalty: 1e-38, ..Sampling::default() };
+        assert_eq!(draw(&logits, &sampling, past, 0.5), Err(Unusable::NotFinite(1)));
+    }
+}

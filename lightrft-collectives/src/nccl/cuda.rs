@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 type Code = c_int;
 /// `CUDA_ERROR_NOT_READY`.
 const NOT_READY: Code = 600;
+/// `CU_POINTER_ATTRIBUTE_MEMORY_TYPE`.
+const MEMORY_TYPE: c_int = 2;
 /// `CU_STREAM_NON_BLOCKING`: does not wait for the legacy default stream.
 const NON_BLOCKING: c_uint = 1;
 /// `CU_EVENT_DISABLE_TIMING`.
@@ -28,6 +30,7 @@ symbols! {
     /// The functions of libcuda.
     pub(super) struct Driver("the CUDA driver");
     fn init = "cuInit"(c_uint) -> Code;
+    fn get_version = "cuDriverGetVersion"(*mut c_int) -> Code;
     fn device_get_count = "cuDeviceGetCount"(*mut c_int) -> Code;
     fn device_get = "cuDeviceGet"(*mut c_int, c_int) -> Code;
     fn device_get_uuid = "cuDeviceGetUuid_v2"(*mut [u8; 16], c_int) -> Code;
@@ -52,6 +55,7 @@ symbols! {
     fn upload_async = "cuMemcpyHtoDAsync_v2"(u64, *const c_void, usize, usize) -> Code;
     fn download_async = "cuMemcpyDtoHAsync_v2"(*mut c_void, u64, usize, usize) -> Code;
     fn copy_async = "cuMemcpyDtoDAsync_v2"(u64, u64, usize, usize) -> Code;
+    fn pointer_get_attribute = "cuPointerGetAttribute"(*mut c_void, c_int, u64) -> Code;
     fn mem_get_info = "cuMemGetInfo_v2"(*mut usize, *mut usize) -> Code;
     fn default_pool = "cuDeviceGetDefaultMemPool"(*mut usize, c_int) -> Code;
     fn pool_trim = "cuMemPoolTrimTo"(usize, usize) -> Code;
@@ -98,6 +102,14 @@ impl Driver {
         };
         format!("{}, {}", text(self.get_error_name), text(self.get_error_string))
     }
+}
+
+/// The version of CUDA that this machine's driver is of, 12080 for 12.8; `None` without one.
+pub(super) fn driver_version() -> Option<i32> {
+    let (driver, mut version) = (Driver::get().ok()?, 0);
+    // SAFETY: writes one int.
+    let code = unsafe { (driver.get_version)(&mut version) };
+    (code == 0).then_some(version)
 }
 
 /// One GPU of this process: its ordinal and primary context, which is that of the CUDA runtime and so of NCCL too.
@@ -342,29 +354,47 @@ impl Gpu {
         self.check("fill memory", unsafe { (self.driver.memset_async)(pointer, byte, bytes, stream) })
     }
 
-    /// Copies to the GPU. `from` may be reused on return: the driver stages memory that is not pinned.
+    /// Copies to the GPU. `from` may be reused on return: the driver stages memory that is not pinned, and for memory that
+    /// is this waits until the stream has come past the copy.
     ///
     /// # Safety
     /// As many bytes at `pointer` are ours to write on `stream`.
     pub unsafe fn upload(&self, pointer: u64, from: &[u8], stream: usize) -> Result<()> {
         let _current = self.enter()?;
         let source = from.as_ptr().cast();
-        // SAFETY: the caller's promise; the source is a slice, and pageable.
+        // SAFETY: the caller's promise; the source is a slice, which is borrowed for as long as it is read.
         self.check("copy to the GPU", unsafe {
             (self.driver.upload_async)(pointer, source, from.len(), stream)
-        })
+        })?;
+        self.finish(source, stream)
     }
 
-    /// Copies from the GPU, and returns when that is done: `to` is memory that is not pinned.
+    /// Copies from the GPU, and returns when that is done, whether `to` is pinned or not.
     ///
     /// # Safety
     /// As many bytes at `pointer` are ours to read on `stream`.
     pub unsafe fn download(&self, to: &mut [u8], pointer: u64, stream: usize) -> Result<()> {
         let _current = self.enter()?;
-        let target = to.as_mut_ptr().cast();
-        // SAFETY: the caller's promise; the target is a slice of ours, and for pageable memory the copy is complete on return.
+        let target = to.as_mut_ptr().cast::<c_void>();
+        // SAFETY: the caller's promise; the target is a slice, which is borrowed for as long as it is written.
         let code = unsafe { (self.driver.download_async)(target, pointer, to.len(), stream) };
-        self.check("copy from the GPU", code)
+        self.check("copy from the GPU", code)?;
+        self.finish(target, stream)
+    }
+
+    /// Waits for a copy from or to memory of the host that the GPU reaches by itself. With other memory the driver is done
+    /// when it returns.
+    fn finish(&self, host: *const c_void, stream: usize) -> Result<()> {
+        let mut kind: c_uint = 0;
+        // SAFETY: writes one number. Any address may be asked about; for one that the driver does not know this fails.
+        let code = unsafe {
+            (self.driver.pointer_get_attribute)((&raw mut kind).cast(), MEMORY_TYPE, host.addr() as u64)
+        };
+        if code != 0 {
+            return Ok(());
+        }
+        // SAFETY: the stream is live, by the promise of who enqueued the copy.
+        self.check("wait for a stream", unsafe { (self.driver.stream_synchronize)(stream) })
     }
 
     /// Copies between two places of this GPU.

@@ -146,3 +146,44 @@ pub fn download(from: &Device<'_>, to: &mut [u8], limit: Duration) -> Result<()>
     // SAFETY: as many bytes of that memory, whose uses are enqueued on this stream.
     unsafe { stream.gpu().download(to, from.pointer(), from.stream().0) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::device::DeviceMemory;
+    use super::*;
+
+    #[test]
+    #[ignore = "needs GPUs: cargo xtask gpu test"]
+    fn gpu_copies_of_pinned_memory_are_done_when_they_return() {
+        let stream = Stream::new(0).expect("a GPU test on a machine without GPUs");
+        let (gpu, bytes) = (stream.shared_gpu(), 64 << 20);
+        let address = gpu.allocate_pinned(bytes).unwrap();
+        // SAFETY: so many bytes of ours, which have values from the first line on.
+        let pinned = unsafe {
+            std::ptr::write_bytes(address.cast::<u8>(), 1, bytes);
+            std::slice::from_raw_parts_mut(address.cast::<u8>(), bytes)
+        };
+        let mut memory = ExportedMemory::new(&stream, bytes).unwrap();
+        let busy = DeviceMemory::unset(&stream, crate::Dtype::U8, 4 << 30).unwrap();
+        let keep_busy = || {
+            for _ in 0..50 {
+                // SAFETY: just allocated on this stream, with as many bytes.
+                unsafe { gpu.fill(busy.pointer(), 0, 4 << 30, stream.handle().0) }.unwrap();
+            }
+        };
+        keep_busy();
+        memory.upload(0, pinned).unwrap();
+        pinned.fill(2);
+        assert!(memory.wait(Duration::from_secs(60)).unwrap());
+        let mut pageable = vec![0; bytes];
+        // SAFETY: as many bytes, used on this stream alone.
+        unsafe { gpu.download(&mut pageable, memory.pointer, stream.handle().0) }.unwrap();
+        assert!(pageable.iter().all(|byte| *byte == 1), "what was there at the call");
+        keep_busy();
+        // SAFETY: as above.
+        unsafe { gpu.download(pinned, memory.pointer, stream.handle().0) }.unwrap();
+        assert!(pinned.iter().all(|byte| *byte == 1), "what is there now");
+        // SAFETY: allocated above; no copy is under way.
+        unsafe { gpu.free_pinned(address) };
+    }
+}

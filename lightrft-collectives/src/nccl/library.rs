@@ -21,6 +21,19 @@ pub fn open(title: &'static str, names: &[OsString]) -> Result<Library> {
     Err(Error::Library { library: title, reason: reasons.join("; ") })
 }
 
+/// What a library of the CUDA toolkit may be called: `$variable`, and the names that its versions have.
+///
+/// One of CUDA 13 loads beside a driver of CUDA 12, and fails with it: that of the driver's version stands first.
+pub fn toolkit(variable: &str, name: &str) -> Vec<OsString> {
+    let named = std::env::var_os(variable).into_iter();
+    named.chain(by_version(name, super::cuda::driver_version()).map(OsString::from)).collect()
+}
+
+fn by_version(name: &str, driver: Option<i32>) -> [String; 3] {
+    let [first, second] = if driver.is_some_and(|version| version < 13_000) { [12, 13] } else { [13, 12] };
+    [format!("{name}.so.{first}"), format!("{name}.so.{second}"), format!("{name}.so")]
+}
+
 /// What the dynamic loader says: the error itself names only the function that failed.
 pub fn why(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), |source| source.to_string())
@@ -69,3 +82,23 @@ macro_rules! symbols {
     };
 }
 pub use symbols;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_toolkit_of_the_drivers_version_comes_first() {
+        let of_12 = ["libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"];
+        let of_13 = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
+        for (driver, names) in [
+            (Some(12_080), of_12),
+            (Some(11_080), of_12),
+            (Some(13_000), of_13),
+            (Some(13_020), of_13),
+            (None, of_13),
+        ] {
+            assert_eq!(by_version("libnvrtc", driver), names, "{driver:?}");
+        }
+    }
+}

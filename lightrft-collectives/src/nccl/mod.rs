@@ -53,7 +53,7 @@ mod watchdog;
 pub mod driver {
     pub use super::cuda::{Current, Gpu};
     pub use super::exported::{ExportedMemory, download};
-    pub use super::library::{Library, open, symbols, why};
+    pub use super::library::{Library, open, symbols, toolkit, why};
     pub use super::program::{Argument, Kernel, Program, compile};
 }
 

@@ -1,11 +1,11 @@
 //! CUDA C compiled by NVRTC when the program runs, and its kernels enqueued
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use super::device::Stream;
-use super::library::symbols;
+use super::library::{symbols, toolkit};
 use crate::error::{Error, Result};
 
 /// `nvrtcResult`.
@@ -30,12 +30,7 @@ impl Nvrtc {
     /// The compiler of this machine, looked for once: `$NVRTC_LIB`, or by the names that its versions have.
     fn get() -> Result<&'static Nvrtc> {
         static LIBRARY: OnceLock<Result<Nvrtc>> = OnceLock::new();
-        let load = || {
-            let named = std::env::var_os("NVRTC_LIB").into_iter();
-            let names = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"].map(OsString::from);
-            Nvrtc::load(&named.chain(names).collect::<Vec<_>>())
-        };
-        LIBRARY.get_or_init(load).as_ref().map_err(Clone::clone)
+        LIBRARY.get_or_init(|| Nvrtc::load(&toolkit("NVRTC_LIB", "libnvrtc"))).as_ref().map_err(Clone::clone)
     }
 
     fn check(&self, code: Code, log: &str) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The decoder: one definition that trains and generates.
+//! The decoder as a trainer computes it, with gradients.
 //!
 //! The forward pass is cut into stages, `embed`, `layer(0)`, ..., and a head (`logits` or `log_probs`), so that a
 //! sharded trainer can gather the parameters of one stage, use them and free them, and take the gradient of one stage
@@ -10,7 +10,6 @@ use candle_core::{DType, Device, Tensor};
 use super::config::DecoderConfig;
 use super::error::{ModelError, ModelResult};
 use super::graft;
-use super::kv_cache::{KvCache, LayerCache};
 use super::weights::Weights;
 
 /// A Llama-, Qwen2- or Qwen3-type decoder without its weights.
@@ -28,7 +27,7 @@ pub struct Decoder {
 pub struct Frame {
     cos: Tensor,
     sin: Tensor,
-    /// `[batch or 1, 1, queries, keys]`, 0 where attention is allowed, else -inf.
+    /// `[1, 1, queries, keys]`, 0 where attention is allowed, else -inf.
     mask: Tensor,
 }
 
@@ -99,42 +98,22 @@ impl Decoder {
     /// # Errors
     /// Those of the tensor library.
     pub fn frame(&self, length: usize) -> ModelResult<Frame> {
-        self.padded_frame(&[0], 0, length)
-    }
-
-    /// The frame of `new` columns after `past` cached ones, for rows whose first `padding[row]` columns are padding.
-    ///
-    /// A padding of one entry, or of equal entries, is shared by all rows of the batch.
-    ///
-    /// # Errors
-    /// Those of the tensor library.
-    pub fn padded_frame(&self, padding: &[usize], past: usize, new: usize) -> ModelResult<Frame> {
-        let shared = padding.windows(2).all(|w| w[0] == w[1]);
-        let padding = if shared { &padding[..padding.len().min(1)] } else { padding };
-        let (rows, keys, half) = (padding.len(), past + new, self.frequencies.len());
-        let mut angles = Vec::with_capacity(rows * new * half);
-        let mut mask = vec![f32::NEG_INFINITY; rows * new * keys];
-        for (row, pad) in padding.iter().enumerate() {
-            for query in past..keys {
-                let position = query.saturating_sub(*pad) as f32;
-                angles.extend(self.frequencies.iter().map(|f| position * f));
-                let start = (row * new + query - past) * keys;
-                // A padded query sees itself, so that no row of the softmax is empty.
-                let first = (*pad).min(query);
-                mask[start + first..=start + query].fill(0.0);
-            }
+        let mut angles = Vec::with_capacity(length * self.frequencies.len());
+        let mut mask = vec![f32::NEG_INFINITY; length * length];
+        for query in 0..length {
+            angles.extend(self.frequencies.iter().map(|f| query as f32 * f));
+            mask[query * length..=query * length + query].fill(0.0);
         }
         let (cos, sin): (Vec<f32>, Vec<f32>) =
             angles.iter().map(|a| (f64::from(*a).cos() as f32, f64::from(*a).sin() as f32)).unzip();
         let table = |data: Vec<f32>| -> ModelResult<Tensor> {
-            let t = Tensor::from_vec(data, (rows, new, half), &self.device)?;
-            let t = if shared { t.squeeze(0)? } else { t };
-            Ok(t.to_dtype(self.dtype)?)
+            Ok(Tensor::from_vec(data, (length, self.frequencies.len()), &self.device)?
+                .to_dtype(self.dtype)?)
         };
         Ok(Frame {
             cos: table(cos)?,
             sin: table(sin)?,
-            mask: Tensor::from_vec(mask, (rows, 1, new, keys), &self.device)?.to_dtype(self.dtype)?,
+            mask: Tensor::from_vec(mask, (1, 1, length, length), &self.device)?.to_dtype(self.dtype)?,
         })
     }
 
@@ -149,18 +128,11 @@ impl Decoder {
         Ok(x.reshape((batch, length, self.config.hidden_size))?)
     }
 
-    /// Stage `layers.{index}`: residual stream to residual stream. With a cache, `x` holds the new columns only.
+    /// Stage `layers.{index}`: residual stream to residual stream.
     ///
     /// # Errors
     /// A missing weight, or those of the tensor library.
-    pub fn layer(
-        &self,
-        index: usize,
-        weights: &Weights,
-        x: &Tensor,
-        frame: &Frame,
-        cache: Option<&mut LayerCache>,
-    ) -> ModelResult<Tensor> {
+    pub fn layer(&self, index: usize, weights: &Weights, x: &Tensor, frame: &Frame) -> ModelResult<Tensor> {
         let c = &self.config;
         let (batch, length, _) = x.dims3()?;
         let w = LayerWeights { weights, prefix: format!("model.layers.{index}.") };
@@ -180,17 +152,12 @@ impl Decoder {
         };
         let q = graft::rope(&q, &frame.cos, &frame.sin)?;
         let k = graft::rope(&k, &frame.cos, &frame.sin)?;
-        let (k, v) = match cache {
-            Some(cache) => cache.append(&k, &v)?,
-            None => (k, v),
-        };
-        let keys = k.dim(2)?;
         // The query heads of a group stand in one matrix, so keys and values need no copies: [b, kv, group * len, dim].
         let stacked = (batch, c.kv_heads, c.heads / c.kv_heads * length, c.head_dim);
-        let scores = q.reshape(stacked)?.matmul(&k.t()?)?.reshape((batch, c.heads, length, keys))?;
+        let scores = q.reshape(stacked)?.matmul(&k.t()?)?.reshape((batch, c.heads, length, length))?;
         let scale = 1.0 / (c.head_dim as f64).sqrt();
         let attention = graft::masked_softmax(&scores, &frame.mask, scale)?;
-        let attention = attention.reshape((stacked.0, stacked.1, stacked.2, keys))?;
+        let attention = attention.reshape((stacked.0, stacked.1, stacked.2, length))?;
         let out = attention.matmul(&v)?.reshape((batch, c.heads, length, c.head_dim))?;
         let out = out.transpose(1, 2)?.reshape((batch, length, c.heads * c.head_dim))?;
         let x = (x + w.linear("self_attn.o_proj", &out, c.output_bias)?)?;
@@ -229,16 +196,10 @@ impl Decoder {
     ///
     /// # Errors
     /// A missing weight, or those of the tensor library.
-    pub fn hidden(
-        &self,
-        weights: &Weights,
-        ids: &Tensor,
-        frame: &Frame,
-        mut cache: Option<&mut KvCache>,
-    ) -> ModelResult<Tensor> {
+    pub fn hidden(&self, weights: &Weights, ids: &Tensor, frame: &Frame) -> ModelResult<Tensor> {
         let mut x = self.embed(weights, ids)?;
         for i in 0..self.config.layers {
-            x = self.layer(i, weights, &x, frame, cache.as_mut().and_then(|c| c.layer(i)))?;
+            x = self.layer(i, weights, &x, frame)?;
         }
         Ok(x)
     }

@@ -48,7 +48,8 @@ pub struct Settings {
     pub max_sequences: usize,
     /// Most bytes of keys and values. Where they are spent, the completions that began last give their part up, and
     /// compute it again later; a request that would not fit even alone is refused. `None` bounds them by
-    /// `max_sequences` and the context alone, and on a GPU by four fifths of the memory that is free when a call begins.
+    /// `max_sequences` and the context alone, and on a GPU by four fifths of the memory that is free when a call begins, less
+    /// what steps need.
     pub cache_bytes: Option<u64>,
     /// Threads of a step, on a GPU of the draws after it. `None` takes the rayon pool that the caller runs in, which `RAYON_NUM_THREADS` bounds; a
     /// number makes a pool of the engine's own, of which 1 is the calling thread. With a rank on every core, 1 keeps
@@ -91,6 +92,9 @@ impl Default for Settings {
 /// held. Sleeping at [`Level::Two`] frees them, on the CPU provided that no clone of the [`Weights`] given to
 /// [`EmbeddedEngine::new`] or [`EmbeddedEngine::adopt`] is alive elsewhere. There is never more than one set: on the CPU
 /// an update frees the former weights when it begins, on a GPU it writes over them.
+///
+/// A GPU that fails a process fails it for good, unless what it lacks is memory: the call ends with `Error::GpuLost`, and the
+/// engine is [`State::Dead`] from then on.
 #[derive(Debug)]
 pub struct EmbeddedEngine {
     config: DecoderConfig,
@@ -165,8 +169,9 @@ impl EmbeddedEngine {
     }
 
     /// A whole update without a copy: takes the trainer's tensors themselves, as version `to`, where they are of
-    /// [`Settings::dtype`] and in host memory. Whoever writes into them afterwards changes the engine's weights too. An
-    /// engine on a GPU copies them there.
+    /// [`Settings::dtype`] and in host memory. Whoever writes into them afterwards changes the engine's weights too; another
+    /// thread that does so waits for a call of [`generate`](Engine::generate) that is under way. An engine on a GPU copies
+    /// them there.
     ///
     /// # Errors
     /// [`Error::Refused`] while asleep; [`Error::Model`] names a tensor that is missing, unknown or of another shape.
@@ -174,8 +179,9 @@ impl EmbeddedEngine {
     pub fn adopt(&mut self, to: Version, weights: &Weights) -> Result<()> {
         let updating = self.state.after(Event::BeginUpdate)?;
         weights.check(&self.config)?;
-        if let Err(error) = self.place.replace(weights) {
-            if self.settings.device != Device::Cpu {
+        let replaced = self.place.replace(weights);
+        if let Err(error) = self.survived(replaced) {
+            if self.settings.device != Device::Cpu && self.state != State::Dead {
                 self.state = updating;
                 self.step(Event::Abandon)?;
             }
@@ -200,16 +206,28 @@ impl EmbeddedEngine {
 
     /// Takes a tensor of an update: a parameter, of the engine's type.
     pub(super) fn stage(&mut self, name: String, tensor: Tensor) -> Result<()> {
-        self.place.stage(name, tensor)
+        let staged = self.place.stage(name, tensor);
+        self.survived(staged)
     }
 
     /// Ends an update of which every tensor was staged.
     pub(super) fn commit(&mut self, to: Version) -> Result<()> {
         let committed = self.state.after(Event::Commit)?;
-        self.place.commit()?;
+        let taken = self.place.commit();
+        self.survived(taken)?;
         self.state = committed;
         self.replaced(to);
         Ok(())
+    }
+
+    /// What a call on the engine's device came to, which may have been the end of it.
+    fn survived<T>(&mut self, done: Result<T>) -> Result<T> {
+        if done.as_ref().is_err_and(Error::is_death) {
+            self.place.abandon();
+            self.pages.clear();
+            self.step(Event::Die)?;
+        }
+        done
     }
 
     fn replaced(&mut self, to: Version) {
@@ -218,13 +236,13 @@ impl EmbeddedEngine {
     }
 
     /// Refuses a request whose longest completion would not fit the cache even alone.
-    fn check_cache(&self, requests: &[Request], cache_bytes: Option<u64>) -> Result<()> {
-        let Some(cache_bytes) = cache_bytes else { return Ok(()) };
+    fn check_cache(&self, requests: &[Request]) -> Result<()> {
         for (request, r) in requests.iter().enumerate() {
             // The last token drawn is never computed.
             let tokens = r.prompt.len() + r.sampling.max_new_tokens - 1;
-            let needed_bytes = Pages::pages_of(tokens) as u64 * self.place.page_bytes();
-            if needed_bytes > cache_bytes {
+            let (needed, most) = (Pages::pages_of(tokens), self.pages.limit());
+            if needed > most {
+                let [needed_bytes, cache_bytes] = [needed, most].map(|n| n as u64 * self.place.page_bytes());
                 return Err(Error::CacheExceeded { request, tokens, needed_bytes, cache_bytes });
             }
         }
@@ -232,7 +250,7 @@ impl EmbeddedEngine {
     }
 }
 
-/// Whole pages of so many bytes.
+/// Whole pages within so many bytes.
 fn pages_within(cache_bytes: Option<u64>, page_bytes: u64) -> usize {
     cache_bytes.map_or(usize::MAX, |bytes| usize::try_from(bytes / page_bytes.max(1)).unwrap_or(usize::MAX))
 }
@@ -262,11 +280,15 @@ impl Engine for EmbeddedEngine {
         }
         let cache_bytes = match self.settings.cache_bytes {
             Some(bytes) => Some(bytes),
-            None => self.place.default_cache_bytes()?,
+            None => {
+                let most = self.place.default_cache_bytes(self.settings.max_sequences);
+                self.survived(most)?
+            }
         };
-        self.check_cache(requests, cache_bytes)?;
-        self.pages.set_limit(pages_within(cache_bytes, self.place.page_bytes()));
-        self.pages.reset();
+        let page_bytes = self.place.page_bytes();
+        self.pages.reset(pages_within(Some(self.place.cache_bytes()), page_bytes));
+        self.pages.set_limit(pages_within(cache_bytes, page_bytes));
+        self.check_cache(requests)?;
         let drive = Drive {
             team: &self.team,
             pages: &mut self.pages,
@@ -274,7 +296,8 @@ impl Engine for EmbeddedEngine {
             max_sequences: self.settings.max_sequences,
             version: self.version,
         };
-        let mut completions = self.place.run(&self.config, &self.team, drive, requests, watch)?;
+        let drawn = self.place.run(&self.config, &self.team, drive, requests, watch);
+        let mut completions = self.survived(drawn)?;
         completions.sort_by_key(|c| (c.request, c.sample));
         Ok(completions)
     }
@@ -284,7 +307,8 @@ impl Engine for EmbeddedEngine {
         self.pages.clear();
         self.place.drop_cache();
         if asleep.has_weights() {
-            self.place.park()?;
+            let parked = self.place.park();
+            self.survived(parked)?;
         } else {
             self.place.drop_weights();
         }
@@ -295,7 +319,8 @@ impl Engine for EmbeddedEngine {
     fn wake(&mut self, parts: Parts) -> Result<()> {
         let woken = self.state.after(Event::Wake(parts))?;
         if woken.has_weights() {
-            self.place.unpark()?;
+            let back = self.place.unpark();
+            self.survived(back)?;
         }
         self.state = woken;
         Ok(())
@@ -331,5 +356,33 @@ impl Engine for EmbeddedEngine {
     fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
         let parameters = self.config().parameter_groups().into_iter().flat_map(|g| g.parameters);
         Some(parameters.map(|p| (p.name, p.shape)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{EngineExt, Refusal, Sampling};
+
+    #[test]
+    fn an_engine_whose_device_is_gone_is_dead() {
+        let config = DecoderConfig::from_json(
+            r#"{"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}"#,
+        )
+        .unwrap();
+        let weights = Weights::random(&config, 1, 0.1, &candle_core::Device::Cpu).unwrap();
+        let mut engine = EmbeddedEngine::new(config, weights, Settings::default()).unwrap();
+        let request = Request::new([1, 2, 3], Sampling::greedy(4));
+        engine.complete(std::slice::from_ref(&request)).unwrap();
+
+        let passes = Error::Refused(State::EMPTY.after(Event::Generate).unwrap_err());
+        engine.survived::<()>(Err(passes)).unwrap_err();
+        assert_eq!(engine.state(), State::READY);
+        let lost = Error::Refused(Refusal { state: State::Dead, event: Event::Generate, advice: "" });
+        engine.survived::<()>(Err(lost)).unwrap_err();
+        assert_eq!((engine.state(), engine.version()), (State::Dead, None));
+        assert_eq!(engine.memory_bytes(), Some(MemoryBytes::default()));
+        assert!(engine.complete(&[request]).unwrap_err().is_death());
     }
 }

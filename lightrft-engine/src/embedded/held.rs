@@ -11,7 +11,10 @@ use super::weights::Weights;
 
 /// Every tensor of a model, locked for reading.
 pub(super) struct Held<'w> {
-    tensors: BTreeMap<&'w str, (StorageRef<'w>, &'w Layout)>,
+    /// Each of them once, by its address, though many tensors be views of it: a lock that this thread has must not be asked
+    /// for again, since somebody who waits to write would come first.
+    storages: BTreeMap<usize, StorageRef<'w>>,
+    tensors: BTreeMap<&'w str, (usize, &'w Layout)>,
     /// Vectors that are not f32, widened.
     wide: BTreeMap<&'w str, Vec<f32>>,
 }
@@ -25,15 +28,27 @@ impl<'w> Held<'w> {
                 wide.insert(name, vector);
             }
         }
-        Ok(Self { tensors: weights.iter().map(|(name, t)| (name, t.storage_and_layout())).collect(), wide })
+        let (mut storages, mut tensors) = (BTreeMap::new(), BTreeMap::new());
+        let mut of_each = BTreeMap::new();
+        for (name, tensor) in weights.iter() {
+            let (storage, layout) = tensor.storage_and_layout();
+            let address = std::ptr::from_ref::<Storage>(&storage).addr();
+            tensors.insert(name, (address, layout));
+            of_each.insert(address, tensor);
+        }
+        for (address, tensor) in of_each {
+            storages.insert(address, tensor.storage_and_layout().0);
+        }
+        Ok(Self { storages, tensors, wide })
     }
 
     fn matrix(&self, name: &str) -> ModelResult<Matrix<'_>> {
-        let (storage, layout) = self
+        let (address, layout) = self
             .tensors
             .get(name)
             .ok_or_else(|| ModelError::MissingTensor { name: name.to_owned(), expected: Vec::new() })?;
         let (start, end) = layout.contiguous_offsets().ok_or_else(|| unreadable(name))?;
+        let storage = self.storages.get(address).ok_or_else(|| unreadable(name))?;
         let Storage::Cpu(storage) = &**storage else { return Err(unreadable(name)) };
         match storage {
             candle_core::CpuStorage::F32(w) => Ok(Matrix::F32(&w[start..end])),
@@ -104,4 +119,23 @@ fn unreadable(name: &str) -> ModelError {
 /// The same tensor as a step can read it; shared with the given one if it is so already.
 pub(super) fn readable(tensor: &Tensor, dtype: candle_core::DType) -> candle_core::Result<Tensor> {
     tensor.detach().to_device(&candle_core::Device::Cpu)?.to_dtype(dtype)?.contiguous()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_buffer_that_many_tensors_are_views_of_is_locked_once() {
+        let flat = Tensor::arange(0_f32, 48.0, &Device::Cpu).unwrap();
+        let view = |at: usize| (format!("view {at}"), flat.narrow(0, 16 * at, 16).unwrap());
+        let own = ("own".to_owned(), Tensor::ones(16, candle_core::DType::F32, &Device::Cpu).unwrap());
+        let weights: Weights = (0..3).map(view).chain([own]).collect();
+        let held = Held::of(&weights).unwrap();
+        assert_eq!((held.storages.len(), held.tensors.len()), (2, 4));
+        let first = |name: &str| held.vector(name).unwrap()[0];
+        assert_eq!(["own", "view 0", "view 1", "view 2"].map(first), [1.0, 0.0, 16.0, 32.0]);
+    }
 }

@@ -22,7 +22,7 @@
 //!
 //! [`Settings::device`] puts weights, cache and arithmetic on a GPU (feature `cuda`). The driver, NVRTC and cuBLAS are looked
 //! for when such an engine is made: `libcuda.so.1`, `$NVRTC_LIB` or `libnvrtc.so.13`, `libnvrtc.so.12`, and `$CUBLAS_LIB`
-//! or `libcublas.so.13`, `libcublas.so.12`.
+//! or `libcublas.so.13`, `libcublas.so.12`; those of the driver's version of CUDA first.
 //!
 //! [`EmbeddedEngine`] is the engine; [`Weights`] and [`DecoderConfig`] are its model, and [`Decoder`] the same forward pass
 //! on candle, with gradients, for a trainer. [`draw`] is the sampling of one token, with [`uniform`] for its random
@@ -39,7 +39,6 @@ mod gpu;
 mod graft;
 mod held;
 mod host;
-mod kv_cache;
 mod pages;
 mod place;
 mod sampling;
@@ -53,7 +52,6 @@ pub use config::{DecoderConfig, Family, Parameter, ParameterGroup, RopeScaling};
 pub use decoder::{Decoder, Frame};
 pub use engine::{Device, EmbeddedEngine, Settings};
 pub use error::{ModelError, ModelResult};
-pub use kv_cache::{KvCache, LayerCache};
 pub use sampling::{Draw, DrawKey, Past, Unusable, draw, uniform};
 pub use stop::Detokenize;
-pub use weights::{Weights, weight_files};
+pub use weights::Weights;

@@ -43,7 +43,6 @@ impl Pages {
     }
 
     /// Most pages at once.
-    #[cfg(feature = "cuda")]
     pub(super) fn limit(&self) -> usize {
         self.limit
     }
@@ -53,8 +52,10 @@ impl Pages {
         self.free.len() + (self.limit - self.count().min(self.limit))
     }
 
-    /// Gives every page back, keeping the memory.
-    pub(super) fn reset(&mut self) {
+    /// Gives every page back, keeping the memory, which is there for the first `held` of them: for others that were taken
+    /// none was to be had.
+    pub(super) fn reset(&mut self, held: usize) {
+        self.owners.truncate(held);
         self.owners.fill(0);
         self.free = (0..self.count() as u32).rev().collect();
     }
@@ -89,5 +90,28 @@ impl Pages {
     /// Whether more than one sequence holds it.
     pub(super) fn is_shared(&self, id: PageId) -> bool {
         self.owners[id as usize] > 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_no_memory_was_found_for_are_forgotten() {
+        let mut pages = Pages::new(8);
+        while pages.take().is_some() {}
+        // Memory was found for three of them. Now less may be taken, though not less than is there.
+        pages.reset(3);
+        assert_eq!((pages.count(), pages.available()), (3, 8));
+        pages.set_limit(2);
+        assert_eq!((pages.limit(), pages.available()), (3, 3));
+        assert_eq!([0; 4].map(|_| pages.take()), [Some(0), Some(1), Some(2), None]);
+        pages.reset(usize::MAX);
+        assert_eq!(
+            (pages.count(), pages.available()),
+            (3, 3),
+            "memory beyond what was ever taken tells nothing"
+        );
     }
 }

@@ -108,6 +108,18 @@ impl Place {
         each!(self, it => it.drop_cache());
     }
 
+    /// Frees all without asking the device, which is gone.
+    pub(super) fn abandon(&mut self) {
+        match self {
+            Place::Host(host) => {
+                host.drop_weights();
+                host.drop_cache();
+            }
+            #[cfg(feature = "cuda")]
+            Place::Gpu(gpu) => gpu.abandon(),
+        }
+    }
+
     /// Moves the weights to host memory.
     pub(super) fn park(&mut self) -> Result<()> {
         match self {
@@ -143,11 +155,12 @@ impl Place {
     }
 
     /// Most bytes of the cache now, when the settings name no number; `None` for as many as there are.
-    pub(super) fn default_cache_bytes(&self) -> Result<Option<u64>> {
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "host memory is nobody's to count"))]
+    pub(super) fn default_cache_bytes(&self, max_sequences: usize) -> Result<Option<u64>> {
         match self {
             Place::Host(_) => Ok(None),
             #[cfg(feature = "cuda")]
-            Place::Gpu(gpu) => gpu.default_cache_bytes().map(Some),
+            Place::Gpu(gpu) => gpu.default_cache_bytes(max_sequences).map(Some),
         }
     }
 

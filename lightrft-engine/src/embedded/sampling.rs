@@ -20,7 +20,7 @@ pub struct Draw {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unusable {
-    /// A logit is NaN or +inf.
+    /// A logit is NaN or +inf, as it is or after the penalty.
     #[error("the logit of token {0} is NaN or +inf")]
     NotFinite(usize),
     /// No token that may be drawn has a logit above -inf.
@@ -115,8 +115,7 @@ impl Sampler {
         let vectors = Vectors::widest();
         let raw_most = greatest(vectors, logits);
         if raw_most.is_nan() {
-            let bad = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY);
-            return Err(Unusable::NotFinite(bad.unwrap_or(0)));
+            return Err(not_finite(logits));
         }
         if raw_most == f32::NEG_INFINITY {
             return Err(Unusable::NothingLeft);
@@ -124,6 +123,9 @@ impl Sampler {
         let as_they_are = !self.process(logits, sampling, past);
         let processed = if as_they_are { logits } else { self.processed.as_slice() };
         let most = if as_they_are { raw_most } else { greatest(vectors, processed) };
+        if most.is_nan() {
+            return Err(not_finite(processed));
+        }
         if most == f32::NEG_INFINITY {
             return Err(Unusable::NothingLeft);
         }
@@ -238,6 +240,12 @@ impl Sampler {
         let token = chosen.or(kept.last()).map_or(0, |(token, _)| *token);
         (token as usize, total)
     }
+}
+
+/// What is wrong with logits whose [`greatest`] is NaN.
+fn not_finite(logits: &[f32]) -> Unusable {
+    let bad = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY);
+    Unusable::NotFinite(bad.unwrap_or(0))
 }
 
 fn most_likely_first(a: &(u32, f32), b: &(u32, f32)) -> Ordering {

@@ -58,10 +58,10 @@ impl Update for EmbeddedUpdate<'_> {
                 return Err(Error::RepeatedTensor { name: tensor.name().to_owned() });
             }
         }
-        for (name, tensor) in taken {
-            self.engine.stage(name.clone(), tensor)?;
-            self.pushed.insert(name);
-        }
+        let names: Vec<String> = taken.keys().cloned().collect();
+        // Where one fails, those before it are written over when the bucket is pushed again.
+        taken.into_iter().try_for_each(|(name, tensor)| self.engine.stage(name, tensor))?;
+        self.pushed.extend(names);
         Ok(())
     }
 

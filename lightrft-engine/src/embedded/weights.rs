@@ -142,7 +142,7 @@ impl Weights {
 ///
 /// # Errors
 /// [`ModelError::Io`] and [`ModelError::Malformed`] name the index.
-pub fn weight_files(folder: &Path) -> ModelResult<Vec<PathBuf>> {
+fn weight_files(folder: &Path) -> ModelResult<Vec<PathBuf>> {
     let index = folder.join("model.safetensors.index.json");
     if !index.exists() {
         return Ok(vec![folder.join("model.safetensors")]);

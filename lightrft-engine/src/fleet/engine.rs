@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::{Duration, Instant};
 
-use super::replica::{self, Member, Replica, ReplicaEvent, Restarts, cache, least_advanced, without_weights};
+use super::replica::{
+    self, Member, Replica, ReplicaEvent, Restarts, cache, least_advanced, with_weights, without_weights,
+};
 use super::threads::{Failure, side_by_side};
 use super::update::AllUpdate;
 use crate::{
@@ -48,15 +51,20 @@ type Listener = Box<dyn FnMut(&ReplicaEvent<'_>) + Send>;
 /// [`Request::id`] is set where it was not, and [`Request::first_sample`] where samples were parted, so whichever
 /// replica draws a sample draws the same tokens, as far as the engines heed seeds.
 ///
+/// # Weights
+/// Every replica takes the buckets of an update from the same bytes in host memory, also where its engine alone would take
+/// them from a GPU.
+///
 /// # Death
 /// A replica is dead when its engine says so ([`State::Dead`], [`Error::is_death`]), or panics. The call goes on without it;
 /// what it had not answered is dealt to those that live, but a request that was under way on three replicas when they
 /// died ends the call with [`Error::Deadly`]. The dead engine is dropped, and made anew at the beginning of
 /// - the next update, which gives it the weights, and
 /// - the next call of [`generate`](Engine::generate), if it can be given the current weights: where it is made with them,
-///   or [`with_weights`](Self::with_weights) said where they are.
+///   which holds until the first update begins, or [`with_weights`](Self::with_weights) said where they are.
 ///
-/// These calls wait for it to be made: whoever makes it sets the bound. [`Restarts`] says how often that is tried.
+/// These calls wait for it to be made: whoever makes it sets the bound, not the [`Watch`]. A call of `generate` that has less
+/// time than making ever took leaves it to a later one while others live. [`Restarts`] says how often making is tried.
 /// Nothing is restarted by sleeping and waking, which the dead are left out of: their memory is free.
 ///
 /// # State
@@ -72,13 +80,16 @@ pub struct DataParallel {
 /// What does not belong to any one replica.
 pub(super) struct Shared {
     pub(super) recipe: Recipe,
-    /// The version that replicas are made with.
-    made: Option<Version>,
+    /// The version that replicas are made with, until an update begins. From then on a version does not tell whose weights
+    /// they are: an update may take the number that replicas are made with.
+    pub(super) made: Option<Version>,
     /// The version of the last update.
     pub(super) version: Version,
     /// Where the handle stands if no replica does.
     pub(super) alone: State,
     pub(super) restarts: Restarts,
+    /// The longest that making engines has taken, with giving them weights.
+    pub(super) making: Duration,
     listener: Option<Listener>,
 }
 
@@ -168,9 +179,11 @@ impl DataParallel {
         count: usize,
         make: impl Fn(usize) -> Result<Box<dyn Engine>> + Send + Sync + 'static,
     ) -> Result<Self> {
+        let begun = Instant::now();
         let made = side_by_side("start", (0..count).collect(), |replica| {
             make(replica).map_err(|error| Failure::new(error, None))
         });
+        let making = begun.elapsed();
         let mut members = Vec::with_capacity(count);
         for (replica, engine) in made.into_iter().enumerate() {
             let engine = engine.map_err(|failure| failure.of(replica))?;
@@ -201,6 +214,7 @@ impl DataParallel {
             version: version.unwrap_or_default(),
             alone: state,
             restarts: Restarts::default(),
+            making,
             listener: None,
         };
         Ok(Self { members, shared })
@@ -320,17 +334,24 @@ impl Engine for DataParallel {
     }
 
     fn state(&self) -> State {
-        let version = self.shared.version;
-        let of = |members: &dyn Fn(&&Member) -> bool| {
-            least_advanced(self.members.iter().filter(members).filter_map(|member| member.state(version)))
+        let Shared { version, alone, restarts, .. } = &self.shared;
+        let of = |behind: bool| {
+            let members = self.members.iter().filter(|member| member.record.behind == behind);
+            least_advanced(members.filter_map(|member| member.state(*version)))
         };
-        if let Some(state) = of(&|member| !member.record.behind).or_else(|| of(&|_| true)) {
+        if let Some(state) = of(false) {
             return state;
         }
-        match self.shared.alone {
-            _ if self.members.iter().all(|m| m.record.restarts >= self.shared.restarts.most) => State::Dead,
-            state if self.shared.can_give() => state,
-            state => without_weights(state),
+        // None that lives has the current weights. A new engine can: those left behind must not be in its way.
+        let comes_back = |m: &Member| m.living().is_none() && m.record.restarts < restarts.most;
+        match (of(true), self.members.iter().any(comes_back)) {
+            (behind, true) if self.shared.can_give() => {
+                let others = behind.map(with_weights);
+                least_advanced(others.into_iter().chain([*alone])).unwrap_or(*alone)
+            }
+            (Some(behind), _) => behind,
+            (None, true) => without_weights(*alone),
+            (None, false) => State::Dead,
         }
     }
 

@@ -126,7 +126,13 @@ impl DataParallel {
         watch.report(progress)?;
         // Never falls: what a replica had drawn when it died does not count back.
         let mut furthest = progress;
-        let mut last = self.restart(Event::Generate);
+        // Where all of them die, the handle still stands here.
+        self.shared.alone = self.state();
+        let others = self.in_service().next().is_some();
+        let mut last = match others && watch.left() < self.shared.making {
+            true => None,
+            false => self.restart(Event::Generate),
+        };
         let in_service = self.in_service().count();
         let mut open: Vec<Open> =
             pieces(requests, in_service).into_iter().map(|piece| Open { piece, deaths: 0 }).collect();

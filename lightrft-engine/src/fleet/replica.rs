@@ -221,6 +221,15 @@ pub(super) fn without_weights(state: State) -> State {
     }
 }
 
+/// The same state with weights.
+pub(super) fn with_weights(state: State) -> State {
+    match state {
+        State::Stale { cache } => State::Awake { cache },
+        State::Asleep { .. } => State::Asleep { level: Level::One },
+        state => state,
+    }
+}
+
 pub(super) fn cache(state: State) -> Cache {
     match state {
         State::Awake { cache } | State::Stale { cache } | State::Updating { cache } => cache,
@@ -234,12 +243,14 @@ pub(super) fn restart(members: Vec<&mut Member>, state: State, shared: &mut Shar
         return None;
     }
     let indices: Vec<usize> = members.iter().map(|member| member.record.index).collect();
+    let begun = Instant::now();
     let made = {
-        let (recipe, version) = (&shared.recipe, shared.version);
+        let (recipe, version, made) = (&shared.recipe, shared.version, shared.made);
         side_by_side("restart", indices, |index| {
-            make(index, state, version, recipe).map_err(|error| Failure::new(error, None))
+            make(index, state, version, made, recipe).map_err(|error| Failure::new(error, None))
         })
     };
+    shared.making = shared.making.max(begun.elapsed());
     let mut last = None;
     for (member, made) in members.into_iter().zip(made) {
         let record = &mut member.record;
@@ -282,7 +293,14 @@ enum Given {
     Failed(Error),
 }
 
-fn make(index: usize, state: State, version: Version, recipe: &Recipe) -> Result<(Box<dyn Engine>, Given)> {
+/// A new engine for a handle that stands in `state` at `version`; one that says `made` has the weights it is made with.
+fn make(
+    index: usize,
+    state: State,
+    version: Version,
+    made: Option<Version>,
+    recipe: &Recipe,
+) -> Result<(Box<dyn Engine>, Given)> {
     let mut engine = (recipe.make)(index)?;
     recipe.model.check(index, engine.as_ref())?;
     if !matches!(state, State::Asleep { .. }) && cache(state) == Cache::Asleep {
@@ -291,7 +309,7 @@ fn make(index: usize, state: State, version: Version, recipe: &Recipe) -> Result
         engine.wake(Parts::Weights)?;
     }
     let is_current = |engine: &dyn Engine| engine.version() == Some(version);
-    if is_current(engine.as_ref()) {
+    if made == Some(version) && is_current(engine.as_ref()) {
         return Ok((engine, Given::Current));
     }
     let given = match recipe.weights.as_ref() {

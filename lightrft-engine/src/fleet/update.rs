@@ -46,6 +46,7 @@ impl<'a> AllUpdate<'a> {
         };
         let begun = side_by_side(OPERATION, engines, begin);
         shared.alone = State::Stale { cache };
+        shared.made = None;
         let mut this = Self { parts: Vec::new(), shared, to, cache, broken: false };
         let (mut failed, mut died) = (None, last);
         for (record, begun) in records.into_iter().zip(begun) {

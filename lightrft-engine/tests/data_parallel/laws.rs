@@ -1,11 +1,12 @@
 //! Laws over random calls, requests and deaths: the handle answers what one engine that never dies answers.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use lightrft_engine::testing::ScriptedEngine;
 use lightrft_engine::{
-    Completion, DataParallel, Engine, EngineExt, Error, Level, Parts, Request, Result, Sampling, State,
-    Version,
+    Completion, DataParallel, Engine, EngineExt, Error, Level, Parts, ReplicaEvent, Request, Result,
+    Sampling, Service, State, Version,
 };
 use proptest::prelude::*;
 
@@ -74,11 +75,14 @@ fn call(engine: &mut dyn Engine, op: &Op, version: u64) -> Result<Vec<Completion
     Ok(Vec::new())
 }
 
+/// By replica, whether its last restart came to nothing.
+type InVain = Arc<Mutex<Vec<bool>>>;
+
 /// Replicas whose fates are dealt as they are made, the first ones never failing to start.
-fn engines(count: usize, fates: Vec<Vec<Fate>>, with_weights: bool) -> DataParallel {
-    let fates = std::sync::Arc::new(fates);
+fn engines(count: usize, fates: Vec<Vec<Fate>>, with_weights: bool) -> (DataParallel, InVain) {
+    let fates = Arc::new(fates);
     let made: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
-    let weightless = std::sync::Arc::new(std::sync::Mutex::new(Vec::<bool>::new()));
+    let weightless = Arc::new(Mutex::new(Vec::<bool>::new()));
     let told = weightless.clone();
     let make = move |replica: usize| {
         let at = made[replica].fetch_add(1, Ordering::SeqCst);
@@ -91,13 +95,25 @@ fn engines(count: usize, fates: Vec<Vec<Fate>>, with_weights: bool) -> DataParal
         let engine = ScriptedEngine::new(32);
         boxed(if let Fate::DiesAt(call) = fate { engine.dying_at(call) } else { engine })
     };
-    let engines = DataParallel::new(count, make).unwrap().with_restarts(at_once(u32::MAX));
+    let in_vain: InVain = Arc::new(Mutex::new(vec![false; count]));
+    let heard = in_vain.clone();
+    let listener = move |event: &ReplicaEvent<'_>| {
+        let mut heard = heard.lock().unwrap();
+        match event {
+            ReplicaEvent::NotRestarted { replica, .. } => heard[*replica] = true,
+            ReplicaEvent::Restarted { replica, error, .. } => heard[*replica] = error.is_some(),
+            ReplicaEvent::Died { replica, .. } => heard[*replica] = false,
+            _ => {}
+        }
+    };
+    let engines = DataParallel::new(count, make).unwrap().with_restarts(at_once(u32::MAX)).telling(listener);
     if !with_weights {
-        return engines;
+        return (engines, in_vain);
     }
-    engines.with_weights(move |engine, version| {
+    let engines = engines.with_weights(move |engine, version| {
         if weightless.lock().unwrap().pop().is_some() { Err(failure()) } else { give(engine, version) }
-    })
+    });
+    (engines, in_vain)
 }
 
 proptest! {
@@ -110,13 +126,15 @@ proptest! {
         count in 1..5_usize,
         with_weights in prop::bool::ANY,
     ) {
-        let mut engines = engines(count, fates, with_weights);
-        let mut one = ScriptedEngine::new(32);
+        let (mut engines, in_vain) = engines(count, fates, with_weights);
+        let (mut one, mut updated) = (ScriptedEngine::new(32), false);
         for (step, op) in ops.iter().enumerate() {
             let version = step as u64 + 1;
             let (before, others) = (engines.state(), one.state());
             let allowed = call(&mut one, op, version);
             let got = call(&mut engines, op, version);
+            updated |= matches!(op, Op::Update | Op::Abandon);
+            let generates = matches!(op, Op::Generate(_));
             match got {
                 Ok(found) => {
                     // Where the handle's weights were lost, or it was left behind, it does no more than the one.
@@ -129,7 +147,20 @@ proptest! {
                 Err(Error::Refused(refusal)) => {
                     prop_assert!(allowed.is_err() || refusal.state != others, "step {}: {}", step, refusal);
                 }
-                Err(Error::NoReplica { .. } | Error::Deadly { .. }) => {}
+                Err(Error::NoReplica { .. }) if generates => {
+                    let can_give = with_weights || !updated;
+                    for (at, replica) in engines.replicas().iter().enumerate() {
+                        let tried = !can_give || in_vain.lock().unwrap()[at];
+                        prop_assert!(
+                            replica.service != Service::In && tried, "step {}, {}: {:?}", step, at, replica
+                        );
+                    }
+                }
+                Err(Error::NoReplica { .. }) if matches!(op, Op::Update | Op::Abandon) => {
+                    let none_lives = engines.replicas().iter().all(|replica| replica.state == State::Dead);
+                    prop_assert!(none_lives, "step {}: {:?}", step, engines);
+                }
+                Err(Error::Deadly { deaths: 3, .. }) if generates => {}
                 Err(error) => prop_assert!(false, "step {}: {:?}: {}", step, op, error),
             }
             let state = engines.state();
@@ -143,7 +174,7 @@ proptest! {
             }
             if state != one.state() {
                 // Bring both together again, as a trainer would.
-                one = ScriptedEngine::new(32);
+                (one, updated) = (ScriptedEngine::new(32), true);
                 let mended = (0..100).any(|_| {
                     engines.wake(Parts::All).ok();
                     give(&mut engines, Version(1000)).is_ok() && engines.state() == State::READY

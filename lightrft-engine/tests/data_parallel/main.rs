@@ -203,7 +203,7 @@ fn a_dead_replicas_requests_are_answered_by_others_and_it_is_restarted_before_th
     for _ in 0..3 {
         assert_eq!(engines.complete(&requests).unwrap(), alone(&requests));
     }
-    let refused = "cannot generate while dead: its server is gone: start another, or attach to one";
+    let refused = "cannot generate while dead: its server or its GPU is gone: make another engine";
     let told = [&format!("1 died: generate: {refused}"), "4 of 1 repeated", "1 restarted 1: In"];
     assert_eq!(*events.lock().unwrap(), told);
     let well = Replica { state: State::READY, version: Some(Version(0)), service: Service::In, restarts: 0 };
@@ -274,6 +274,94 @@ fn a_replica_that_cannot_be_given_the_weights_stays_behind_until_the_next_update
     engines.sleep(Level::One).unwrap();
     engines.wake(Parts::All).unwrap();
     give(&mut engines, Version(6)).unwrap();
+    assert_eq!(services(&engines), [Service::In; 2]);
+}
+
+#[test]
+fn weights_of_an_update_are_not_taken_for_those_that_replicas_are_made_with_by_their_number() {
+    let make = |replica, count| {
+        let engine = ScriptedEngine::new(32);
+        boxed(if (replica, count) == (1, 0) { engine.dying_at(4) } else { engine })
+    };
+    // The number that engines are made with, and other weights.
+    let give = |engine: &mut dyn Engine, to| {
+        let weights = ScriptedEngine::new(32).example_weights(9);
+        engine.replace_weights(to, &views(&weights), 64)
+    };
+    let mut one = ScriptedEngine::new(32);
+    give(&mut one, Version(0)).unwrap();
+    let expected = one.complete(&prompts(4)).unwrap();
+    for (with_weights, service) in [(true, Service::In), (false, Service::Down)] {
+        let mut engines = DataParallel::new(2, counted(make)).unwrap();
+        if with_weights {
+            engines = engines.with_weights(give);
+        }
+        give(&mut engines, Version(0)).unwrap();
+        for _ in 0..3 {
+            assert_eq!(engines.complete(&prompts(4)).unwrap(), expected);
+        }
+        assert_eq!(services(&engines), [Service::In, service]);
+    }
+}
+
+#[test]
+fn one_that_was_left_behind_does_not_keep_the_dead_from_coming_back() {
+    let make = |replica, count| {
+        let engine = ScriptedEngine::new(32);
+        // After an update of four calls: in the first call of `generate`, and in the third.
+        boxed(if count == 0 { engine.dying_at([4, 6][replica]) } else { engine })
+    };
+    let asked = AtomicUsize::new(0);
+    let source = move |engine: &mut dyn Engine, to| {
+        if asked.fetch_add(1, Ordering::SeqCst) == 0 { Err(failure()) } else { give(engine, to) }
+    };
+    let mut engines =
+        DataParallel::new(2, counted(make)).unwrap().with_weights(source).with_restarts(at_once(3));
+    give(&mut engines, Version(5)).unwrap();
+    for expected in
+        [[Service::Down, Service::In], [Service::Behind, Service::In], [Service::Behind, Service::In]]
+    {
+        assert!(engines.complete(&prompts(4)).unwrap().iter().all(|c| c.version == Version(5)));
+        assert_eq!(services(&engines), expected);
+    }
+    assert_eq!(engines.replicas()[1].version, Some(Version(5)));
+    // Nobody is left but the one behind, and it is asked for nothing that it cannot do.
+    engines.sleep(Level::One).unwrap();
+    engines.wake(Parts::All).unwrap();
+    give(&mut engines, Version(6)).unwrap();
+    assert_eq!(services(&engines), [Service::In; 2]);
+}
+
+#[test]
+fn a_sleep_that_all_have_failed_is_forgotten_by_the_next_call_of_generate() {
+    let make = |_, count| {
+        let engine = ScriptedEngine::new(32);
+        let engine = if count == 0 { engine.dying_at(4) } else { engine };
+        Ok(Faulty::boxed(engine, |call| if matches!(call, Call::Sleep) { Err(failure()) } else { Ok(()) }))
+    };
+    let mut engines = DataParallel::new(2, counted(make)).unwrap().with_weights(give);
+    give(&mut engines, Version(5)).unwrap();
+    engines.sleep(Level::One).unwrap_err();
+    assert_eq!(engines.state(), State::READY);
+    let found = engines.complete(&prompts(4)).unwrap();
+    assert!(found.iter().all(|c| c.version == Version(5)), "both died, and came back");
+}
+
+#[test]
+fn a_call_with_less_time_than_a_restart_takes_goes_on_with_the_living() {
+    let make = |replica, count| {
+        if count == 0 {
+            // What it takes to make one is what is measured here.
+            std::thread::sleep(Duration::from_millis(1500));
+        }
+        let engine = ScriptedEngine::new(32);
+        boxed(if (replica, count) == (1, 0) { engine.dying_at(0) } else { engine })
+    };
+    let mut engines = DataParallel::new(2, counted(make)).unwrap();
+    engines.complete(&prompts(4)).unwrap();
+    engines.generate(&prompts(4), &mut Watch::within(Duration::from_millis(1400))).unwrap();
+    assert_eq!(services(&engines), [Service::In, Service::Down]);
+    engines.complete(&prompts(4)).unwrap();
     assert_eq!(services(&engines), [Service::In; 2]);
 }
 

@@ -1,7 +1,7 @@
 //! What an engine takes of a GPU's memory, and gives back.
 
 use lightrft_collectives::nccl::{DeviceMemory, Stream};
-use lightrft_engine::embedded::EmbeddedEngine;
+use lightrft_engine::embedded::{EmbeddedEngine, Settings};
 use lightrft_engine::testing::TensorBytes;
 use lightrft_engine::{Engine, EngineExt, Error, Level, Parts, Request, Sampling, Version};
 
@@ -103,6 +103,11 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_passes() {
     let error = engine.complete(&[request()]).unwrap_err();
     assert!(matches!(error, Error::GpuMemory { .. } | Error::CacheExceeded { .. }), "{error:?}");
     println!("{error}");
+    // Where the memory is there again nothing has to sleep first, and what the engine has then is enough for as much again.
+    drop(others);
+    let expected = bits(&engine.complete(&[request()]).unwrap());
+    let others = fill(&stream, 16 << 20);
+    assert_eq!(bits(&engine.complete(&[request()]).unwrap()), expected);
     // Waking needs memory too.
     engine.sleep(Level::One).unwrap();
     let more = fill(&stream, 16 << 20);
@@ -112,4 +117,25 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_passes() {
     drop((others, more));
     engine.wake(Parts::All).unwrap();
     engine.complete(&[request()]).unwrap();
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu test"]
+fn gpu_a_cache_that_could_not_grow_serves_what_it_has_room_for() {
+    let stream = Stream::new(0).expect("these tests need a GPU");
+    let mut engine = engine(&large(), 3, Settings { cache_bytes: Some(1 << 30), ..on_gpu() });
+    let requests = |count: u32, length| -> Vec<Request> {
+        (0..count).map(|i| Request::new(prompt(i, length), Sampling::greedy(4))).collect()
+    };
+    // Steps of every size have their memory from here on.
+    let few = requests(8, 256);
+    let expected = bits(&engine.complete(&few).unwrap());
+    let held = engine.memory_bytes().unwrap().cache;
+    let others = fill(&stream, 16 << 20);
+    let error = engine.complete(&requests(64, 450)).unwrap_err();
+    assert!(matches!(error, Error::GpuMemory { .. }), "{error:?}");
+    assert_eq!(bits(&engine.complete(&few).unwrap()), expected, "while memory is short");
+    drop(others);
+    assert_eq!(engine.complete(&requests(64, 450)).unwrap().len(), 64);
+    assert!(engine.memory_bytes().unwrap().cache > held, "{held} bytes");
 }

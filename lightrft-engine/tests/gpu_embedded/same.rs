@@ -1,9 +1,9 @@
 //! Tokens and log-probabilities: those of the CPU, and the same bits in any company.
 
 use candle_core::DType;
-use lightrft_engine::embedded::{EmbeddedEngine, Settings};
+use lightrft_engine::embedded::{EmbeddedEngine, Settings, Weights};
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
-use lightrft_engine::{EngineExt, Request, Sampling};
+use lightrft_engine::{EngineExt, Request, Sampling, Version};
 
 use crate::support::{assert_alike, bits, config, data, engine, large, on_gpu, prompt, weights};
 
@@ -126,13 +126,56 @@ fn gpu_every_bit_is_the_same_in_any_company_and_under_any_budget() {
 
 #[test]
 #[ignore = "needs GPUs: cargo xtask gpu test"]
+fn gpu_more_sequences_than_a_product_is_wide_are_the_same_bits_as_few() {
+    let requests: Vec<Request> = (0..300)
+        .map(|i| {
+            let sampling = Sampling { seed: 5, max_new_tokens: 6, ..Sampling::default() };
+            Request::new(prompt(i, 1 + i % 40), sampling)
+        })
+        .collect();
+    for (config, dtype) in [(config(), DType::F32), (large(), DType::BF16)] {
+        let complete = |max_sequences| {
+            let settings = Settings { dtype, max_sequences, ..on_gpu() };
+            bits(&engine(&config, 3, settings).complete(&requests).unwrap())
+        };
+        let together = complete(300);
+        assert_eq!(together.len(), 300);
+        assert_eq!(together, complete(20), "{dtype:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu test"]
+fn gpu_steps_that_were_recorded_compute_with_the_weights_of_an_update() {
+    let (config, requests) = (config(), requests());
+    let fresh = bits(&engine(&config, 4, on_gpu()).complete(&requests).unwrap());
+    for adopted in [true, false] {
+        let mut engine = engine(&config, 3, on_gpu());
+        let before: Vec<_> = (0..3).map(|_| bits(&engine.complete(&requests).unwrap())).collect();
+        assert!(before.iter().all(|b| *b == before[0] && *b != fresh));
+        if adopted {
+            engine.adopt(Version(1), &weights(&config, 4)).unwrap();
+        } else {
+            let tensors = bytes(&weights(&config, 4));
+            let views: Vec<_> = tensors.iter().map(|t| t.view().unwrap()).collect();
+            engine.replace_weights(Version(1), &views, 4096).unwrap();
+        }
+        assert_eq!(bits(&engine.complete(&requests).unwrap()), fresh, "adopted: {adopted}");
+    }
+}
+
+fn bytes(weights: &Weights) -> Vec<TensorBytes> {
+    let flat = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    weights.iter().map(|(name, t)| TensorBytes::from_f32(name, t.dims(), &flat(t))).collect()
+}
+
+#[test]
+#[ignore = "needs GPUs: cargo xtask gpu test"]
 fn gpu_the_embedded_engine_keeps_the_contract() {
     let config = config();
-    let bytes = || -> Vec<TensorBytes> {
-        let flat = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let weights = weights(&config, 2);
-        weights.iter().map(|(name, t)| TensorBytes::from_f32(name, t.dims(), &flat(t))).collect()
-    };
     let settings = || Settings { max_sequences: 4, ..on_gpu() };
-    conformance(|| Subject { engine: Box::new(engine(&config, 1, settings())), weights: bytes() });
+    conformance(|| Subject {
+        engine: Box::new(engine(&config, 1, settings())),
+        weights: bytes(&weights(&config, 2)),
+    });
 }

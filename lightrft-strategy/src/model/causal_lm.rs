@@ -53,7 +53,7 @@ impl CausalLm {
         match input {
             None => self.decoder.embed(&weights, &batch.ids),
             Some(x) if stage <= self.decoder.config().layers => {
-                self.decoder.layer(stage - 1, &weights, x, &batch.frame, None)
+                self.decoder.layer(stage - 1, &weights, x, &batch.frame)
             }
             Some(x) => self.decoder.log_probs(&weights, x, &batch.targets),
         }
@@ -439,7 +439,7 @@ mod tests {
             let batches = [batch(&decoder, 3), batch(&decoder, 12)];
             let mut sums: Vec<Vec<f32>> = vars.iter().map(|(_, var)| vec![0.0; var.elem_count()]).collect();
             for batch in &batches {
-                let x = decoder.hidden(&whole, &batch.ids, &batch.frame, None).unwrap();
+                let x = decoder.hidden(&whole, &batch.ids, &batch.frame).unwrap();
                 let found = decoder.log_probs(&whole, &x, &batch.targets).unwrap().sum_all().unwrap();
                 let found = found.backward().unwrap();
                 for (sum, (_, var)) in sums.iter_mut().zip(&vars) {

@@ -1,11 +1,11 @@
 //! Matrix products by cuBLAS, which is looked for when the program runs
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, OsString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use lightrft_collectives::nccl::Stream;
-use lightrft_collectives::nccl::driver::symbols;
+use lightrft_collectives::nccl::driver::{symbols, toolkit};
 use lightrft_collectives::{Error as DriverError, Result as DriverResult};
 
 use super::memory::Block;
@@ -73,11 +73,7 @@ impl Blas {
     /// [`DriverError::Library`] without cuBLAS: `$CUBLAS_LIB`, or by the names that its versions have.
     pub(super) fn new(stream: &Stream) -> DriverResult<Self> {
         static LIBRARY: OnceLock<DriverResult<Library>> = OnceLock::new();
-        let load = || {
-            let named = std::env::var_os("CUBLAS_LIB").into_iter();
-            let names = ["libcublas.so.13", "libcublas.so.12", "libcublas.so"].map(OsString::from);
-            Library::load(&named.chain(names).collect::<Vec<_>>())
-        };
+        let load = || Library::load(&toolkit("CUBLAS_LIB", "libcublas"));
         let library = LIBRARY.get_or_init(load).as_ref().map_err(Clone::clone)?;
         let _current = stream.gpu().enter()?;
         let mut handle = 0;

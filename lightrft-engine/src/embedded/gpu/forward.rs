@@ -87,7 +87,7 @@ impl Work {
             qkv: none()?,
             gate_up: none()?,
             turns: none()?,
-            logits: Block::zeroed(stream, (WIDTH * gpu.shape.vocabulary * 4) as u64, "memory for logits")?,
+            logits: Block::zeroed(stream, logit_bytes(&gpu.shape), "memory for logits")?,
             numbers: none()?,
             spare_page: Block::zeroed(stream, gpu.cache.page_bytes(), "memory for a step")?,
             graphs: BTreeMap::new(),
@@ -99,30 +99,50 @@ impl Work {
         })
     }
 
+    /// Bytes that steps of so many columns will still take, apart from their numbers, with what `work` has.
+    pub(super) fn missing_bytes(work: Option<&Self>, gpu: &Gpu, columns: usize) -> u64 {
+        let columns = columns.next_multiple_of(WIDTH).saturating_sub(work.map_or(0, |work| work.columns));
+        let activations = column_bytes(&gpu.shape).iter().sum::<u64>() * columns as u64;
+        match work {
+            Some(_) => activations,
+            None => activations + logit_bytes(&gpu.shape) + gpu.cache.page_bytes() + WORKSPACE_BYTES,
+        }
+    }
+
     /// Makes room for the activations of so many columns.
     fn reserve(&mut self, stream: &Stream, shape: &Shape, columns: usize) -> Result<()> {
         let columns = columns.next_multiple_of(WIDTH);
         if columns <= self.columns {
             return Ok(());
         }
-        let block = |features: usize, bytes: u64| {
-            Block::zeroed(stream, columns as u64 * features as u64 * bytes, "memory for a step")
-        };
+        let [residual, x, qkv, gate_up, turns] = column_bytes(shape);
+        let block = |bytes| Block::zeroed(stream, columns as u64 * bytes, "memory for a step");
         // None of the old is kept beside the new.
         for old in [&mut self.residual, &mut self.x, &mut self.qkv, &mut self.gate_up, &mut self.turns] {
             *old = Block::zeroed(stream, 0, "memory for a step")?;
         }
         self.columns = 0;
         self.graphs.clear();
-        self.residual = block(shape.hidden, 4)?;
-        let widest = shape.hidden.max(shape.queries()).max(shape.inner);
-        self.x = block(widest, shape.elements.bytes())?;
-        self.qkv = block(shape.qkv(), 4)?;
-        self.gate_up = block(2 * shape.inner, 4)?;
-        self.turns = block(shape.dim / 2, 8)?;
+        self.residual = block(residual)?;
+        self.x = block(x)?;
+        self.qkv = block(qkv)?;
+        self.gate_up = block(gate_up)?;
+        self.turns = block(turns)?;
         self.columns = columns;
         Ok(())
     }
+}
+
+/// Bytes of one column: its residual stream, `x`, `qkv`, `gate_up`, turns.
+fn column_bytes(shape: &Shape) -> [u64; 5] {
+    let widest = shape.hidden.max(shape.queries()).max(shape.inner) as u64;
+    let [hidden, qkv, inner, dim] = [shape.hidden, shape.qkv(), shape.inner, shape.dim].map(|n| n as u64);
+    [4 * hidden, widest * shape.elements.bytes(), 4 * qkv, 4 * 2 * inner, 8 * (dim / 2)]
+}
+
+/// Bytes of the logits of [`WIDTH`] columns.
+fn logit_bytes(shape: &Shape) -> u64 {
+    (4 * WIDTH * shape.vocabulary) as u64
 }
 
 /// Pinned memory of at least so many bytes that no copy is under way with.

@@ -62,8 +62,8 @@ mod tests {
     use super::super::super::config::DecoderConfig;
     use super::*;
 
-    #[test]
-    fn the_kernels_compile_for_every_type_and_for_heads_of_every_size() {
+    /// Compiles them for every type and for heads of every size; an error where there is no compiler.
+    fn compile_all() -> DriverResult<()> {
         let config = DecoderConfig::from_json(
             r#"{"model_type": "llama", "vocab_size": 96, "hidden_size": 24, "intermediate_size": 40,
                 "num_hidden_layers": 1, "num_attention_heads": 6, "max_position_embeddings": 64}"#,
@@ -75,15 +75,25 @@ mod tests {
             let shape = Shape { heads, kv_heads, dim, ..Shape::new(&config, dtype) };
             let options = shape.options();
             let options: Vec<&str> = options.iter().map(String::as_str).collect();
-            match compile(SOURCE, [9, 0], &options) {
-                Ok(image) => assert!(image.len() > 1000, "{options:?}: {} bytes", image.len()),
-                Err(DriverError::Library { reason, .. }) if reason.contains("cannot open shared object") => {
-                    return eprintln!(
-                        "SKIPPED: NVRTC is not on this machine, nothing was compiled ({reason})"
-                    );
-                }
-                Err(error) => panic!("{options:?}: {error}"),
-            }
+            let image = compile(SOURCE, [9, 0], &options)?;
+            assert!(image.len() > 1000, "{options:?}: {} bytes", image.len());
         }
+        Ok(())
+    }
+
+    #[test]
+    fn the_kernels_compile_for_every_type_and_for_heads_of_every_size() {
+        match compile_all() {
+            Err(DriverError::Library { reason, .. }) if reason.contains("cannot open shared object") => {
+                eprintln!("SKIPPED: NVRTC is not on this machine, nothing was compiled ({reason})");
+            }
+            compiled => compiled.unwrap(),
+        }
+    }
+
+    #[test]
+    #[ignore = "needs GPUs: cargo xtask gpu test"]
+    fn gpu_kernels_compile_for_every_type_and_for_heads_of_every_size() {
+        compile_all().expect("a GPU test on a machine without NVRTC");
     }
 }

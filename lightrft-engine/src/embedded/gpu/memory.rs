@@ -12,6 +12,8 @@ use crate::{Error, Result};
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: i32 = 2;
+/// `CUDA_ERROR_TIMEOUT`.
+const TIMEOUT: i32 = 909;
 
 /// How long a step, or a copy of all weights, may take. Far longer than any does: only a GPU that hangs reaches it.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -21,9 +23,26 @@ const SPIN: Duration = Duration::from_millis(50);
 
 /// What became of something on the GPU of a stream.
 pub(super) fn failed(stream: &Stream, doing: &'static str) -> impl Fn(DriverError) -> Error + use<> {
-    let ordinal = stream.ordinal();
-    let advice = "where the next call fails too, the process has lost the GPU: start it again";
-    move |source| Error::Gpu { doing, ordinal, advice, source: Box::new(source) }
+    let (stream, ordinal) = (stream.clone(), stream.ordinal());
+    move |source| {
+        let lost = is_lost(&source, || stream.record().map(drop));
+        let source = Box::new(source);
+        if lost {
+            return Error::GpuLost { doing, ordinal, source };
+        }
+        let advice = "the GPU goes on: the call may be made again";
+        Error::Gpu { doing, ordinal, advice, source }
+    }
+}
+
+/// Whether a failure is for good: what a process's part of a GPU has come to, a wild access for instance, every later call
+/// ends with as well. `next` is one that has no reason of its own to fail.
+fn is_lost(error: &DriverError, next: impl FnOnce() -> Result<(), DriverError>) -> bool {
+    match error {
+        DriverError::Cuda { code: OUT_OF_MEMORY, .. } => false,
+        DriverError::Cuda { code: TIMEOUT, .. } => true,
+        _ => next().is_err(),
+    }
 }
 
 /// Bytes of the GPU's memory that nobody has.
@@ -39,8 +58,7 @@ pub(super) fn wait(stream: &Stream, operation: &'static str) -> Result<()> {
     while !event.has_passed().map_err(&failed)? {
         let elapsed = begin.elapsed();
         if elapsed >= LIMIT {
-            // `CUDA_ERROR_TIMEOUT`.
-            let (code, message) = (909, format!("the stream was busy for {LIMIT:?}"));
+            let (code, message) = (TIMEOUT, format!("the stream was busy for {LIMIT:?}"));
             let source =
                 DriverError::Cuda { doing: "wait for a stream", ordinal: stream.ordinal(), code, message };
             return Err(failed(source));
@@ -228,6 +246,23 @@ impl Drop for Pinned {
         if !self.busy {
             // SAFETY: allocated by `new`; copies from and to it are over.
             unsafe { self.stream.gpu().free_pinned(self.address) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_is_lost_where_it_hangs_or_the_next_call_fails_too() {
+        let error = |code| DriverError::Cuda { doing: "", ordinal: 0, code, message: String::new() };
+        // An illegal address, a wrong argument, too little memory, a stream that never ends.
+        for (code, lost_if_next_fails, lost_if_not) in
+            [(700, true, false), (1, true, false), (OUT_OF_MEMORY, false, false), (TIMEOUT, true, true)]
+        {
+            assert_eq!(is_lost(&error(code), || Err(error(code))), lost_if_next_fails, "{code}");
+            assert_eq!(is_lost(&error(code), || Ok(())), lost_if_not, "{code}");
         }
     }
 }

@@ -52,6 +52,8 @@ pub(super) struct Gpu {
     work: Option<Work>,
     blas: Blas,
     stream: Stream,
+    /// Nothing comes back from it any more.
+    lost: bool,
 }
 
 impl Drop for Gpu {
@@ -89,6 +91,7 @@ impl Gpu {
             blas,
             stream,
             shape,
+            lost: false,
         })
     }
 
@@ -113,15 +116,27 @@ impl Gpu {
         self.return_memory();
     }
 
+    /// Frees all without waiting for a GPU that may never answer.
+    pub(super) fn abandon(&mut self) {
+        self.lost = true;
+        self.drop_weights();
+        self.drop_cache();
+    }
+
     /// What was freed is for others now. A failure shows in the next call that needs the GPU.
     fn return_memory(&self) {
+        if self.lost {
+            return;
+        }
         if let Err(error) = give_back(&self.stream) {
             tracing::warn!(%error, "memory was not given back");
         }
     }
 
     pub(super) fn park(&mut self) -> Result<()> {
-        self.weights.park(&self.stream)
+        self.weights.park()?;
+        self.return_memory();
+        Ok(())
     }
 
     pub(super) fn unpark(&mut self) -> Result<()> {
@@ -140,10 +155,12 @@ impl Gpu {
         self.cache.page_bytes()
     }
 
-    /// Four fifths of what is free, with what the cache has.
-    pub(super) fn default_cache_bytes(&self) -> Result<u64> {
-        let free = free_bytes(&self.stream)?;
-        Ok((free + self.cache.bytes()) / 5 * 4)
+    /// Four fifths of what is free once steps have their memory, with what the cache has: the same in every call, as long as
+    /// others take none.
+    pub(super) fn default_cache_bytes(&self, max_sequences: usize) -> Result<u64> {
+        let (free, columns) = (free_bytes(&self.stream)?, STEP_COLUMNS.max(max_sequences));
+        let steps = Work::missing_bytes(self.work.as_ref(), self, columns);
+        Ok((free + self.cache.bytes()).saturating_sub(steps) / 5 * 4)
     }
 
     /// Calls `f` with the model, ready for steps with so many pages at most.

@@ -5,7 +5,7 @@ use lightrft_collectives::Host;
 use lightrft_collectives::nccl::Stream;
 
 use super::super::error::ModelError;
-use super::memory::{Block, give_back, wait};
+use super::memory::{Block, wait};
 use super::shape::{Piece, Plan};
 use crate::Result;
 
@@ -55,13 +55,13 @@ impl Weights {
     }
 
     /// Moves them to the host.
-    pub(super) fn park(&mut self, stream: &Stream) -> Result<()> {
+    pub(super) fn park(&mut self) -> Result<()> {
         if let Weights::Here(block) = self {
             let mut bytes = vec![0; block.bytes() as usize];
             block.read(&mut bytes)?;
             *self = Weights::Parked(bytes);
         }
-        give_back(stream)
+        Ok(())
     }
 
     /// Brings them back. They stay on the host on an error.

@@ -137,3 +137,76 @@ compiled_for_each! {
     /// [`lanes::rms_norm`].
     rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]), of lanes::rms_norm
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers without a pattern, of many sizes.
+    fn numbers(count: usize, seed: u32) -> Vec<f32> {
+        let mix = |i: u32| i.wrapping_add(seed).wrapping_mul(2_654_435_761) >> 8;
+        (0..count as u32).map(|i| (mix(i) as f32 / (1 << 23) as f32 - 1.0) * (1 << (i % 5)) as f32).collect()
+    }
+
+    /// What every loop gives for a row of `count` elements, as bits.
+    fn all(vectors: Vectors, count: usize) -> Vec<(&'static str, Vec<u64>)> {
+        let bits = |values: &[f32]| values.iter().map(|x| u64::from(x.to_bits())).collect::<Vec<_>>();
+        let (row, other) = (numbers(count, 1), numbers(count, 2));
+        let most = greatest(vectors, &row);
+        let mut given = vec![("greatest", bits(&[most]))];
+        given.push(("sum_exp", vec![sum_exp(vectors, &row, most).to_bits()]));
+        for least in [0.0, 0.05] {
+            let (mut weights, mut sums) = (vec![0.0; count], vec![0.0; count.div_ceil(lanes::BLOCK)]);
+            weigh(vectors, &row, most, 0.7, least, &mut weights, &mut sums);
+            given.push(("weigh", bits(&weights)));
+            given.push(("weigh's sums", sums.iter().map(|sum| sum.to_bits()).collect()));
+        }
+        let mut out = row.clone();
+        add(vectors, &mut out, &other);
+        given.push(("add", bits(&out)));
+        out.clone_from(&row);
+        swiglu(vectors, &mut out, &other);
+        given.push(("swiglu", bits(&out)));
+        let columns = numbers(count * lanes::LANES, 5);
+        out = vec![0.0; columns.len()];
+        rms_norm(vectors, &columns, &row, 1e-6, &mut out);
+        given.push(("rms_norm", bits(&out)));
+        out = numbers(count.next_multiple_of(lanes::LANES), 1);
+        let total = softmax(vectors, &mut out, count, 0.3);
+        given.push(("softmax", bits(&out)));
+        given.push(("softmax's sum", bits(&[total])));
+
+        // The row as pages of 16 tokens, whose heads are as wide as four vectors and one.
+        let (heads, dim) = (3, 5 * lanes::LANES);
+        let pages: Vec<Vec<f32>> =
+            (0..count.div_ceil(lanes::LANES)).map(|at| numbers(dim * lanes::LANES, at as u32)).collect();
+        let pages: Vec<&[f32]> = pages.iter().map(Vec::as_slice).collect();
+        let stride = pages.len() * lanes::LANES;
+        let mut products = vec![0.0; heads * stride];
+        assert!(scores(vectors, &numbers(heads * dim, 3), dim, &pages, &mut products, stride));
+        given.push(("scores", bits(&products)));
+        let mut sums = vec![0.0; heads * dim];
+        assert!(values(vectors, &numbers(heads * stride, 4), stride, count, &pages, dim, &mut sums));
+        given.push(("values", bits(&sums)));
+        given
+    }
+
+    /// Plain vectors of x86-64 have no fused multiply-add, and round otherwise: they promise the same bits only among
+    /// themselves.
+    #[test]
+    fn every_loop_gives_the_same_bits_with_every_set_of_instructions_that_fuses() {
+        let fuses = |v: &Vectors| *v != Vectors::Plain || cfg!(not(target_arch = "x86_64"));
+        let sets: Vec<Vectors> = Vectors::ALL.iter().copied().filter(|v| v.at_hand() && fuses(v)).collect();
+        for count in [1, 7, 16, 17, 100, 513, 1100] {
+            for vectors in &sets {
+                assert_eq!(
+                    all(*vectors, count),
+                    all(sets[0], count),
+                    "{vectors:?} and {:?}, {count}",
+                    sets[0]
+                );
+            }
+        }
+        println!("compared: {sets:?}");
+    }
+}
