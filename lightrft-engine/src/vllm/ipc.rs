@@ -23,6 +23,8 @@ pub(super) struct CudaIpc {
     greeted: bool,
     /// Memory that nobody reads.
     free: Vec<Box<dyn GpuMemory>>,
+    /// Memory that was too small for a later bucket. The server keeps what it has read open until the update ends.
+    outgrown: Vec<Box<dyn GpuMemory>>,
     /// A bucket that the server is taking.
     flight: Option<Receiver<Landed>>,
     /// Memory of calls that failed: the server may still read it, until it has answered a later one.
@@ -44,8 +46,8 @@ const ALIGNMENT: usize = 16;
 
 impl CudaIpc {
     pub(super) fn new(buckets: GpuBuckets) -> Self {
-        let (free, kept) = (Vec::new(), Vec::new());
-        Self { buckets, packed: Packed::AtInit, greeted: false, free, flight: None, kept }
+        let (free, outgrown, kept) = (Vec::new(), Vec::new(), Vec::new());
+        Self { buckets, packed: Packed::AtInit, greeted: false, free, outgrown, flight: None, kept }
     }
 
     fn greet(&mut self, control: &Control) -> Result<()> {
@@ -96,7 +98,7 @@ impl CudaIpc {
             return Ok(self.free.swap_remove(at));
         }
         // What is there is too small for this one, and so for those that are like it.
-        self.free.clear();
+        self.outgrown.append(&mut self.free);
         self.buckets.allocate(bytes)
     }
 
@@ -181,8 +183,9 @@ impl Transport for CudaIpc {
         if !self.greeted {
             self.greet(control)?;
         }
-        self.kept.clear();
         control.post("/start_weight_update")?;
+        self.kept.clear();
+        self.outgrown.clear();
         Ok(())
     }
 
@@ -235,6 +238,7 @@ impl Transport for CudaIpc {
         self.land(control.patience())?;
         control.post("/finish_weight_update")?;
         self.free.clear();
+        self.outgrown.clear();
         Ok(())
     }
 
@@ -253,6 +257,7 @@ impl Transport for CudaIpc {
         // A worker that answers this has done with what came before.
         self.kept.clear();
         self.free.clear();
+        self.outgrown.clear();
     }
 }
 
