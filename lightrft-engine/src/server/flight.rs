@@ -11,6 +11,9 @@ use crate::Result;
 #[derive(Debug, Default)]
 pub(crate) struct Flight {
     state: Mutex<State>,
+    /// Held by whoever pauses the server, or has it go on.
+    #[cfg(feature = "vllm")]
+    turn: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +42,12 @@ impl Flight {
         let mut state = self.state();
         let call = state.call;
         std::mem::replace(&mut *state, State { call, ..State::default() }).ids
+    }
+
+    /// Until this is dropped nobody else pauses the server or has it go on, of those who ask here.
+    #[cfg(feature = "vllm")]
+    pub(crate) fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that requests are sent; false if they must not be, since the call was aborted.

@@ -39,6 +39,15 @@ const COUNTERS: MetricNames = MetricNames {
 /// How long each call may take by which an update is abandoned, since dropping it waits for them.
 const ABANDON: Duration = Duration::from_secs(30);
 
+/// Why it is not known which parts of a server sleep, and whether it is paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doubt {
+    /// It was found asleep or paused.
+    Found,
+    /// The reply to a call was lost.
+    Lost,
+}
+
 /// A vLLM server as an engine.
 #[derive(Debug)]
 pub struct VllmEngine {
@@ -57,8 +66,7 @@ pub struct VllmEngine {
     takes_media: bool,
     state: State,
     version: Version,
-    /// Which of its parts sleep, and whether it is paused, is not known: it was found asleep, or a call was lost.
-    unsure: bool,
+    doubt: Option<Doubt>,
     /// It knows less of sleeping in parts than newer ones.
     is_old: bool,
 }
@@ -168,7 +176,7 @@ impl VllmEngine {
             limits: Limits { vocabulary, context_tokens },
             takes_media,
             state: if found_asleep { State::EMPTY } else { State::READY },
-            unsure: found_asleep,
+            doubt: found_asleep.then_some(Doubt::Found),
             is_old,
             version: named.unwrap_or(driver.version),
             control,
@@ -239,11 +247,14 @@ impl VllmEngine {
     /// A control call that changes what sleeps, or is paused. If it fails, and was not refused, what it changed is not
     /// known: the engine is stale, and sees to the whole server before it is used again.
     fn change<T>(&mut self, call: impl FnOnce(&Control) -> Result<T, ServerError>) -> Result<T> {
-        let result = call(&self.control);
+        let result = {
+            let _turn = self.flight.turn();
+            call(&self.control)
+        };
         let refused = result.as_ref().is_err_and(ServerError::is_refusal);
         let result = self.settle(result.map_err(Error::from));
         if result.is_err() && !refused && self.state != State::Dead {
-            self.unsure = true;
+            self.doubt = Some(Doubt::Lost);
             self.step(Event::LoseTrack)?;
         }
         result
@@ -296,7 +307,7 @@ impl VllmEngine {
             self.change(|control| control.wake(parts))?;
         }
         self.change(Control::pause)?;
-        self.unsure = false;
+        self.doubt = None;
         Ok(())
     }
 
@@ -413,7 +424,7 @@ impl Engine for VllmEngine {
                 State::Awake { cache: Cache::Asleep } | State::Stale { cache: Cache::Asleep }
             );
             // Older ones take a server of which a part sleeps for asleep, and would keep the weights in use.
-            if self.is_old && self.unsure {
+            if self.is_old && self.doubt == Some(Doubt::Lost) {
                 self.rouse()?;
             } else if self.is_old && in_part {
                 self.change(|control| control.wake(Parts::Cache))?;
@@ -426,7 +437,7 @@ impl Engine for VllmEngine {
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
         let next = self.state.after(Event::Wake(parts))?;
-        if self.unsure && next == State::EMPTY {
+        if self.doubt.is_some() && next == State::EMPTY {
             self.rouse()?;
         } else if next != self.state {
             // vLLM wakes what sleeps; what is awake already is left out.
@@ -436,11 +447,11 @@ impl Engine for VllmEngine {
             };
             let whole = self.change(|control| control.wake(wake))?;
             if !whole && wake != Parts::Weights {
-                self.unsure = true;
+                self.doubt = Some(Doubt::Lost);
                 self.step(Event::LoseTrack)?;
                 return Err(still_asleep().into());
             }
-            self.unsure = false;
+            self.doubt = None;
             if next.can_generate() {
                 self.change(Control::resume)?;
             } else {
@@ -458,7 +469,7 @@ impl Engine for VllmEngine {
             // It was leaked.
             self.abandon();
         }
-        if self.unsure {
+        if self.doubt.is_some() {
             self.rouse()?;
         } else {
             self.change(Control::pause)?;

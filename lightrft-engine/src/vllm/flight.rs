@@ -40,6 +40,11 @@ impl Requests {
             match self.http.post("/abort_requests", &json!({"request_ids": ids}), left) {
                 // Older ones only end all of their requests at once.
                 Err(ServerError::Status { status: 404 | 405, .. }) => {
+                    // The engine's own pause, of an update that comes next, must not fall between these.
+                    let _turn = self.flight.turn();
+                    if !self.flight.is_busy() {
+                        return Ok(());
+                    }
                     self.http.post("/pause?mode=abort&clear_cache=false", &json!({}), left)?;
                     self.http.post("/resume", &json!({}), left)?;
                     Ok(())

@@ -1,5 +1,7 @@
 //! What an engine takes of a GPU's memory, and gives back.
 
+use std::time::Duration;
+
 use lightrft_collectives::nccl::{DeviceMemory, Stream};
 use lightrft_engine::embedded::{EmbeddedEngine, Settings};
 use lightrft_engine::testing::TensorBytes;
@@ -105,6 +107,8 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_passes() {
     println!("{error}");
     // Where the memory is there again nothing has to sleep first, and what the engine has then is enough for as much again.
     drop(others);
+    // The driver has it again once the stream has come there.
+    assert!(stream.wait(Duration::from_secs(60)).unwrap());
     let expected = bits(&engine.complete(&[request()]).unwrap());
     let others = fill(&stream, 16 << 20);
     assert_eq!(bits(&engine.complete(&[request()]).unwrap()), expected);
