@@ -32,7 +32,7 @@
 //! | `embedded` | `embedded::EmbeddedEngine`: Llama, Qwen2 and Qwen3 folders, in this process |
 //! | `vllm` | `vllm::VllmEngine`: drives a vLLM server that it starts or is pointed at |
 //! | `sglang` | `sglang::SglangEngine`: drives an `SGLang` server that it starts or is pointed at |
-//! | `cuda` | weights from GPU memory; with `vllm`, into a server on the same GPU without the host; with `embedded`, that engine on a GPU |
+//! | `cuda` | weights from GPU memory; with `vllm` or `sglang`, into a server on the same GPU without the host; with `embedded`, that engine on a GPU |
 //! | `testing` | `testing::ScriptedEngine`, and `testing::conformance` for any engine |
 //! | `wire` | `wire`: the bytes of vLLM's and `SGLang`'s weight messages, without torch |
 //!

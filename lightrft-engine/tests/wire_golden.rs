@@ -56,15 +56,23 @@ fn tensors_by_value_are_the_recorded_pickles() {
 
 #[test]
 fn buffers_in_gpu_memory_are_the_recorded_pickles() {
-    let end = sglang::bucket_offsets(&infos()).unwrap()[6] + 2;
-    assert_eq!(sglang::cuda_bucket(&infos(), &buffer(end, 512)).unwrap(), golden("cuda_bucket"));
+    let offsets = sglang::bucket_offsets(&infos()).unwrap();
+    let end = offsets[6] + 2;
+    assert_eq!(sglang::cuda_bucket(&infos(), &offsets, &buffer(end, 512)).unwrap(), golden("cuda_bucket"));
     let info = UpdateInfo::cuda_ipc(&infos(), &buffer(3 << 31, 1 << 31)).unwrap();
     assert_eq!(info.ipc_handles_pickled.unwrap(), golden("ipc_handles"));
     for error in [
-        sglang::cuda_bucket(&infos(), &buffer(end - 1, 0)).unwrap_err(),
+        sglang::cuda_bucket(&infos(), &offsets, &buffer(end - 1, 0)).unwrap_err(),
+        sglang::cuda_bucket(&infos(), &offsets[1..], &buffer(end, 0)).unwrap_err(),
+        sglang::cuda_bucket(
+            &infos(),
+            &offsets.iter().map(|at| at + 1).collect::<Vec<_>>(),
+            &buffer(end + 1, 0),
+        )
+        .unwrap_err(),
         UpdateInfo::cuda_ipc(&infos(), &buffer(8, 0)).unwrap_err(),
     ] {
-        assert!(matches!(error, Error::Source(_)), "a buffer too small: {error:?}");
+        assert!(matches!(error, Error::Source(_)), "a buffer too small, or tensors out of place: {error:?}");
     }
 }
 

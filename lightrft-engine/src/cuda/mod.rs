@@ -7,6 +7,11 @@
 //! once, and freed when the update has ended.
 
 mod card;
+#[cfg(any(feature = "sglang", feature = "vllm"))]
+mod relay;
+#[cfg(test)]
+#[cfg(any(feature = "sglang", feature = "vllm"))]
+pub(crate) mod stand_in;
 
 use std::fmt;
 use std::ops::Range;
@@ -15,6 +20,8 @@ use std::sync::Arc;
 use crate::{Result, TensorInfo};
 
 pub(crate) use card::{Card, GpuMemory, download};
+#[cfg(any(feature = "sglang", feature = "vllm"))]
+pub(crate) use relay::Relay;
 
 /// The GPU on which an engine wants the buckets of an update.
 #[derive(Clone, Debug)]
@@ -76,6 +83,12 @@ impl GpuBucket {
     /// The parameters, under the engine's names.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
+    }
+
+    /// The same, as drivers look at what they are given.
+    #[cfg(any(feature = "sglang", feature = "vllm"))]
+    pub(crate) fn described(&self) -> impl Iterator<Item = crate::server::Described<'_>> {
+        self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()))
     }
 
     /// Where each of them lies in the memory, in bytes: at a multiple of 16, one after the other.

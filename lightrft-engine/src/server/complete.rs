@@ -9,7 +9,7 @@ const FUSED: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up
 
 /// Refuses an update that leaves some of the model's parameters as they were. Where those are not known, parts of a fused
 /// parameter call for its others.
-pub(crate) fn check_complete(
+pub(super) fn check_complete(
     engine: &'static str,
     version: Version,
     known: &BTreeMap<String, Vec<usize>>,

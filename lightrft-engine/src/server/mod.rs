@@ -14,6 +14,7 @@ mod metrics;
 mod model;
 mod parallel;
 mod process;
+mod pushed;
 #[cfg(feature = "vllm")]
 mod scan;
 mod verify;
@@ -22,7 +23,6 @@ pub(crate) use args::{Flags, Names, refuse};
 #[cfg(feature = "sglang")]
 pub(crate) use autopsy::PROBE;
 pub(crate) use autopsy::autopsy;
-pub(crate) use complete::check_complete;
 pub use error::{Call, ServerError};
 pub(crate) use flight::Flight;
 pub(crate) use folder::OwnedFolder;
@@ -35,6 +35,9 @@ pub(crate) use model::Model;
 pub(crate) use parallel::in_parallel;
 pub use process::StartProgress;
 pub(crate) use process::{ServerCommand, ServerProcess, on_port};
+#[cfg(feature = "cuda")]
+pub(crate) use pushed::Described;
+pub(crate) use pushed::{Pushed, TYPES, described};
 #[cfg(feature = "vllm")]
 pub(crate) use scan::{Keys, Malformed, Read, Scan};
 pub use verify::Verify;

@@ -1,6 +1,7 @@
 //! Control calls of an `SGLang` server: what it is, sleep, caches, pauses, weight updates.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -17,9 +18,9 @@ const OLDEST: (u64, u64) = (5, 23);
 const NEWEST: (u64, u64) = (5, 23);
 
 /// A server's control routes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Control {
-    pub(super) http: Http,
+    pub(super) http: Arc<Http>,
     within: Duration,
 }
 
@@ -35,12 +36,17 @@ pub(super) struct ServerInfo {
     enable_weights_cpu_backup: bool,
     /// `cuda`, `cpu`, ...
     pub(super) device: Option<String>,
-    pub(super) tp_size: Option<usize>,
+    tp_size: Option<usize>,
     /// The longest prompt that its scheduler takes, in tokens.
     pub(super) max_req_input_len: Option<usize>,
 }
 
 impl ServerInfo {
+    /// Workers that the model is cut over.
+    pub(super) fn shards(&self) -> usize {
+        self.tp_size.unwrap_or(1)
+    }
+
     pub(super) fn memory_saver(&self) -> MemorySaver {
         match (self.enable_memory_saver, self.enable_weights_cpu_backup) {
             (false, _) => MemorySaver::Off,
@@ -67,7 +73,13 @@ pub(super) struct RankChecksums {
 
 impl Control {
     pub(super) fn new(http: Http, within: Duration) -> Self {
-        Self { http, within }
+        Self { http: Arc::new(http), within }
+    }
+
+    /// How long one of its calls may take.
+    #[cfg(feature = "cuda")]
+    pub(super) fn patience(&self) -> Duration {
+        self.within
     }
 
     fn post(&self, path: &str, body: &Value) -> Result<()> {
@@ -175,8 +187,8 @@ impl Control {
         self.post("/end_weight_update", &json!({}))
     }
 
-    /// Sends a bucket, in the form of [`flattened_bucket`](crate::wire::sglang::flattened_bucket), to each of `shards`
-    /// workers.
+    /// Sends a bucket, in the form of [`flattened_bucket`](crate::wire::sglang::flattened_bucket) or
+    /// [`cuda_bucket`](crate::wire::sglang::cuda_bucket), to each of `shards` workers.
     pub(super) fn update_from_tensor(&self, bucket: &str, shards: usize) -> Result<()> {
         // Base64 needs no escapes, and is in memory once, however many workers there are.
         let mut pieces =

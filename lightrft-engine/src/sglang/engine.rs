@@ -8,8 +8,11 @@ use std::time::{Duration, Instant};
 use super::control::{Control, ServerInfo, tags, woken};
 use super::flight::{Requests, call_id};
 use super::settings::{Attach, Driver, MemorySaver, Seeds, Start, bad};
+use super::transfer::Transport;
 use super::update::SglangUpdate;
 use super::wire::{Asked, ask, body, check, completions};
+#[cfg(feature = "cuda")]
+use crate::cuda::GpuBucket;
 use crate::generate::check_fields;
 use crate::server::{
     Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, PROBE, ServerProcess, Verify, autopsy,
@@ -17,8 +20,9 @@ use crate::server::{
 };
 use crate::transfer::Checksums;
 use crate::{
-    Call, Completion, Engine, Error, Event, HfFolder, Level, Limits, MemoryBytes, Metrics, Parts, Progress,
-    Request, Result, ServerError, StartProgress, State, Update, Version, Watch, WeightSource,
+    Call, Completion, Engine, Error, Event, HfFolder, Level, Limits, MemoryBytes, Metrics, NamedTensor,
+    Parts, Progress, Request, Result, ServerError, StartProgress, State, Update, Version, Watch,
+    WeightSource,
 };
 
 const NAMES: MetricNames = MetricNames {
@@ -50,6 +54,7 @@ pub struct SglangEngine {
     model: Model,
     limits: Limits,
     driver: Driver,
+    transport: Transport,
     seeds: Seeds,
     saver: MemorySaver,
     shards: usize,
@@ -73,6 +78,7 @@ impl SglangEngine {
     /// start, ends, or is not ready in time, with the last lines of its log.
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
+        let transport = Transport::new(&start.driver.transfer)?;
         let model = Model::from_folder(&start.model)?;
         if model.vocabulary.is_none() {
             let value = start.model.display().to_string();
@@ -83,7 +89,7 @@ impl SglangEngine {
         control.check_serves(&start.model)?;
         let second = Http::new("SGLang", control.http.base(), start.key.clone())?;
         let info = control.server_info()?;
-        Self::assemble(control, second, &info, model, start.driver.clone(), Some(process))
+        Self::assemble(control, second, &info, model, start.driver.clone(), transport, Some(process))
     }
 
     /// Takes a running server. Of one that draws, the weights are taken for whole.
@@ -102,6 +108,11 @@ impl SglangEngine {
     /// folder.
     pub fn attach(attach: &Attach) -> Result<Self> {
         attach.driver.check()?;
+        Self::attach_with(attach, Transport::new(&attach.driver.transfer)?)
+    }
+
+    /// The same, with another way for weights than the settings name.
+    pub(super) fn attach_with(attach: &Attach, transport: Transport) -> Result<Self> {
         let connect = || Http::new("SGLang", &attach.url, attach.key.clone());
         let control = Control::new(connect()?, attach.driver.control_within);
         let info = control.server_info()?;
@@ -116,7 +127,8 @@ impl SglangEngine {
             Some(folder) => Model::from_folder(folder)?,
             None => Model::default(),
         };
-        let mut engine = Self::assemble(control, connect()?, &info, model, attach.driver.clone(), None)?;
+        let driver = attach.driver.clone();
+        let mut engine = Self::assemble(control, connect()?, &info, model, driver, transport, None)?;
         engine.state = state;
         Ok(engine)
     }
@@ -127,13 +139,15 @@ impl SglangEngine {
         info: &ServerInfo,
         model: Model,
         driver: Driver,
+        transport: Transport,
         process: Option<ServerProcess>,
     ) -> Result<Self> {
+        transport.meet(info)?;
         let Some(vocabulary) = model.vocabulary else {
             let expected = "a folder of this machine with its config.json was expected: SGLang dies of token ids outside of the vocabulary";
             return bad("model", "unknown", expected);
         };
-        let shards = info.tp_size.unwrap_or(1);
+        let shards = info.shards();
         if driver.verify == Verify::Checksums && (shards > 1 || info.device.as_deref() != Some("cpu")) {
             let value = format!("Checksums, on {} x {}", shards, info.device.as_deref().unwrap_or("?"));
             return bad(
@@ -159,6 +173,7 @@ impl SglangEngine {
             state: State::READY,
             version: named.map_or(driver.version, Version),
             driver,
+            transport,
             paused: Paused::No,
             session: false,
             asleep: Vec::new(),
@@ -204,6 +219,7 @@ impl SglangEngine {
         self.state_after(Event::BeginUpdate)?;
         let source = HfFolder::open(folder)?;
         crate::transfer::Plan::new(source.tensors(), &crate::Identity, self.parameters().as_ref(), to)?;
+        self.transport.begin(&self.control);
         let loaded = self.pause().and_then(|()| self.close_session());
         let loaded = loaded.and_then(|()| self.told(|control| control.update_from_disk(folder, to)));
         let begun = self.step(Event::BeginUpdate);
@@ -222,10 +238,6 @@ impl SglangEngine {
 
     pub(super) fn model(&self) -> &Model {
         &self.model
-    }
-
-    pub(super) fn shards(&self) -> usize {
-        self.shards
     }
 
     pub(super) fn state_after(&self, event: Event) -> Result<State> {
@@ -253,8 +265,11 @@ impl SglangEngine {
 
     /// Opens the session of an update.
     pub(super) fn open_session(&mut self) -> Result<()> {
+        self.transport.begin(&self.control);
         self.session = true;
-        self.told(|control| control.begin_update())
+        self.told(|control| control.begin_update())?;
+        self.transport.begun();
+        Ok(())
     }
 
     /// Closes the session of an update, if one is open.
@@ -264,6 +279,37 @@ impl SglangEngine {
             self.session = false;
         }
         Ok(())
+    }
+
+    fn with_transport<T>(&mut self, call: impl FnOnce(&mut Transport, &Control) -> Result<T>) -> Result<T> {
+        call(&mut self.transport, &self.control).map_err(|error| match error {
+            Error::Server(error) => self.bury(*error),
+            error => error,
+        })
+    }
+
+    /// Hands over a bucket that is not empty.
+    pub(super) fn send(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()> {
+        let shards = self.shards;
+        self.with_transport(|transport, control| transport.send(control, shards, bucket))
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn send_gpu(&mut self, bucket: GpuBucket) -> Result<GpuBucket> {
+        self.with_transport(|transport, control| transport.send_gpu(control, bucket))
+    }
+
+    /// Ends an update of which everything was sent.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        self.with_transport(|transport, control| transport.finish(control))?;
+        self.close_session()?;
+        self.transport.ended();
+        Ok(())
+    }
+
+    /// After an update that came to nothing.
+    pub(super) fn abandon(&mut self) {
+        self.transport.abandon(&self.control);
     }
 
     /// A call after which memory is there or not. Where nobody can tell which, the engine is dead: the server dies of
@@ -446,6 +492,11 @@ impl Engine for SglangEngine {
     fn parameters(&self) -> Option<BTreeMap<String, Vec<usize>>> {
         let known = &self.model.parameters;
         (!known.is_empty()).then(|| known.clone())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn gpu_buckets(&self) -> Option<crate::cuda::GpuBuckets> {
+        self.transport.buckets()
     }
 }
 

@@ -17,8 +17,8 @@
 //! ```
 //!
 //! A server that was started here ends with this process, however that ends. `SGLang` 0.5 is known to work from 0.5.23 on:
-//! earlier ones have no sessions of weight updates. Weights are sent by value over HTTP, which any server takes, on a
-//! GPU or not; [`SglangEngine::load_folder`] has the server read a folder instead.
+//! earlier ones have no sessions of weight updates. Weights are sent by a [`Transfer`]: by value over HTTP, which any
+//! server takes, on a GPU or not, or through GPU memory; [`SglangEngine::load_folder`] has the server read a folder instead.
 //!
 //! A server that is attached to must have been started with `SGLANG_VLM_CACHE_SIZE_MB=0` if its vision tower is updated:
 //! else pictures that it has seen before are read with the former weights, since it cannot be told to forget them.
@@ -37,10 +37,11 @@ mod flight;
 #[cfg(feature = "testing")]
 pub(crate) mod fuzzing;
 mod settings;
+mod transfer;
 mod update;
 mod wire;
 
 pub use crate::server::Verify;
 pub use engine::SglangEngine;
 pub use flight::Requests;
-pub use settings::{Attach, Driver, MemorySaver, Seeds, Start};
+pub use settings::{Attach, Driver, MemorySaver, Seeds, Start, Transfer};

@@ -173,6 +173,11 @@ impl Start {
         if let Some(tokens) = self.context_tokens.filter(|tokens| *tokens < 16) {
             return bad("context_tokens", tokens.to_string(), "at least 16 were expected");
         }
+        #[cfg(feature = "cuda")]
+        if matches!(self.driver.transfer, Transfer::CudaIpc { .. }) && self.tensor_parallel > 1 {
+            let value = format!("{}, with transfer CudaIpc", self.tensor_parallel);
+            return bad("tensor_parallel", value, "1 was expected: weights reach one GPU this way");
+        }
         refuse("SGLang", &self.args, &self.variables, &REFUSED)?;
         if self.key.is_some() {
             let why =
@@ -265,6 +270,24 @@ impl Attach {
     }
 }
 
+/// How weights reach a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Transfer {
+    /// Bucket by bucket in the calls themselves, over HTTP: any server takes it, wherever it is.
+    ByValue,
+    /// Bucket by bucket through memory of a GPU that both sides see, without the host: CUDA IPC. Two buckets are held there
+    /// while an update lasts. Weights that lie on that GPU are copied within it, those of the host are uploaded.
+    ///
+    /// The model lies on one GPU, and its server must see this one among its own: it has no route that tells, and ends at
+    /// the first bucket if it does not.
+    #[cfg(feature = "cuda")]
+    CudaIpc {
+        /// The GPU's ordinal among those that this process sees; the server may count them differently.
+        gpu: usize,
+    },
+}
+
 /// How the driver of a server works.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -272,6 +295,8 @@ pub struct Driver {
     /// Which log-probabilities the server computes: [`LogProbs::Raw`] with `SGLANG_RETURN_ORIGINAL_LOGPROB=1`, else
     /// [`LogProbs::Processed`]. A server started here is told, one that is attached to must have been.
     pub log_probs: LogProbs,
+    /// How weights reach the server; by value by default.
+    pub transfer: Transfer,
     /// Whether the server's weights are compared with those that were sent, before an update is done; they are not by
     /// default.
     pub verify: Verify,
@@ -289,6 +314,7 @@ impl Default for Driver {
     fn default() -> Self {
         Self {
             log_probs: LogProbs::Raw,
+            transfer: Transfer::ByValue,
             verify: Verify::Nothing,
             version: Version(0),
             requests_at_once: 256,

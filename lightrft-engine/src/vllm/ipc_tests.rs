@@ -5,99 +5,20 @@
 mod servers;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use lightrft_collectives::Device;
 use servers::http::Answer;
-use servers::vllm::{FakeVllm, GpuMemory as Shared, Release};
+use servers::vllm::{FakeVllm, Release};
 
 use super::*;
 use crate::cuda::Card;
+use crate::cuda::stand_in::{StandIn, UUID};
 use crate::testing::{Subject, TensorBytes, conformance};
 use crate::vllm::{Attach, Transfer, VllmEngine};
 use crate::{
-    Dtype, Engine, EngineExt, Identity, Request, Sampling, Staging, State, TensorSlice, Version, WeightSource,
+    Dtype, Engine, EngineExt, Identity, Request, Sampling, Staging, State, TensorInfo, TensorSlice, Version,
+    WeightSource,
 };
-
-const UUID: [u8; 16] = [0xab; 16];
-
-/// Memory that the server finds by its handle, as long as it lives, and that notes what becomes of it.
-#[derive(Debug, Default)]
-struct StandIn {
-    shared: Shared,
-    made: AtomicU8,
-    /// What happened, in order, with the number of the buffer.
-    log: Arc<Mutex<Vec<(&'static str, u8)>>>,
-}
-
-#[derive(Debug)]
-struct Buffer {
-    shared: Shared,
-    log: Arc<Mutex<Vec<(&'static str, u8)>>>,
-    number: u8,
-    /// Not there for others before it has settled.
-    pending: Vec<(usize, Vec<u8>)>,
-    bytes: usize,
-}
-
-impl Card for StandIn {
-    fn uuid(&self) -> [u8; 16] {
-        UUID
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<Box<dyn GpuMemory>> {
-        let number = self.made.fetch_add(1, Ordering::SeqCst);
-        let (shared, log) = (self.shared.clone(), self.log.clone());
-        shared.lock().unwrap().insert(vec![number; 64], vec![0; bytes]);
-        log.lock().unwrap().push(("made", number));
-        Ok(Box::new(Buffer { shared, log, number, pending: Vec::new(), bytes }))
-    }
-}
-
-impl GpuMemory for Buffer {
-    fn uuid(&self) -> [u8; 16] {
-        UUID
-    }
-
-    fn handle(&self) -> [u8; 64] {
-        [self.number; 64]
-    }
-
-    fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    fn upload(&mut self, at: usize, from: &[u8]) -> Result<()> {
-        // What the last one was taken from is worth nothing from now on.
-        if self.pending.is_empty() {
-            self.shared.lock().unwrap().get_mut(&vec![self.number; 64]).unwrap().fill(0xee);
-        }
-        self.pending.push((at, from.to_vec()));
-        Ok(())
-    }
-
-    fn copy(&mut self, _: usize, _: &Device<'_>) -> Result<()> {
-        Err(failed("copy", "there is no GPU"))
-    }
-
-    fn settle(&mut self) -> Result<()> {
-        let mut shared = self.shared.lock().unwrap();
-        let memory = shared.get_mut(&vec![self.number; 64]).unwrap();
-        for (at, from) in self.pending.drain(..) {
-            memory[at..at + from.len()].copy_from_slice(&from);
-        }
-        self.log.lock().unwrap().push(("settled", self.number));
-        Ok(())
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        self.shared.lock().unwrap().remove(&vec![self.number; 64]);
-        self.log.lock().unwrap().push(("freed", self.number));
-    }
-}
 
 fn uuid() -> String {
     GpuUuid(UUID).to_string()
@@ -326,16 +247,13 @@ fn without_a_gpu_the_error_says_what_to_do() {
 
 #[test]
 fn tensors_with_a_gap_between_them_are_messages_of_their_own() {
-    let (places, bytes) = layout([6, 8, 16, 32, 3].into_iter());
-    assert_eq!((places.as_slice(), bytes), (&[0..6, 16..24, 32..48, 48..80, 80..83][..], 83));
-    assert_eq!(runs(&places), [0..1, 1..2, 2..5]);
+    assert_eq!(runs(&[0..6, 16..24, 32..48, 48..80, 80..83]), [0..1, 1..2, 2..5]);
     assert!(runs(&[]).is_empty());
     let card = Arc::new(StandIn::default());
     let transport = CudaIpc::new(GpuBuckets::of(card.clone()));
     let info = |name: &str, dtype, elems| TensorInfo { name: name.to_owned(), dtype, shape: vec![elems] };
     let tensors = vec![info("a", Dtype::BF16, 3), info("b", Dtype::F32, 2)];
-    let (places, bytes) = layout([6, 8].into_iter());
-    let bucket = GpuBucket::new(tensors, places, card.allocate(bytes).unwrap());
+    let bucket = GpuBucket::new(tensors, vec![0..6, 16..24], card.allocate(24).unwrap());
     let messages = transport.messages(&bucket).unwrap();
     let names: BTreeMap<usize, &Value> =
         messages.iter().map(|message| &message["update_info"]["names"]).enumerate().collect();

@@ -12,6 +12,7 @@ use super::control::Control;
 use super::settings::Transfer;
 #[cfg(feature = "cuda")]
 use crate::cuda::{GpuBucket, GpuBuckets};
+use crate::server::TYPES;
 use crate::shared::{Lying, SharedBuckets, StagingFolder, default_parent};
 use crate::{Error, NamedTensor, Result};
 
@@ -240,9 +241,6 @@ fn update_info(lying: &Lying, bucket: &[NamedTensor<'_>]) -> Result<serde_json::
         "offsets": lying.offsets,
     }))
 }
-
-/// Element types that are taken.
-pub(super) const TYPES: &str = "F32, BF16 or F16";
 
 fn torch_name(tensor: &NamedTensor<'_>) -> Result<&'static str> {
     match tensor.dtype() {

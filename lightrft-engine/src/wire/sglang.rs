@@ -44,15 +44,17 @@ pub fn flattened_bucket(tensors: &[NamedTensor<'_>]) -> Result<String> {
     Ok(base64_pickle(&layout.message(torch::bytes_by_value(pieces))))
 }
 
-/// As [`flattened_bucket`], with the bytes in GPU memory that the engine opens: laid out as [`bucket_offsets`] says.
+/// As [`flattened_bucket`], with the bytes in GPU memory that the engine opens, those of each tensor at its offset: one of
+/// [`bucket_offsets`], or any other that is a multiple of its elements' size.
 ///
 /// The buffer must keep its contents until the engine has answered.
 ///
 /// # Errors
-/// As there; [`Error::Source`] if the buffer is smaller than its tensors.
-pub fn cuda_bucket(tensors: &[TensorInfo], buffer: &CudaIpcBuffer) -> Result<String> {
-    let layout = BucketLayout::new(tensors)?;
-    let needed = layout.places.last().map_or(0, |(_, end)| *end);
+/// As there; [`Error::Source`] for an offset that does not suit its tensor's elements, and if the buffer is smaller than
+/// its tensors.
+pub fn cuda_bucket(tensors: &[TensorInfo], offsets: &[usize], buffer: &CudaIpcBuffer) -> Result<String> {
+    let layout = BucketLayout::at(tensors, offsets)?;
+    let needed = layout.places.iter().map(|(_, end)| *end).max().unwrap_or(0);
     if buffer.bytes < needed {
         let what = format!("a buffer of {} bytes for tensors of {needed}", buffer.bytes);
         return Err(Error::Source(what.into()));
@@ -64,7 +66,7 @@ pub fn cuda_bucket(tensors: &[TensorInfo], buffer: &CudaIpcBuffer) -> Result<Str
     Ok(base64_pickle(&layout.message(flat)))
 }
 
-/// Where each tensor of a bucket begins: one after the other, at a multiple of its elements' size.
+/// Where each tensor of a bucket begins if they lie one after the other, at multiples of their elements' size.
 ///
 /// # Errors
 /// As [`flattened_bucket`].
@@ -85,15 +87,41 @@ struct BucketLayout<'a> {
 }
 
 impl<'a> BucketLayout<'a> {
+    /// One after the other.
     fn new(tensors: &'a [TensorInfo]) -> Result<Self> {
+        Self::placed(tensors, |_, end, size| Ok(end.next_multiple_of(size)))
+    }
+
+    fn at(tensors: &'a [TensorInfo], offsets: &[usize]) -> Result<Self> {
+        if offsets.len() != tensors.len() {
+            let what = format!("{} offsets for {} tensors", offsets.len(), tensors.len());
+            return Err(Error::Source(what.into()));
+        }
+        Self::placed(tensors, |at, _, size| {
+            let (tensor, offset) = (&tensors[at].name, offsets[at]);
+            match offset.is_multiple_of(size) {
+                true => Ok(offset),
+                false => {
+                    let what = format!("`{tensor}` at offset {offset}, for elements of {size} bytes");
+                    Err(Error::Source(what.into()))
+                }
+            }
+        })
+    }
+
+    /// Each tensor where `place` puts it, given which it is, where the one before ends and its elements' size.
+    fn placed(
+        tensors: &'a [TensorInfo],
+        place: impl Fn(usize, usize, usize) -> Result<usize>,
+    ) -> Result<Self> {
         if tensors.is_empty() {
             return Err(Error::Source("a bucket without tensors, which SGLang refuses".into()));
         }
         let mut this = Self { tensors, types: Vec::new(), places: Vec::new() };
         let mut end = 0_usize;
-        for tensor in tensors {
+        for (at, tensor) in tensors.iter().enumerate() {
             let kind = torch_type(tensor)?;
-            let start = end.next_multiple_of(kind.size);
+            let start = place(at, end, kind.size)?;
             end = start.saturating_add(tensor.bytes()?);
             this.types.push(kind.name);
             this.places.push((start, end));

@@ -1,6 +1,6 @@
 //! A server that behaves as `SGLang` 0.5.23 was seen to, around a scripted engine: what it refuses, and what it dies of.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -38,6 +38,9 @@ pub(crate) enum Fault {
     UntilAborted,
 }
 
+/// Buffers in a GPU's memory, by their handles.
+pub(crate) type GpuMemory = Arc<Mutex<BTreeMap<Vec<u8>, Vec<u8>>>>;
+
 #[derive(Default)]
 struct State {
     weights: Vec<TensorBytes>,
@@ -47,6 +50,8 @@ struct State {
     released: BTreeSet<String>,
     /// It was started without `--enable-memory-saver`.
     keeps_memory: bool,
+    /// The GPU that it is on, by its number, and what trainers have there.
+    gpu: Option<(String, GpuMemory)>,
     dead: bool,
     calls: Vec<(String, Value)>,
     aborted: BTreeSet<String>,
@@ -136,6 +141,12 @@ impl Fake {
     /// It gives no memory back, whatever it is told to release.
     pub(crate) fn keep_memory(&self) {
         self.state().keeps_memory = true;
+    }
+
+    /// It is on a GPU.
+    #[allow(dead_code)] // not by every test
+    pub(crate) fn put_on_gpu(&self, uuid: &str, memory: GpuMemory) {
+        self.state().gpu = Some((uuid.to_owned(), memory));
     }
 
     pub(crate) fn is_dead(&self) -> bool {
@@ -251,7 +262,9 @@ impl State {
                 200,
                 json!({"version": "0.5.23", "enable_deterministic_inference": true,
                     "enable_memory_saver": !self.keeps_memory,
-                    "enable_weights_cpu_backup": true, "device": "cpu", "tp_size": 1, "max_req_input_len": 127}),
+                    "enable_weights_cpu_backup": true, "tp_size": 1,
+                    "device": if self.gpu.is_some() { "cuda" } else { "cpu" },
+                    "max_req_input_len": 127}),
             ),
             "/model_info" => (200, json!({"model_path": model_path, "weight_version": self.version})),
             "/ready" => (if self.paused { 503 } else { 200 }, Value::String(String::new())),
@@ -299,9 +312,13 @@ impl State {
             }
             "/update_weights_from_tensor" => {
                 let payload = STANDARD.decode(body["serialized_named_tensors"][0].as_str().unwrap()).unwrap();
+                let Some(bucket) = self.bucket(&payload) else {
+                    self.dead = true;
+                    return None;
+                };
                 for tensor in &mut self.weights {
-                    if let Some(bytes) = tensor_in(&payload, &tensor.name) {
-                        tensor.bytes = bytes;
+                    if let Some(place) = place_in(&payload, &tensor.name) {
+                        tensor.bytes = bucket[place].to_vec();
                     }
                 }
                 done()
@@ -327,6 +344,18 @@ impl State {
             }
             _ => (404, json!({"detail": "Not Found"})),
         })
+    }
+
+    /// The bytes of a flattened bucket; none if the server dies of it.
+    fn bucket(&self, payload: &[u8]) -> Option<Vec<u8>> {
+        let Some(cuda) = after(payload, b"rebuild_cuda_tensor", 0) else {
+            // After the last of torch's five pickles, a list of one key, and the count of bytes.
+            return Some(payload[after(payload, b"](X\x01\x00\x00\x000e.", 0)? + 8..].to_vec());
+        };
+        let (uuid, memory) = self.gpu.as_ref()?;
+        let named = after(payload, &[&36_u32.to_le_bytes(), uuid.as_bytes()].concat(), cuda)?;
+        let handle = after(payload, b"B\x40\0\0\0", named)?;
+        memory.lock().unwrap().get(&payload[handle..handle + 64]).cloned()
     }
 
     fn generate(&mut self, body: &Value) -> Option<(u16, Value)> {
@@ -379,22 +408,22 @@ impl State {
     }
 }
 
-/// A tensor's bytes in a flattened bucket, found by the marks around them rather than by reading pickles.
-fn tensor_in(payload: &[u8], name: &str) -> Option<Vec<u8>> {
-    let find = |mark: &[u8], from: usize| {
-        let found = payload[from..].windows(mark.len()).position(|window| window == mark)?;
-        Some(from + found + mark.len())
-    };
+/// Where `mark` ends in a payload, from some place on.
+fn after(payload: &[u8], mark: &[u8], from: usize) -> Option<usize> {
+    let found = payload[from..].windows(mark.len()).position(|window| window == mark)?;
+    Some(from + found + mark.len())
+}
+
+/// Where a tensor lies in a flattened bucket, found by the marks around it rather than by reading pickles.
+fn place_in(payload: &[u8], name: &str) -> Option<std::ops::Range<usize>> {
     let number = |mark: &[u8], from: usize| {
-        let at = find(&[mark, b"J"].concat(), from)?;
+        let at = after(payload, &[mark, b"J"].concat(), from)?;
         Some(i32::from_le_bytes(payload[at..at + 4].try_into().unwrap()) as usize)
     };
-    let metadata = find(b"FlattenedTensorMetadata", 0)?;
-    let at = find(&[&(name.len() as u32).to_le_bytes(), name.as_bytes()].concat(), metadata)?;
-    let (start, end) = (number(b"start_idx", at)?, number(b"end_idx", at)?);
-    // After the last of torch's five pickles, a list of one key, and the count of bytes.
-    let data = find(b"](X\x01\x00\x00\x000e.", 0)? + 8;
-    Some(payload[data + start..data + end].to_vec())
+    let metadata = after(payload, b"FlattenedTensorMetadata", 0)?;
+    let name = [&(name.len() as u32).to_le_bytes(), name.as_bytes()].concat();
+    let at = after(payload, &name, metadata)?;
+    Some(number(b"start_idx", at)?..number(b"end_idx", at)?)
 }
 
 fn sha256(bytes: &[u8]) -> String {
