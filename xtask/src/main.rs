@@ -34,9 +34,9 @@ Usage: cargo xtask <command>
   gpu test [N]     those tests on N GPUs of this machine, or on all: builds them first, or, started as
                    target/gpu/xtask on a machine without cargo, takes those beside it. A test that is skipped has failed
   gpu bench [N]    the figures of those programs, which nobody checks
-  live <vllm|sglang|vllm-gpu> [DIR]
-                   the driver of that server against real servers, on the CPU or, vllm-gpu, on a GPU, which
-                   `tools/live/setup.sh vllm|sglang|vllm-gpu DIR` installs; DIR is target/live by default
+  live <vllm|sglang|vllm-gpu|sglang-gpu> [DIR]
+                   the driver of that server against real servers, on the CPU or, with -gpu, on a GPU, which
+                   `tools/live/setup.sh vllm|sglang|vllm-gpu|sglang-gpu DIR` installs; DIR is target/live by default
   tidy             only the tree's own rules (part of check)
   help             this text
 ";

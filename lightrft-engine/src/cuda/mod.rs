@@ -37,6 +37,7 @@ impl GpuBuckets {
     }
 
     #[cfg(test)]
+    #[cfg(any(feature = "sglang", feature = "vllm"))]
     pub(crate) fn of(card: Arc<dyn Card>) -> Self {
         Self(card)
     }

@@ -37,7 +37,9 @@ pub use process::StartProgress;
 pub(crate) use process::{ServerCommand, ServerProcess, on_port};
 #[cfg(feature = "cuda")]
 pub(crate) use pushed::Described;
-pub(crate) use pushed::{Pushed, TYPES, described};
+#[cfg(feature = "vllm")]
+pub(crate) use pushed::TYPES;
+pub(crate) use pushed::{Pushed, described};
 #[cfg(feature = "vllm")]
 pub(crate) use scan::{Keys, Malformed, Read, Scan};
 pub use verify::Verify;

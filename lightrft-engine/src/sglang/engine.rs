@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::control::{Control, ServerInfo, tags, woken};
 use super::flight::{Requests, call_id};
 use super::settings::{Attach, Driver, MemorySaver, Seeds, Start, bad};
-use super::transfer::Transport;
+use super::transfer::{Transport, transport};
 use super::update::SglangUpdate;
 use super::wire::{Asked, ask, body, check, completions};
 #[cfg(feature = "cuda")]
@@ -54,7 +54,7 @@ pub struct SglangEngine {
     model: Model,
     limits: Limits,
     driver: Driver,
-    transport: Transport,
+    transport: Box<dyn Transport>,
     seeds: Seeds,
     saver: MemorySaver,
     shards: usize,
@@ -78,7 +78,7 @@ impl SglangEngine {
     /// start, ends, or is not ready in time, with the last lines of its log.
     pub fn start(start: &Start, tell: &mut dyn FnMut(&StartProgress)) -> Result<Self> {
         start.check()?;
-        let transport = Transport::new(&start.driver.transfer)?;
+        let transport = transport(&start.driver.transfer)?;
         let model = Model::from_folder(&start.model)?;
         if model.vocabulary.is_none() {
             let value = start.model.display().to_string();
@@ -108,11 +108,11 @@ impl SglangEngine {
     /// folder.
     pub fn attach(attach: &Attach) -> Result<Self> {
         attach.driver.check()?;
-        Self::attach_with(attach, Transport::new(&attach.driver.transfer)?)
+        Self::attach_with(attach, transport(&attach.driver.transfer)?)
     }
 
     /// The same, with another way for weights than the settings name.
-    pub(super) fn attach_with(attach: &Attach, transport: Transport) -> Result<Self> {
+    pub(super) fn attach_with(attach: &Attach, transport: Box<dyn Transport>) -> Result<Self> {
         let connect = || Http::new("SGLang", &attach.url, attach.key.clone());
         let control = Control::new(connect()?, attach.driver.control_within);
         let info = control.server_info()?;
@@ -139,7 +139,7 @@ impl SglangEngine {
         info: &ServerInfo,
         model: Model,
         driver: Driver,
-        transport: Transport,
+        transport: Box<dyn Transport>,
         process: Option<ServerProcess>,
     ) -> Result<Self> {
         transport.meet(info)?;
@@ -281,8 +281,11 @@ impl SglangEngine {
         Ok(())
     }
 
-    fn with_transport<T>(&mut self, call: impl FnOnce(&mut Transport, &Control) -> Result<T>) -> Result<T> {
-        call(&mut self.transport, &self.control).map_err(|error| match error {
+    fn with_transport<T>(
+        &mut self,
+        call: impl FnOnce(&mut dyn Transport, &Control) -> Result<T>,
+    ) -> Result<T> {
+        call(self.transport.as_mut(), &self.control).map_err(|error| match error {
             Error::Server(error) => self.bury(*error),
             error => error,
         })

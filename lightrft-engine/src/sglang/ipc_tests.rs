@@ -10,7 +10,7 @@ use fake::{Fake, Fault, VOCABULARY};
 
 use super::*;
 use crate::cuda::stand_in::{StandIn, UUID};
-use crate::sglang::{Attach, SglangEngine, Start};
+use crate::sglang::{Attach, SglangEngine, Start, Transfer};
 use crate::testing::{ScriptedEngine, Subject, TensorBytes, conformance};
 use crate::{
     Engine, EngineExt, Error, Identity, Request, Sampling, ServerError, State, TensorSlice, Version,
@@ -19,7 +19,7 @@ use crate::{
 fn engine(fake: &Fake) -> (SglangEngine, Arc<StandIn>) {
     let card = Arc::new(StandIn::default());
     fake.put_on_gpu(&GpuUuid(UUID).to_string(), card.shared.clone());
-    let transport = Transport::on(GpuBuckets::of(card.clone()));
+    let transport = Box::new(CudaIpc::new(GpuBuckets::of(card.clone())));
     (SglangEngine::attach_with(&Attach::new(&fake.url), transport).unwrap(), card)
 }
 
@@ -171,7 +171,7 @@ fn a_server_that_dies_of_a_bucket_is_an_error_that_says_so() {
 #[test]
 fn a_server_that_has_no_gpu_is_refused_before_anything_is_sent() {
     let fake = Fake::new();
-    let transport = Transport::on(GpuBuckets::of(Arc::new(StandIn::default())));
+    let transport = Box::new(CudaIpc::new(GpuBuckets::of(Arc::new(StandIn::default()))));
     let error = SglangEngine::attach_with(&Attach::new(&fake.url), transport).unwrap_err();
     assert!(
         matches!(&error, Error::Settings { field: "transfer", value, .. } if value.contains("1 x cpu")),
@@ -200,7 +200,7 @@ fn a_reply_that_never_comes_is_waited_for_no_longer_than_was_said() {
     fake.put_on_gpu(&GpuUuid(UUID).to_string(), card.shared.clone());
     let mut attach = Attach::new(&fake.url);
     attach.driver.control_within = Duration::from_millis(300);
-    let transport = Transport::on(GpuBuckets::of(card.clone()));
+    let transport = Box::new(CudaIpc::new(GpuBuckets::of(card.clone())));
     let mut engine = SglangEngine::attach_with(&attach, transport).unwrap();
     fake.fail("/update_weights_from_tensor", Fault::Silence);
     let before = std::time::Instant::now();

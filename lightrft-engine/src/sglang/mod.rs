@@ -36,6 +36,8 @@ mod engine;
 mod flight;
 #[cfg(feature = "testing")]
 pub(crate) mod fuzzing;
+#[cfg(feature = "cuda")]
+mod ipc;
 mod settings;
 mod transfer;
 mod update;
