@@ -147,6 +147,10 @@ fn text(max_new_tokens: usize) -> Request {
 fn a_text_model() {
     let engine = &mut started(&start("a"));
     step("greedy tokens of transformers", || is_as_transformers_says(engine, "a"));
+    step("the key is not in the log, where SGLang writes its settings", || {
+        let log = std::fs::read_to_string(engine.process().unwrap().1).unwrap();
+        assert!(log.contains("api_key") && !log.contains("sesame"), "{log}");
+    });
     step("and after updates by value", || {
         replace(engine, "b", 1);
         is_as_transformers_says(engine, "b");

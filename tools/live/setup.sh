@@ -38,7 +38,10 @@ if [ "$1" = sglang ] && [ ! -e "$dir/sg/sglang/__init__.py" ]; then
 fi
 
 export HF_HUB_OFFLINE=1
-for model in a:0:text b:1:text vl-a:0:vision vl-b:1:vision; do
+models="a:0:text b:1:text"
+# Those with pictures want a newer transformers than the servers on a GPU bring, whose tests do without.
+[[ $1 = *-gpu ]] || models="$models vl-a:0:vision vl-b:1:vision"
+for model in $models; do
     IFS=: read -r name seed kind <<< "$model"
     if [ ! -e "$dir/models/$name/expected.json" ]; then
         "$dir/venv/bin/python" "$here/tiny_model.py" "$kind" "$dir/models/$name" --seed "$seed"

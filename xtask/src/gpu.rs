@@ -14,8 +14,11 @@ use std::{fs, thread};
 
 use crate::examples::built_executables;
 use crate::steps::seconds;
-use crate::test::{DEVICE_FEATURES, Totals};
+use crate::test::Totals;
 use crate::workspace::{Member, Workspace};
+
+/// Features for devices. Members that have one have tests that need a GPU.
+const DEVICE_FEATURES: [&str; 2] = ["cuda", "nccl"];
 
 const USAGE: &str = "usage: cargo xtask gpu build | cargo xtask gpu test|bench [number of GPUs]";
 

@@ -6,26 +6,14 @@ use std::time::Instant;
 
 use crate::examples::{built_examples, is_numbered, run as run_example};
 use crate::steps::{command_line, seconds};
-use crate::workspace::{Member, Workspace};
-
-/// Features whose tests need a device; all others are on.
-pub(crate) const DEVICE_FEATURES: [&str; 2] = ["cuda", "nccl"];
+use crate::workspace::Workspace;
 
 pub(crate) fn run(workspace: &Workspace) -> ExitCode {
     let start = Instant::now();
-    let features = match workspace.members() {
-        Ok(members) => cpu_features(&members),
-        Err(error) => {
-            eprintln!("test: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
+    // Those for devices too: what needs one is ignored, and the rest is tested here alone.
     let cargo = |args: &[&str]| {
         let mut command = workspace.cargo();
-        command.args(args).arg("--workspace");
-        if !features.is_empty() {
-            command.args(["--features", &features.join(",")]);
-        }
+        command.args(args).args(["--workspace", "--all-features"]);
         command
     };
     // All targets' failures in one run: each costs a build to see.
@@ -68,15 +56,6 @@ pub(crate) fn run(workspace: &Workspace) -> ExitCode {
         seconds(start.elapsed())
     );
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// Every feature of every member that needs no device, as cargo's `crate/feature`.
-fn cpu_features(members: &[Member]) -> Vec<String> {
-    let of = |member: &Member| -> Vec<String> {
-        let features = member.features().into_iter().filter(|name| !DEVICE_FEATURES.contains(name));
-        features.map(|name| format!("{}/{name}", member.name())).collect()
-    };
-    members.iter().flat_map(of).collect()
 }
 
 /// What the test programs said about themselves.
@@ -127,8 +106,6 @@ fn run_tests(command: &mut Command, totals: &mut Totals, mut terminal: impl Writ
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::manifest::Manifest;
-
     #[test]
     fn totals_add_up_over_programs() {
         let mut totals = Totals::default();
@@ -138,14 +115,6 @@ mod tests {
         );
         totals.add("test result: FAILED. 10 passed; 2 failed; 0 ignored; 0 measured; 5 filtered out");
         assert_eq!(totals, Totals { programs: 2, passed: 13, failed: 2, ignored: 1 });
-    }
-
-    #[test]
-    fn features_that_need_a_device_are_left_out() {
-        let manifest =
-            Manifest::parse("[package]\nname = \"a\"\n[features]\ndefault = []\nnccl = []\ntesting = []\n");
-        let member = Member { folder: "a".to_owned(), manifest };
-        assert_eq!(cpu_features(&[member]), ["a/testing"]);
     }
 
     #[test]

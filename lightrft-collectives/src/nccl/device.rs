@@ -125,6 +125,23 @@ impl Stream {
     pub fn wait(&self, limit: Duration) -> Result<bool> {
         self.record()?.wait(limit)
     }
+
+    /// Waits until the stream has done all that it has been given, `limit` at most, and then gives the system back what was
+    /// freed on it; returns whether it has.
+    ///
+    /// Memory that is freed goes to a pool of this process first. Before this, other processes cannot have it, nor does it
+    /// count as free: give it back before an inference server wakes.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], also for what failed on the GPU before.
+    pub fn give_back(&self, limit: Duration) -> Result<bool> {
+        if !self.wait(limit)? {
+            return Ok(false);
+        }
+        // SAFETY: the stream is live, and has nothing left to do.
+        unsafe { self.0.gpu.trim(self.0.raw)? };
+        Ok(true)
+    }
 }
 
 /// A point in the work of a stream.

@@ -78,20 +78,24 @@ impl Relay {
         }
         // What is there is too small for this one, and so for those that are like it.
         self.outgrown.append(&mut self.free);
-        self.buckets.allocate(bytes)
+        // Buckets are of about one size, and the next may be a little larger.
+        let step = (bytes.checked_next_power_of_two().unwrap_or(bytes) / 4).max(1);
+        self.buckets.allocate(bytes.checked_next_multiple_of(step).unwrap_or(bytes))
     }
 
     /// Copies a bucket of the host's into memory of its own.
     pub(crate) fn fill(&mut self, bucket: &[NamedTensor<'_>]) -> Result<GpuBucket> {
         let (places, bytes) = layout(bucket.iter().map(|tensor| tensor.bytes().len()));
         let mut memory = self.memory(bytes)?;
-        for (tensor, place) in bucket.iter().zip(&places) {
-            memory.upload(place.start, tensor.bytes())?;
+        let mut uploads = bucket.iter().zip(&places);
+        let uploaded = uploads.try_for_each(|(tensor, place)| memory.upload(place.start, tensor.bytes()));
+        if let Err(error) = uploaded.and_then(|()| memory.settle()) {
+            // The server may have it open, from the bucket that was in it before.
+            self.outgrown.push(memory);
+            return Err(error);
         }
         let infos: Vec<TensorInfo> = bucket.iter().map(NamedTensor::info).collect();
-        let mut filled = GpuBucket::new(infos, places, memory);
-        filled.settle()?;
-        Ok(filled)
+        Ok(GpuBucket::new(infos, places, memory))
     }
 
     /// Has `post` tell the server of a bucket of [`fill`](Self::fill), and goes on: the caller gathers the next meanwhile.
@@ -102,7 +106,10 @@ impl Relay {
         within: Duration,
         post: impl FnOnce() -> Result<(), ServerError> + Send + 'static,
     ) -> Result<()> {
-        self.land(within)?;
+        if let Err(error) = self.land(within) {
+            self.kept.push(bucket);
+            return Err(error);
+        }
         let (land, flight) = sync_channel(1);
         let fly = move || {
             let result = post();
@@ -122,12 +129,11 @@ impl Relay {
         within: Duration,
         post: impl FnOnce() -> Result<(), ServerError>,
     ) -> Result<GpuBucket> {
-        self.land(within)?;
-        match post() {
+        match self.land(within).and_then(|()| Ok(post()?)) {
             Ok(()) => Ok(bucket),
             Err(error) => {
                 self.kept.push(bucket);
-                Err(error.into())
+                Err(error)
             }
         }
     }

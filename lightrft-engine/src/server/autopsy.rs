@@ -1,5 +1,6 @@
 //! Whether a server is gone, found out after a call that failed as calls of dying servers do.
 
+use std::thread;
 use std::time::Duration;
 
 use super::error::ServerError;
@@ -11,6 +12,9 @@ pub(crate) const PROBE: Duration = Duration::from_secs(5);
 /// How often one is looked at that does not answer: it may have a bad time.
 const PROBES: usize = 3;
 
+/// How long one that nobody here has started is left alone between two looks: a refused connection is quick to say so.
+const PAUSE: Duration = Duration::from_millis(500);
+
 /// How long a server that seems to have died may take to end.
 const LAST_BREATH: Duration = Duration::from_secs(10);
 
@@ -21,7 +25,14 @@ pub(crate) fn autopsy(
     process: Option<&mut ServerProcess>,
     answers: impl Fn(Duration) -> bool,
 ) -> (ServerError, bool) {
-    if !error.may_be_the_end() || (0..PROBES).any(|_| answers(PROBE)) {
+    let pause = if process.is_none() { PAUSE } else { Duration::ZERO };
+    let lives = |look| {
+        if look > 0 {
+            thread::sleep(pause);
+        }
+        answers(PROBE)
+    };
+    if !error.may_be_the_end() || (0..PROBES).any(lives) {
         return (error, false);
     }
     let Some(process) = process else { return (error.gone(), true) };

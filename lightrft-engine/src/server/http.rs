@@ -29,15 +29,29 @@ impl ApiKey {
         &self.0
     }
 
-    /// `text` without the key, should a server have repeated it, as it is or as it stands in JSON. Before a text is cut: of
-    /// a key across the cut a part would be left.
-    pub(crate) fn redact(&self, text: String) -> String {
+    /// The key as servers repeat it: as it stands in JSON, as Python prints it, and as it is.
+    pub(crate) fn forms(&self) -> Vec<String> {
         if self.0.is_empty() {
-            return text;
+            return Vec::new();
         }
-        let escaped = self.0.replace('\\', "\\\\").replace('"', "\\\"");
-        text.replace(&escaped, "***").replace(&*self.0, "***")
+        let escaped = self.0.replace('\\', "\\\\");
+        let mut forms = vec![escaped.replace('"', "\\\""), escaped.replace('\'', "\\'"), escaped];
+        forms.push(self.0.to_string());
+        forms.dedup();
+        forms
     }
+
+    /// `text` without the key, should a server have repeated it. Before a text is cut: of a key across the cut a part would
+    /// be left.
+    pub(crate) fn redact(&self, text: String) -> String {
+        self.forms().iter().fold(text, |text, form| text.replace(form, "***"))
+    }
+}
+
+/// An address without what could be a secret: a user's name and password before the host, a query or a fragment behind it.
+pub(crate) fn without_secrets(address: &str) -> String {
+    let host = address.rsplit('@').next().unwrap_or_default();
+    host.split(['?', '#']).next().unwrap_or_default().to_owned()
 }
 
 impl fmt::Debug for ApiKey {
@@ -135,11 +149,7 @@ impl Reply {
 impl Http {
     /// A client of the server at `base`, such as `http://10.0.0.7:8000`; a path in it is put before every call's.
     pub(crate) fn new(engine: &'static str, base: &str, key: Option<ApiKey>) -> Result<Self, ServerError> {
-        // A user's name and password could stand in it, so it is not repeated as it was given.
-        let wrong = |reason| {
-            let address = base.rsplit('@').next().unwrap_or_default().to_owned();
-            Err(ServerError::Address { address, reason })
-        };
+        let wrong = |reason| Err(ServerError::Address { address: without_secrets(base), reason });
         let base = base.trim_end_matches('/');
         let Ok(uri) = base.parse::<Uri>() else { return wrong("expected something like http://host:8000") };
         if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {

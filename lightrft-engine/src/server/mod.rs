@@ -27,7 +27,7 @@ pub use error::{Call, ServerError};
 pub(crate) use flight::Flight;
 pub(crate) use folder::OwnedFolder;
 pub use http::ApiKey;
-pub(crate) use http::{Http, Reply};
+pub(crate) use http::{Http, Reply, without_secrets};
 pub(crate) use jobs::{Ask, Job, jobs};
 pub(crate) use metrics::MetricNames;
 pub use metrics::Metrics;

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -27,6 +28,9 @@ const POLL: Duration = Duration::from_millis(20);
 /// What is read of a log's end.
 const TAIL_BYTES: u64 = 16 << 10;
 const TAIL_LINES: usize = 12;
+
+/// The beginning of a log, where servers write their settings.
+const START_BYTES: u64 = 16 << 20;
 
 /// A server that starts, as a caller may want to tell about it.
 #[derive(Clone, Debug)]
@@ -133,7 +137,13 @@ impl ServerProcess {
                 let named = |source: io::Error| {
                     failed(io::Error::new(source.kind(), format!("{}: {source}", log.display())))
                 };
-                (File::create(log).map_err(named)?, log.clone())
+                let mut options = OpenOptions::new();
+                options.write(true).create(true).truncate(true);
+                if command.key.is_some() {
+                    // It may stand there until the server is ready.
+                    options.mode(0o600);
+                }
+                (options.open(log).map_err(named)?, log.clone())
             }
         };
         let mut shell = Command::new("sh");
@@ -175,13 +185,14 @@ impl ServerProcess {
         loop {
             self.alive()?;
             if ready(Duration::from_secs(1)) {
+                self.scrub();
                 // Somebody else may have answered on the port that ours could not have.
                 return self.alive();
             }
             let waited = start.elapsed();
             if waited >= within {
-                self.log_is_ours = false;
                 let (log, last_lines) = (self.log.clone(), self.last_lines());
+                self.keep_log();
                 return Err(ServerError::NotReady { engine: self.engine, waited, log, last_lines });
             }
             if waited - told >= Duration::from_millis(250) {
@@ -202,8 +213,8 @@ impl ServerProcess {
         match self.status {
             None => Ok(()),
             Some(status) => {
-                self.log_is_ours = false;
                 let (log, last_lines) = (self.log.clone(), self.last_lines());
+                self.keep_log();
                 Err(ServerError::Exited { engine: self.engine, status, log, last_lines })
             }
         }
@@ -230,7 +241,8 @@ impl ServerProcess {
 
     /// The end of its log, without the key.
     pub(crate) fn last_lines(&self) -> String {
-        let most_cut = self.key.as_ref().map_or(0, |key| key.expose().len());
+        let forms = self.key.as_ref().map(ApiKey::forms).unwrap_or_default();
+        let most_cut = forms.iter().map(String::len).max().unwrap_or(0);
         let tail =
             read_tail(&self.log, most_cut).unwrap_or_else(|error| format!("(cannot be read: {error})"));
         let lines: Vec<&str> = tail.lines().filter(|line| !line.trim().is_empty()).collect();
@@ -239,6 +251,21 @@ impl ServerProcess {
             Some(key) => key.redact(text),
             None => text,
         })
+    }
+
+    /// The log stays after the server, for whoever looks for what went wrong.
+    fn keep_log(&mut self) {
+        self.log_is_ours = false;
+        self.scrub();
+    }
+
+    /// Overwrites the key where the server has written it into its log, as `SGLang` does with all of its settings when it
+    /// starts.
+    fn scrub(&self) {
+        let Some(key) = &self.key else { return };
+        if let Err(error) = overwrite(&self.log, &key.forms()) {
+            tracing::warn!(log = %self.log.display(), %error, "the key may stand in the server's log");
+        }
     }
 
     /// Asks it to end, and kills it if it has not when its grace period is over.
@@ -351,6 +378,27 @@ fn own_log(engine: &str) -> io::Result<(File, PathBuf)> {
     Ok(tempfile::Builder::new().prefix(&prefix).suffix(".log").tempfile()?.keep()?)
 }
 
+/// Overwrites these texts in the beginning of a file, in place: somebody goes on writing at its end.
+fn overwrite(path: &Path, texts: &[String]) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let mut bytes = Vec::new();
+    (&file).take(START_BYTES).read_to_end(&mut bytes)?;
+    for text in texts.iter().filter(|text| !text.is_empty()) {
+        let mut at = 0;
+        while let Some(found) = bytes.get(at..).and_then(|rest| find(rest, text.as_bytes())) {
+            at += found;
+            file.write_all_at(&vec![b'*'; text.len()], at as u64)?;
+            bytes.get_mut(at..at + text.len()).unwrap_or_default().fill(b'*');
+            at += text.len();
+        }
+    }
+    Ok(())
+}
+
+fn find(bytes: &[u8], text: &[u8]) -> Option<usize> {
+    bytes.windows(text.len()).position(|window| window == text)
+}
+
 /// The end of a file, from the beginning of a line on. Of one long line its end, `most_cut` bytes less: where it is cut, a part
 /// of the key could stand that is not known for one.
 fn read_tail(path: &Path, most_cut: usize) -> io::Result<String> {
@@ -424,6 +472,27 @@ mod tests {
         drop(process);
         assert!(log.exists(), "the log of a failure is kept");
         fs::remove_file(log).unwrap();
+    }
+
+    #[test]
+    fn a_key_that_a_server_writes_into_its_log_is_overwritten() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        // As it is, as Python prints it and as JSON has it; and what comes after it stays as it was.
+        let settings =
+            r#"printf '%s\n' "api_key='$KEY'" "{\"key\": \"$JSON\"}" "$PYTHON"; echo up; exec sleep 1000"#;
+        let mut command = script(settings);
+        let key = "a\"b'c\\d";
+        command.variable("KEY", key).variable("JSON", r#"a\"b'c\\d"#).variable("PYTHON", r#"a"b\'c\\d"#);
+        command.key = Some(ApiKey::new(key));
+        command.log = Some(log.clone());
+        let mut server = ServerProcess::start(&command).unwrap();
+        assert_eq!(fs::metadata(&log).unwrap().permissions().mode() & 0o777, 0o600);
+        let up = |_| fs::read_to_string(&log).unwrap().contains("up\n");
+        server.wait_until_ready(LONG, up, &mut |_| ()).unwrap();
+        let text = fs::read_to_string(&log).unwrap();
+        assert_eq!(text, "api_key='*******'\n{\"key\": \"*********\"}\n*********\nup\n");
     }
 
     #[test]

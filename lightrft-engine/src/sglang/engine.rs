@@ -60,6 +60,8 @@ pub struct SglangEngine {
     shards: usize,
     state: State,
     version: Version,
+    /// The server has a name for its weights: one that says it has none is another, started anew.
+    named: bool,
     paused: Paused,
     /// An update's session was opened and not closed.
     session: bool,
@@ -172,6 +174,7 @@ impl SglangEngine {
             shards,
             state: State::READY,
             version: named.map_or(driver.version, Version),
+            named: named.is_some(),
             driver,
             transport,
             paused: Paused::No,
@@ -220,7 +223,7 @@ impl SglangEngine {
         let source = HfFolder::open(folder)?;
         crate::transfer::Plan::new(source.tensors(), &crate::Identity, self.parameters().as_ref(), to)?;
         self.transport.begin(&self.control);
-        let loaded = self.pause().and_then(|()| self.close_session());
+        let loaded = self.pause().and_then(|()| self.close_leftover_session());
         let loaded = loaded.and_then(|()| self.told(|control| control.update_from_disk(folder, to)));
         let begun = self.step(Event::BeginUpdate);
         match loaded.and(begun).and_then(|()| self.committed(to)) {
@@ -272,11 +275,21 @@ impl SglangEngine {
         Ok(())
     }
 
-    /// Closes the session of an update, if one is open.
-    pub(super) fn close_session(&mut self) -> Result<()> {
+    /// Closes the session of an update.
+    fn close_session(&mut self) -> Result<()> {
+        self.told(|control| control.end_update())?;
+        self.session = false;
+        Ok(())
+    }
+
+    /// Closes a session that may have been left open.
+    fn close_leftover_session(&mut self) -> Result<()> {
         if self.session {
-            self.told(|control| control.end_update())?;
-            self.session = false;
+            match self.control.end_update() {
+                // There is none: of a call that opened or closed it the reply was lost, or the server was started anew.
+                Ok(()) | Err(ServerError::Status { status: 400, .. }) => self.session = false,
+                Err(error) => return Err(self.bury(error)),
+            }
         }
         Ok(())
     }
@@ -356,7 +369,7 @@ impl SglangEngine {
         }
         let next = self.state.after(Event::Commit)?;
         self.go_on_if(next)?;
-        (self.state, self.version) = (next, to);
+        (self.state, self.version, self.named) = (next, to, true);
         Ok(())
     }
 
@@ -415,7 +428,8 @@ impl Engine for SglangEngine {
             let reply = batch.post("/generate", &body, left)?;
             self.flight.lands(&rids);
             let vocabulary = self.limits.vocabulary;
-            completions(&reply, Asked { request, job: *job, ask, vocabulary, version: self.version })
+            let version = (self.version, self.named);
+            completions(&reply, Asked { request, job: *job, ask, vocabulary, version })
         };
         let mut report = |completions: Option<&Vec<Completion>>| {
             let completions = completions.map_or(&[][..], Vec::as_slice);

@@ -15,7 +15,7 @@ pub fn sglang_replies(bytes: &[u8]) {
         return;
     }
     let job = Job { request: 4, ..job };
-    let asked = Asked { request: &request, job, ask, vocabulary: 320, version: Version(9) };
+    let asked = Asked { request: &request, job, ask, vocabulary: 320, version: (Version(9), false) };
     if let Ok(found) = completions(&Reply::of(reply.to_vec()), asked) {
         are_as_asked(&request, &found, 320);
     }

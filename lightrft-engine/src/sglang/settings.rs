@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::server::{ApiKey, Flags, Names, ServerCommand, Verify, refuse};
+use crate::server::{ApiKey, Flags, Names, ServerCommand, Verify, refuse, without_secrets};
 use crate::{Error, LogProbs, Result, Version};
 
 /// What is not taken among a caller's own arguments, and why.
@@ -249,7 +249,7 @@ impl Start {
 }
 
 /// A server that somebody else has started.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Attach {
     /// Its address, such as `http://10.0.0.7:30000`.
@@ -261,6 +261,15 @@ pub struct Attach {
     pub model: Option<PathBuf>,
     /// What does not depend on who started the server.
     pub driver: Driver,
+}
+
+impl fmt::Debug for Attach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { url, key, model, driver } = self;
+        let mut shown = f.debug_struct("Attach");
+        shown.field("url", &without_secrets(url)).field("key", key);
+        shown.field("model", model).field("driver", driver).finish()
+    }
 }
 
 impl Attach {

@@ -205,8 +205,8 @@ pub(super) struct Asked<'a> {
     pub(super) job: Job,
     pub(super) ask: Ask,
     pub(super) vocabulary: usize,
-    /// The version of the weights that the server was given last.
-    pub(super) version: Version,
+    /// The version of the weights that the server was given last, and whether it was told.
+    pub(super) version: (Version, bool),
 }
 
 /// The completions of a job, from its reply.
@@ -278,7 +278,17 @@ fn completion(reply: &Reply, at: usize, drawn: Drawn, asked: Asked<'_>) -> Resul
     let named = spans.first().map(|span| span.version.as_str()).or(meta.weight_version.as_deref());
     let version = match named {
         // What a server says that was never told.
-        None | Some("default") => asked.version,
+        None | Some("default") => match asked.version {
+            (version, false) => version,
+            (version, true) => {
+                let what = format!(
+                    "drawn by weights without a name, where version {} was expected: the server was started anew, and \
+                     has its first weights. Update them",
+                    version.0
+                );
+                return Err(wrong(what));
+            }
+        },
         Some(named) => match named.parse() {
             Ok(number) => Version(number),
             Err(_) => {

@@ -16,9 +16,13 @@ fn request() -> Request {
 }
 
 fn parsed(bytes: impl Into<Vec<u8>>) -> Result<Vec<Completion>> {
+    parsed_by(bytes, (Version(9), false))
+}
+
+fn parsed_by(bytes: impl Into<Vec<u8>>, version: (Version, bool)) -> Result<Vec<Completion>> {
     let request = request();
     let job = Job { request: 4, first: 5, drawn: 2, wanted: 2 };
-    let asked = Asked { request: &request, job, ask: Ask::Servers, vocabulary: 320, version: Version(9) };
+    let asked = Asked { request: &request, job, ask: Ask::Servers, vocabulary: 320, version };
     completions(&Reply::of(bytes.into()), asked)
 }
 
@@ -82,6 +86,11 @@ fn weights_that_nobody_named_are_those_of_the_driver_and_a_strangers_are_refused
         })
     };
     assert_eq!(of("default").unwrap()[0].version, Version(9));
+    // By a server that was told which weights it has, and has forgotten it.
+    let forgotten = RECORDED.replace(r#""weight_version":"4""#, r#""weight_version":"default""#);
+    let forgotten = forgotten.replace(r#""version":"4""#, r#""version":"default""#);
+    let error = parsed_by(forgotten, (Version(9), true)).unwrap_err().to_string();
+    assert!(error.contains("started anew") && error.contains("version 9"), "{error}");
     assert_eq!(of("7").unwrap()[0].version, Version(7));
     assert!(of("step-7").unwrap_err().to_string().contains("step-7"));
 }

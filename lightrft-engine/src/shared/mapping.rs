@@ -4,7 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use memmap2::{MmapMut, MmapOptions};
@@ -51,6 +51,11 @@ impl Mapping {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether others find the file by its path: cleaners of shared memory take what they think is nobody's.
+    pub(super) fn is_there(&self) -> bool {
+        self.file.metadata().is_ok_and(|file| file.nlink() > 0) && self.path.exists()
     }
 }
 

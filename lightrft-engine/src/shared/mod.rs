@@ -106,6 +106,7 @@ impl SharedBuckets {
 impl Files {
     fn folder(&mut self) -> io::Result<&StagingFolder> {
         let named = |error| named(&self.parent, "a folder for weights", error);
+        self.folder.take_if(|folder| !folder.path().is_dir());
         match &mut self.folder {
             Some(folder) => Ok(folder),
             none => Ok(none.insert(StagingFolder::new(&self.parent).map_err(named)?)),
@@ -115,6 +116,7 @@ impl Files {
     fn take(&mut self, bytes: usize) -> io::Result<Mapping> {
         // An empty file cannot be mapped.
         let bytes = bytes.max(1);
+        self.free.retain(Mapping::is_there);
         // The smallest that is large enough, or else the largest, which has the least to grow.
         let fits = |mapping: &Mapping| (mapping.len() < bytes, mapping.len().abs_diff(bytes));
         let best = (0..self.free.len()).min_by_key(|at| fits(&self.free[*at]));
@@ -190,6 +192,23 @@ mod tests {
     fn files_in(folder: &Path) -> usize {
         let mut folders = std::fs::read_dir(folder).unwrap();
         folders.next().map_or(0, |f| std::fs::read_dir(f.unwrap().path()).unwrap().count() - 1)
+    }
+
+    #[test]
+    fn files_that_somebody_has_removed_are_made_anew() {
+        let parent = tempfile::tempdir().unwrap();
+        let buckets = SharedBuckets::within(parent.path());
+        let (first, second) = (buckets.take(100).unwrap(), buckets.take(100).unwrap());
+        std::fs::remove_file(first.path()).unwrap();
+        let gone = first.path().to_owned();
+        drop(first);
+        let third = buckets.take(100).unwrap();
+        assert!(third.path() != gone && third.path().exists());
+        let folder = third.path().parent().unwrap().to_owned();
+        std::fs::remove_dir_all(&folder).unwrap();
+        drop((second, third));
+        let fourth = buckets.take(100).unwrap();
+        assert!(fourth.path().exists() && fourth.path().parent() != Some(&folder), "{fourth:?}");
     }
 
     #[test]

@@ -160,9 +160,10 @@ impl Transport for CudaIpc {
             Some(still_in_flight) => Err(still_in_flight),
             None => clear(control),
         };
+        // The server may be another than the one that was greeted, started anew at its address.
+        self.greeted = false;
         if let Err(error) = cleared {
             tracing::warn!(%error, "could not end the server's weight update");
-            self.greeted = false;
             return;
         }
         // A worker that answers this has done with what came before.

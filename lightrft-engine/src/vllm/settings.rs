@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::server::{ApiKey, Flags, Model, Names, ServerCommand, Verify, refuse};
+use crate::server::{ApiKey, Flags, Model, Names, ServerCommand, Verify, refuse, without_secrets};
 use crate::{Error, LogProbs, Result, Version};
 
 /// The flag of newer servers that opens their route for tokens.
@@ -301,7 +301,7 @@ impl Start {
 }
 
 /// A server that somebody else has started.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Attach {
     /// Its address, such as `http://10.0.0.7:8000`.
@@ -313,6 +313,15 @@ pub struct Attach {
     pub model: Option<PathBuf>,
     /// What does not depend on who started the server.
     pub driver: Driver,
+}
+
+impl fmt::Debug for Attach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { url, key, model, driver } = self;
+        let mut shown = f.debug_struct("Attach");
+        shown.field("url", &without_secrets(url)).field("key", key);
+        shown.field("model", model).field("driver", driver).finish()
+    }
 }
 
 impl Attach {

@@ -98,6 +98,7 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_passes() {
     }
     println!("{error}");
     drop(others);
+    assert!(stream.give_back(Duration::from_secs(60)).unwrap());
     engine.adopt(Version(1), &weights(&config, 3)).unwrap();
 
     // Weights that are there, and no memory for a step or the cache.
@@ -107,8 +108,7 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_passes() {
     println!("{error}");
     // Where the memory is there again nothing has to sleep first, and what the engine has then is enough for as much again.
     drop(others);
-    // The driver has it again once the stream has come there.
-    assert!(stream.wait(Duration::from_secs(60)).unwrap());
+    assert!(stream.give_back(Duration::from_secs(60)).unwrap());
     let expected = bits(&engine.complete(&[request()]).unwrap());
     let others = fill(&stream, 16 << 20);
     assert_eq!(bits(&engine.complete(&[request()]).unwrap()), expected);
@@ -119,6 +119,7 @@ fn gpu_too_little_memory_is_an_error_with_the_numbers_and_passes() {
     assert!(matches!(error, Error::GpuMemory { .. }), "{error:?}");
     assert!(engine.memory_bytes().unwrap().parked > 0, "it sleeps on, with its weights");
     drop((others, more));
+    assert!(stream.give_back(Duration::from_secs(60)).unwrap());
     engine.wake(Parts::All).unwrap();
     engine.complete(&[request()]).unwrap();
 }
@@ -140,6 +141,7 @@ fn gpu_a_cache_that_could_not_grow_serves_what_it_has_room_for() {
     assert!(matches!(error, Error::GpuMemory { .. }), "{error:?}");
     assert_eq!(bits(&engine.complete(&few).unwrap()), expected, "while memory is short");
     drop(others);
+    assert!(stream.give_back(Duration::from_secs(60)).unwrap());
     assert_eq!(engine.complete(&requests(64, 450)).unwrap().len(), 64);
     assert!(engine.memory_bytes().unwrap().cache > held, "{held} bytes");
 }

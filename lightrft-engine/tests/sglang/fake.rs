@@ -143,6 +143,15 @@ impl Fake {
         self.state().keeps_memory = true;
     }
 
+    /// It has the weights of its beginning, as after it was started anew.
+    pub(crate) fn forget(&self) {
+        let mut state = self.state();
+        state.weights = ScriptedEngine::new(VOCABULARY).example_weights(0);
+        state.version = "default".to_owned();
+        state.session = false;
+        state.paused = false;
+    }
+
     /// It is on a GPU.
     #[allow(dead_code)] // not by every test
     pub(crate) fn put_on_gpu(&self, uuid: &str, memory: GpuMemory) {

@@ -116,6 +116,35 @@ fn a_server_left_asleep_is_stale_until_weights_come() {
 }
 
 #[test]
+fn a_folder_loads_after_calls_about_a_session_whose_replies_were_lost() {
+    for (path, fault) in [("/begin_weight_update", Fault::Hangup), ("/end_weight_update", Fault::Half)] {
+        let fake = Fake::new();
+        let mut engine = engine(&fake);
+        fake.fail(path, fault);
+        engine.replace_weights(Version(1), &views(&weights(1)), 1 << 20).unwrap_err();
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(folder.path(), &weights(2));
+        for version in [2, 3] {
+            engine.load_folder(folder.path(), Version(version)).unwrap();
+            assert_eq!(drawn(&mut engine), (expected(2), Version(version)), "{path}");
+        }
+    }
+}
+
+#[test]
+fn a_server_that_was_started_anew_in_silence_is_found_out_and_an_update_mends_it() {
+    let fake = Fake::new();
+    let mut engine = engine(&fake);
+    assert_eq!(drawn(&mut engine), (expected(0), Version(0)));
+    engine.replace_weights(Version(40), &views(&weights(1)), 1 << 20).unwrap();
+    fake.forget();
+    let error = engine.complete(&[greedy()]).unwrap_err();
+    assert!(error.to_string().contains("started anew"), "{error}");
+    engine.replace_weights(Version(41), &views(&weights(2)), 1 << 20).unwrap();
+    assert_eq!(drawn(&mut engine), (expected(2), Version(41)));
+}
+
+#[test]
 fn an_update_pauses_sends_buckets_ends_and_goes_on() {
     let fake = Fake::new();
     let mut engine = engine(&fake);

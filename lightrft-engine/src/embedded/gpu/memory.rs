@@ -75,8 +75,7 @@ pub(super) fn wait(stream: &Stream, operation: &'static str) -> Result<()> {
 /// Gives the GPU back what was freed on the stream.
 pub(super) fn give_back(stream: &Stream) -> Result<()> {
     wait(stream, "giving memory back")?;
-    // SAFETY: the stream is live, and has nothing left to do.
-    unsafe { stream.gpu().trim(stream.handle().0) }.map_err(failed(stream, "giving memory back"))
+    stream.give_back(LIMIT).map(drop).map_err(failed(stream, "giving memory back"))
 }
 
 /// Bytes of the GPU's memory, freed in the order of a stream.
