@@ -201,9 +201,8 @@ impl Control {
         self.http.post_pieces("/update_weights_from_tensor", &pieces, self.within).map(drop)
     }
 
-    pub(super) fn update_from_disk(&self, folder: &Path, to: Version) -> Result<()> {
-        let body = json!({"model_path": folder, "weight_version": to.0.to_string(), "flush_cache": true});
-        self.post("/update_weights_from_disk", &body)
+    pub(super) fn update_from_disk(&self, folder: &Path) -> Result<()> {
+        self.post("/update_weights_from_disk", &json!({"model_path": folder, "flush_cache": true}))
     }
 
     /// Tells the server which weights it has.

@@ -210,26 +210,34 @@ impl SglangEngine {
         self.process.as_ref().map(|process| (process.group(), process.log()))
     }
 
-    /// A whole update from a folder that the server reads itself, as on a shared file system: nothing is sent.
+    /// A whole update from a folder that the server reads itself, as on a shared file system: nothing is sent. With
+    /// [`Verify::Checksums`] this process reads the folder too, and holds it against what the server then has.
     ///
     /// # Errors
     /// Before the server is asked: [`Error::Refused`], those of a broken folder, and those of parameters that are not
-    /// the model's. [`Error::Server`] then leaves the engine stale.
+    /// the model's. [`Error::Server`] and [`Error::Unequal`] then leave the engine stale.
     pub fn load_folder(&mut self, folder: &Path, to: Version) -> Result<()> {
         self.state_after(Event::BeginUpdate)?;
         let source = HfFolder::open(folder)?;
         crate::transfer::Plan::new(source.tensors(), &crate::Identity, self.parameters().as_ref(), to)?;
         self.transport.begin(&self.control);
-        let loaded = self.pause().and_then(|()| self.close_session());
-        let loaded = loaded.and_then(|()| self.told(|control| control.update_from_disk(folder, to)));
-        let begun = self.step(Event::BeginUpdate);
-        match loaded.and(begun).and_then(|()| self.committed(to)) {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                self.step(Event::Abandon).ok();
-                Err(error)
-            }
+        self.step(Event::BeginUpdate)?;
+        let loaded = self.load(&source, folder, to);
+        if loaded.is_err() {
+            // A dead engine refuses that, and stays dead.
+            self.step(Event::Abandon).ok();
         }
+        loaded
+    }
+
+    fn load(&mut self, source: &HfFolder, folder: &Path, to: Version) -> Result<()> {
+        self.pause()?;
+        self.close_session()?;
+        self.told(|control| control.update_from_disk(folder))?;
+        if self.driver.verify == Verify::Checksums {
+            self.compare(source.checksums()?, to)?;
+        }
+        self.committed(to)
     }
 
     pub(super) fn driver(&self) -> &Driver {
@@ -349,8 +357,9 @@ impl SglangEngine {
         }
     }
 
-    /// The server has whole weights, of this version.
+    /// The server has whole weights, which it is told are of this version.
     pub(super) fn committed(&mut self, to: Version) -> Result<()> {
+        self.told(|control| control.name_weights(to))?;
         if !self.asleep.contains(&"kv_cache") {
             self.told(|control| control.flush_cache())?;
         }

@@ -54,7 +54,6 @@ impl Update for SglangUpdate<'_> {
         if let Some(checksums) = self.checksums.take() {
             self.engine.compare(checksums, to)?;
         }
-        self.engine.told(|control| control.name_weights(to))?;
         self.engine.committed(to)
     }
 }

@@ -32,7 +32,7 @@ pub(crate) enum Fault {
     Silence,
     /// The server ends.
     Death,
-    /// The bucket is taken, with one bit changed.
+    /// The weights are taken, with one bit changed.
     Flip,
     /// Nothing is drawn any more until one of the requests is aborted; then a token is there of each.
     UntilAborted,
@@ -330,7 +330,6 @@ impl State {
                 for tensor in &mut self.weights {
                     tensor.bytes = found.tensor(&tensor.name).unwrap().data().to_vec();
                 }
-                self.version = body["weight_version"].as_str().unwrap().to_owned();
                 done()
             }
             "/update_weight_version" => {

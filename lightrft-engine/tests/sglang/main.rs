@@ -246,6 +246,31 @@ fn checksums_find_what_changed_on_the_way() {
 }
 
 #[test]
+fn checksums_find_what_changed_as_the_server_read_a_folder() {
+    let fake = Fake::new();
+    let mut attach = Attach::new(&fake.url);
+    attach.driver.verify = Verify::Checksums;
+    let mut engine = SglangEngine::attach(&attach).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &weights(1));
+    engine.load_folder(folder.path(), Version(1)).unwrap();
+    assert_eq!((drawn(&mut engine), fake.version()), ((expected(1), Version(1)), "1".to_owned()));
+    fake.calls();
+    fake.fail("/update_weights_from_disk", Fault::Flip);
+    let error = engine.load_folder(folder.path(), Version(2)).unwrap_err();
+    assert!(
+        matches!(&error, Error::Unequal { name, version: Version(2), .. } if name == "embed.weight"),
+        "{error:?}"
+    );
+    assert!(matches!(engine.state(), State::Stale { .. }));
+    assert!(engine.complete(&[greedy()]).is_err());
+    let paths = ["/pause_generation", "/update_weights_from_disk", "/weights_checker"];
+    assert_eq!((fake.paths(), fake.version()), (paths.map(str::to_owned).to_vec(), "1".to_owned()));
+    engine.load_folder(folder.path(), Version(3)).unwrap();
+    assert_eq!(drawn(&mut engine), (expected(1), Version(3)));
+}
+
+#[test]
 fn a_folder_is_loaded_by_the_server_itself() {
     let fake = Fake::new();
     let mut engine = engine(&fake);
