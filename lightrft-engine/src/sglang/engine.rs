@@ -473,7 +473,7 @@ impl Engine for SglangEngine {
         let next = self.state.after(Event::Wake(parts))?;
         let back = woken(&self.asleep, parts);
         if !back.is_empty() {
-            self.moved(|control| control.resume_memory(&back))?;
+            self.moved(|control| control.resume_memory(&back)).map_err(not_woken)?;
             self.asleep.retain(|tag| !back.contains(tag));
         }
         self.go_on_if(next)?;
@@ -509,6 +509,17 @@ impl Engine for SglangEngine {
     #[cfg(feature = "cuda")]
     fn gpu_buckets(&self) -> Option<crate::cuda::GpuBuckets> {
         self.transport.buckets()
+    }
+}
+
+/// What the failure to take memory again means: the server, which may have died of it, has to be started anew.
+fn not_woken(error: Error) -> Error {
+    match error {
+        Error::Server(source) if source.is_the_end() => {
+            let then = "start it anew, with a smaller `memory_share` if there is never enough left for it";
+            ServerError::Wake { source, then }.into()
+        }
+        error => error,
     }
 }
 

@@ -518,6 +518,26 @@ fn memory_of_which_nobody_knows_whether_it_is_there_ends_the_engine() {
 }
 
 #[test]
+fn memory_that_does_not_come_back_is_an_error_that_says_what_to_do() {
+    for fault in [Fault::Status(500), Fault::Death] {
+        let fake = Fake::new();
+        let mut engine = engine(&fake);
+        engine.sleep(Level::Two).unwrap();
+        fake.fail("/resume_memory_occupation", fault);
+        let error = engine.wake(Parts::Weights).unwrap_err();
+        let Error::Server(server) = &error else { panic!("{error:?}") };
+        assert!(matches!(**server, ServerError::Wake { .. }), "{fault:?}: {error:?}");
+        let text = error.to_string();
+        for part in ["/resume_memory_occupation", "out of memory, free some", "memory_share", "start it anew"]
+        {
+            assert!(text.contains(part), "{fault:?}: {part} in {text}");
+        }
+        assert!(error.is_death() && engine.state() == State::Dead, "{fault:?}: {error}");
+        assert!(matches!(engine.wake(Parts::Weights), Err(Error::Refused(_))), "{fault:?}");
+    }
+}
+
+#[test]
 fn a_server_that_may_be_paused_is_told_to_go_on() {
     for (path, fault) in [("/pause_generation", Fault::Half), ("/pause_generation", Fault::Hangup)] {
         let fake = Fake::new();
