@@ -28,7 +28,7 @@ use crate::{
 const NAMES: MetricNames = MetricNames {
     running: "sglang:num_running_reqs",
     waiting: "sglang:num_queue_reqs",
-    cache_share: &["sglang:token_usage"],
+    cache_share: "sglang:token_usage",
     prompt_tokens: "sglang:prompt_tokens_total",
     generated_tokens: "sglang:generation_tokens_total",
 };
@@ -551,4 +551,12 @@ fn launch(
     let ready = |within: Duration| control.is_up(within) && control.is_healthy(PROBE);
     process.wait_until_ready(start.ready_within, ready, tell)?;
     Ok((process, control))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn its_counters_are_those_of_a_real_server() {
+        super::NAMES.are_taped("sglang-0.5.23/text");
+    }
 }

@@ -31,7 +31,7 @@ const PLUGIN: &str = include_str!("lightrft_vllm.py");
 const COUNTERS: MetricNames = MetricNames {
     running: "vllm:num_requests_running",
     waiting: "vllm:num_requests_waiting",
-    cache_share: &["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"],
+    cache_share: "vllm:kv_cache_usage_perc",
     prompt_tokens: "vllm:prompt_tokens_total",
     generated_tokens: "vllm:generation_tokens_total",
 };
@@ -557,4 +557,12 @@ fn launch(
     let control = Control::new(http, start.driver.control_within);
     process.wait_until_ready(start.ready_within, |within| control.is_healthy(within), tell)?;
     Ok((process, control))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn its_counters_are_those_of_a_real_server() {
+        super::COUNTERS.are_taped("vllm-0.32.0/text");
+    }
 }
