@@ -251,6 +251,28 @@ fn a_server_that_was_started_is_asked_for_no_more_samples_than_it_draws_at_once(
 }
 
 #[test]
+fn a_server_that_was_started_for_so_many_media_is_sent_no_more() {
+    let (fake, folder) = (FakeVllm::new(), tempfile::tempdir().unwrap());
+    let with = |images: usize, videos: usize| {
+        let media = [vec![Media::image_at("data:a"); images], vec![Media::video_at("data:b"); videos]];
+        let prompt = [vec![1], vec![5; images], vec![6; videos]].concat();
+        Request::new(prompt, Sampling::greedy(2)).with_media(media.concat())
+    };
+    attach(&fake, memory_transfer(&fake)).complete(&[with(9, 9)]).unwrap();
+    let mut start = Start::new(fake.folder().to_str().unwrap());
+    (start.images_per_prompt, start.videos_per_prompt) = (Some(2), Some(0));
+    let (mut engine, server) = start_fake(&mut start, &fake, folder.path());
+    for (request, expected) in [(with(3, 0), "3 images of at most 2"), (with(1, 1), "1 videos of at most 0")]
+    {
+        let error = engine.complete(&[greedy(), request]).unwrap_err();
+        assert!(matches!(error, Error::Request { request: 1, field: "media", .. }), "{error:?}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    assert!(!server.asked().iter().any(|asked| asked.path.contains("generate")), "nothing was sent");
+    engine.complete(&[with(2, 0)]).unwrap();
+}
+
+#[test]
 fn keys_have_a_setting_and_no_secret_shows() {
     let fake = FakeVllm::new();
     let mut start = Start::new(fake.folder().to_str().unwrap());

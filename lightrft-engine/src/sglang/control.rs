@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::settings::MemorySaver;
-use crate::server::Http;
+use crate::server::{Http, MediaLimits};
 use crate::{Level, Parts, ServerError, Version};
 
 type Result<T> = std::result::Result<T, ServerError>;
@@ -39,12 +39,20 @@ pub(super) struct ServerInfo {
     tp_size: Option<usize>,
     /// The longest prompt that its scheduler takes, in tokens.
     pub(super) max_req_input_len: Option<usize>,
+    /// Most media of a request by their kind, if it has any such limits.
+    #[serde(default)]
+    limit_mm_data_per_request: Value,
 }
 
 impl ServerInfo {
     /// Workers that the model is cut over.
     pub(super) fn shards(&self) -> usize {
         self.tp_size.unwrap_or(1)
+    }
+
+    pub(super) fn media_limits(&self) -> MediaLimits {
+        let most = |kind| self.limit_mm_data_per_request[kind].as_u64()?.try_into().ok();
+        MediaLimits { images: most("image"), videos: most("video") }
     }
 
     pub(super) fn memory_saver(&self) -> MemorySaver {

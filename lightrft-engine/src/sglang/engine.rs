@@ -15,8 +15,8 @@ use super::wire::{Asked, ask, body, check, completions};
 use crate::cuda::GpuBucket;
 use crate::generate::check_fields;
 use crate::server::{
-    Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, PROBE, ServerProcess, Verify, autopsy,
-    in_parallel, jobs, on_port,
+    Ask, Flight, Http, Job, MediaLimits, MetricNames, Model, OwnedFolder, PROBE, ServerProcess, Verify,
+    autopsy, in_parallel, jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -53,6 +53,7 @@ pub struct SglangEngine {
     flight: Arc<Flight>,
     model: Model,
     limits: Limits,
+    media: MediaLimits,
     driver: Driver,
     transport: Box<dyn Transport>,
     seeds: Seeds,
@@ -167,6 +168,7 @@ impl SglangEngine {
             flight,
             model,
             limits,
+            media: info.media_limits(),
             seeds: if info.enable_deterministic_inference { Seeds::Honoured } else { Seeds::Ignored },
             saver: info.memory_saver(),
             shards,
@@ -390,7 +392,7 @@ impl SglangEngine {
     fn asked(&self, requests: &[Request]) -> Result<Vec<Ask>> {
         check_fields(requests, self.limits)?;
         let each = |(index, request): (usize, &Request)| {
-            check(index, request, &self.model)?;
+            check(index, request, &self.model, self.media)?;
             ask(index, &request.sampling, self.driver.log_probs)
         };
         requests.iter().enumerate().map(each).collect()

@@ -15,8 +15,8 @@ use super::verify;
 use super::wire::{self, Asked};
 use crate::generate::check_fields;
 use crate::server::{
-    Flight, Http, Job, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, autopsy, in_parallel,
-    jobs, on_port,
+    Flight, Http, Job, MediaLimits, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, autopsy,
+    in_parallel, jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -64,6 +64,7 @@ pub struct VllmEngine {
     model: Model,
     limits: Limits,
     takes_media: bool,
+    media: MediaLimits,
     state: State,
     version: Version,
     doubt: Option<Doubt>,
@@ -95,6 +96,7 @@ impl VllmEngine {
         let folder = Some(start.model_folder());
         let base = control.http.base().to_owned();
         let mut engine = Self::connect(control, &base, start.key.clone(), folder, start.driver(), transport)?;
+        engine.media = MediaLimits { images: start.images_per_prompt, videos: start.videos_per_prompt };
         engine.process = Some(process);
         engine._plugin = Some(plugin);
         Ok(engine)
@@ -164,6 +166,7 @@ impl VllmEngine {
         if named.is_none() && !found_asleep {
             control.name_weights(driver.version)?;
         }
+        let state = if found_asleep { State::EMPTY } else { State::READY };
         tracing::info!(%version, vocabulary, context_tokens, found_asleep, "driving a vLLM server");
         Ok(Self {
             process: None,
@@ -175,7 +178,8 @@ impl VllmEngine {
             model,
             limits: Limits { vocabulary, context_tokens },
             takes_media,
-            state: if found_asleep { State::EMPTY } else { State::READY },
+            media: MediaLimits::default(),
+            state,
             doubt: found_asleep.then_some(Doubt::Found),
             is_old,
             version: named.unwrap_or(driver.version),
@@ -334,6 +338,7 @@ impl VllmEngine {
                         "this vLLM takes none with a prompt's tokens",
                     );
                 }
+                self.media.check(index, kind, count)?;
                 let pads = request.prompt.iter().filter(|token| **token == pad).count();
                 if pads != count {
                     return bad(

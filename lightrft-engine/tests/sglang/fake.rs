@@ -50,6 +50,8 @@ struct State {
     released: BTreeSet<String>,
     /// It was started without `--enable-memory-saver`.
     keeps_memory: bool,
+    /// What it was told of media by `--limit-mm-data-per-request`.
+    media_limits: Value,
     /// The GPU that it is on, by its number, and what trainers have there.
     gpu: Option<(String, GpuMemory)>,
     dead: bool,
@@ -141,6 +143,12 @@ impl Fake {
     /// It gives no memory back, whatever it is told to release.
     pub(crate) fn keep_memory(&self) {
         self.state().keeps_memory = true;
+    }
+
+    /// It takes so many media of a request.
+    #[allow(dead_code)] // not by every test
+    pub(crate) fn limit_media(&self, limits: Value) {
+        self.state().media_limits = limits;
     }
 
     /// It is on a GPU.
@@ -264,7 +272,7 @@ impl State {
                     "enable_memory_saver": !self.keeps_memory,
                     "enable_weights_cpu_backup": true, "tp_size": 1,
                     "device": if self.gpu.is_some() { "cuda" } else { "cpu" },
-                    "max_req_input_len": 127}),
+                    "max_req_input_len": 127, "limit_mm_data_per_request": self.media_limits}),
             ),
             "/model_info" => (200, json!({"model_path": model_path, "weight_version": self.version})),
             "/ready" => (if self.paused { 503 } else { 200 }, Value::String(String::new())),

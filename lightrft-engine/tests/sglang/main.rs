@@ -412,6 +412,30 @@ fn what_would_hang_kill_or_mislead_the_server_is_never_sent() {
 }
 
 #[test]
+fn more_media_than_the_server_takes_are_refused_before_anything_is_sent() {
+    let fake = Fake::new();
+    let with = |images: usize, videos: usize| {
+        let media = [vec![Media::image_at("data:a"); images], vec![Media::video_at("data:b"); videos]];
+        let prompt = [vec![1], vec![5; images], vec![6; videos]].concat();
+        Request::new(prompt, Sampling::greedy(2)).with_media(media.concat())
+    };
+    engine(&fake).complete(&[with(9, 9)]).unwrap();
+    fake.limit_media(serde_json::json!({"image": 2, "video": 0}));
+    let mut limited = engine(&fake);
+    fake.calls();
+    for (request, expected) in [(with(3, 0), "3 images of at most 2"), (with(1, 1), "1 videos of at most 0")]
+    {
+        let error = limited.complete(&[greedy(), request]).unwrap_err();
+        assert!(matches!(error, Error::Request { request: 1, field: "media", .. }), "{error:?}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    assert!(fake.calls().is_empty());
+    limited.complete(&[with(2, 0)]).unwrap();
+    fake.limit_media("whatever a newer one says".into());
+    engine(&fake).complete(&[with(3, 1)]).unwrap();
+}
+
+#[test]
 fn log_probs_that_sglang_cannot_give_are_refused() {
     let fake = Fake::new();
     let mut raw = engine(&fake);
