@@ -11,9 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
-use lightrft_engine::vllm::{Attach, Start, Transfer, Verify, VllmEngine};
+use lightrft_engine::vllm::{Attach, Requests, Start, Transfer, Verify, VllmEngine};
 use lightrft_engine::{
-    ApiKey, Engine, EngineExt, Error, Identity, Level, LogProbs, Media, NamedTensor, Parts, Request,
+    ApiKey, Engine, EngineExt, Error, Event, Identity, Level, LogProbs, Media, NamedTensor, Parts, Request,
     Sampling, ServerError, State, TensorSlice, Version, Watch,
 };
 use serde_json::{Value, json};
@@ -845,6 +845,110 @@ fn requests_are_aborted_from_another_thread() {
         completions.iter().map(|c| (c.request, c.sample, c.tokens.len(), c.log_probs.len())).collect();
     assert_eq!(found, [(0, 0, 1, 1), (1, 0, 0, 0), (1, 1, 0, 0)]);
     assert!(completions.iter().all(|c| c.finish == lightrft_engine::FinishReason::Aborted));
+}
+
+#[test]
+fn requests_are_frozen_and_go_on_but_never_those_of_a_server_in_mid_update_or_asleep() {
+    let fake = FakeVllm::new();
+    let mut settings = Attach::new(fake.server.url());
+    settings.driver.transfer = memory_transfer(&fake);
+    settings.driver.control_within = Duration::from_secs(2);
+    let mut engine = VllmEngine::attach(&settings).unwrap();
+    let handle = engine.requests().unwrap();
+    let asked = || fake.server.asked().len();
+    let is_refused = |handle: &Requests, state: State| {
+        let before = asked();
+        for (event, result) in [(Event::Pause, handle.pause(LONG)), (Event::Resume, handle.resume(LONG))] {
+            let Err(Error::Refused(refusal)) = result else { panic!("{state}: {result:?}") };
+            assert_eq!((refusal.state, refusal.event), (state, event));
+            assert!(refusal.to_string().contains("requests while"), "{refusal}");
+        }
+        assert_eq!(asked(), before, "the server was asked for nothing");
+    };
+    let freezes = |handle: &Requests| {
+        let before = asked();
+        handle.pause(LONG).unwrap();
+        handle.resume(LONG).unwrap();
+        let lines: Vec<String> = fake.server.asked()[before..].iter().map(|asked| asked.line()).collect();
+        assert_eq!(lines, ["POST /pause?mode=keep {}", "POST /resume {}"]);
+    };
+    freezes(&handle);
+
+    let updating = State::READY.after(Event::BeginUpdate).unwrap();
+    let new = weights(1);
+    let mut update = engine.begin_update(Version(1)).unwrap();
+    is_refused(&handle, updating);
+    update.push(&views(&new)).unwrap();
+    is_refused(&handle, updating);
+    update.commit().unwrap();
+    freezes(&handle);
+    drop(engine.begin_update(Version(2)).unwrap());
+    is_refused(&handle, State::EMPTY);
+    // What is frozen goes on with the weights that an update brings.
+    engine.replace_weights(Version(3), &views(&new), usize::MAX).unwrap();
+    handle.pause(LONG).unwrap();
+    engine.replace_weights(Version(4), &views(&new), usize::MAX).unwrap();
+    engine.complete(&[greedy()]).unwrap();
+
+    engine.sleep(Level::One).unwrap();
+    is_refused(&handle, State::Asleep { level: Level::One });
+    engine.wake(Parts::Weights).unwrap();
+    is_refused(&handle, engine.state());
+    engine.wake(Parts::Cache).unwrap();
+    freezes(&handle);
+    // A pause that the server refused has changed nothing; from before one that it takes its time for nobody else has it
+    // go on.
+    fake.instead("/pause?mode=wait", 1, Answer::Json(404, json!({"detail": "Not Found"})));
+    engine.begin_update(Version(5)).unwrap_err();
+    freezes(&handle);
+    fake.instead("/pause?mode=wait", 1, Answer::Hang);
+    let before = asked();
+    thread::scope(|scope| {
+        let begun = scope.spawn(|| engine.begin_update(Version(6)).map(drop));
+        while asked() == before {
+            thread::sleep(Duration::from_millis(5));
+        }
+        is_refused(&handle, updating);
+        begun.join().unwrap().unwrap_err();
+    });
+    is_refused(&handle, State::EMPTY);
+    fake.fake.lock().unwrap().healthy = false;
+    fake.instead("/pause?mode=wait", 1, Answer::Close);
+    engine.replace_weights(Version(7), &views(&new), usize::MAX).unwrap_err();
+    is_refused(&handle, State::Dead);
+    assert_eq!(fake.broken(), Vec::<String>::new());
+}
+
+#[test]
+fn caches_are_reset_between_requests_of_an_engine_that_is_awake() {
+    for release in [Release::Old, Release::New] {
+        let fake = FakeVllm::new();
+        fake.fake.lock().unwrap().release = release;
+        let mut engine = attach(&fake, memory_transfer(&fake));
+        let asked = || fake.server.asked().len();
+        let before = asked();
+        engine.reset_caches().unwrap();
+        let paths: Vec<String> =
+            fake.server.asked().into_iter().skip(before).map(|asked| asked.path).collect();
+        assert_eq!(paths, ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]);
+        fake.instead("/reset_prefix_cache", 1, Answer::Json(200, json!({"success": false})));
+        let error = engine.reset_caches().unwrap_err();
+        assert!(error.to_string().contains("in use") && engine.state() == State::READY, "{error}");
+        let is_refused = |engine: &mut VllmEngine| {
+            let before = asked();
+            let Err(Error::Refused(refusal)) = engine.reset_caches() else { panic!("{}", engine.state()) };
+            assert_eq!((refusal.event, refusal.state), (Event::ResetCaches, engine.state()));
+            assert_eq!(asked(), before);
+        };
+        engine.sleep(Level::One).unwrap();
+        is_refused(&mut engine);
+        engine.wake(Parts::Weights).unwrap();
+        is_refused(&mut engine);
+        engine.wake(Parts::Cache).unwrap();
+        engine.reset_caches().unwrap();
+        drop(engine.begin_update(Version(1)).unwrap());
+        is_refused(&mut engine);
+    }
 }
 
 #[test]

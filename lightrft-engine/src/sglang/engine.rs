@@ -130,7 +130,7 @@ impl SglangEngine {
         };
         let driver = attach.driver.clone();
         let mut engine = Self::assemble(control, connect()?, &info, model, driver, transport, None)?;
-        engine.state = state;
+        engine.stand(state);
         Ok(engine)
     }
 
@@ -161,7 +161,7 @@ impl SglangEngine {
         let context_tokens = info.max_req_input_len.unwrap_or(UNKNOWN);
         let limits = Limits { vocabulary, context_tokens };
         let named = control.model_info()?.weight_version.and_then(|version| version.parse().ok());
-        let flight = Arc::new(Flight::default());
+        let flight = Arc::new(Flight::new(State::READY));
         Ok(Self {
             requests: Requests::new(Arc::clone(&flight), second),
             control,
@@ -183,7 +183,7 @@ impl SglangEngine {
         })
     }
 
-    /// A handle by which another thread ends the requests of a call that is under way.
+    /// A handle by which another thread ends the requests of a call that is under way, or freezes them.
     pub fn requests(&self) -> Requests {
         self.requests.clone()
     }
@@ -195,6 +195,17 @@ impl SglangEngine {
     pub fn metrics(&mut self) -> Result<Metrics> {
         let text = self.told(|control| control.metrics())?;
         Ok(Metrics::parse(&text, &NAMES))
+    }
+
+    /// Drops what the server keeps of former requests: their prefixes, and their pictures as they were prepared. What its
+    /// vision tower made of those no call drops; a server that was started here does not keep it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where [`Event::ResetCaches`] is; [`Error::Server`], also where another client's requests are under
+    /// way: then nothing was dropped.
+    pub fn flush_cache(&mut self) -> Result<()> {
+        self.state_after(Event::ResetCaches)?;
+        self.told(|control| control.flush_cache())
     }
 
     /// Whether the server decides its draws by [`Sampling::seed`](crate::Sampling::seed).
@@ -255,8 +266,13 @@ impl SglangEngine {
     }
 
     pub(super) fn step(&mut self, event: Event) -> Result<()> {
-        self.state = self.state.after(event)?;
+        self.stand(self.state.after(event)?);
         Ok(())
+    }
+
+    fn stand(&mut self, state: State) {
+        self.state = state;
+        self.flight.stand(state);
     }
 
     /// A control call. Where it fails because the server is gone, the engine is dead.
@@ -325,6 +341,20 @@ impl SglangEngine {
         self.transport.abandon(&self.control);
     }
 
+    /// Gives back what an engine that stands at `next` sleeps without.
+    fn release(&mut self, next: State) -> Result<()> {
+        // Nothing may be under way, not even what a call that failed has left.
+        self.pause()?;
+        let level = if next.has_weights() { Level::One } else { Level::Two };
+        let wanted = tags(self.saver, level).iter().copied();
+        let release: Vec<&str> = wanted.filter(|tag| !self.asleep.contains(tag)).collect();
+        if !release.is_empty() {
+            self.moved(|control| control.release(&release))?;
+            self.asleep.extend(tags(self.saver, level).iter().filter(|tag| release.contains(tag)));
+        }
+        Ok(())
+    }
+
     /// A call after which memory is there or not. Where nobody can tell which, the engine is dead: the server dies of
     /// memory that is taken or released twice.
     fn moved<T>(&mut self, call: impl FnOnce(&Control) -> Result<T, ServerError>) -> Result<T> {
@@ -334,7 +364,7 @@ impl SglangEngine {
             }
             match self.bury(error) {
                 Error::Server(error) if self.state != State::Dead => {
-                    self.state = State::Dead;
+                    self.stand(State::Dead);
                     if let Some(process) = &mut self.process {
                         process.stop();
                     }
@@ -367,7 +397,8 @@ impl SglangEngine {
         }
         let next = self.state.after(Event::Commit)?;
         self.go_on_if(next)?;
-        (self.state, self.version) = (next, to);
+        self.version = to;
+        self.stand(next);
         Ok(())
     }
 
@@ -384,7 +415,7 @@ impl SglangEngine {
     fn bury(&mut self, error: ServerError) -> Error {
         let (error, gone) = autopsy(error, self.process.as_mut(), |within| self.control.is_up(within));
         if gone {
-            self.state = State::Dead;
+            self.stand(State::Dead);
         }
         error.into()
     }
@@ -458,17 +489,11 @@ impl Engine for SglangEngine {
 
     fn sleep(&mut self, level: Level) -> Result<()> {
         let next = self.state.after(Event::Sleep(level))?;
-        // Nothing may be under way, not even what a call that failed has left.
-        self.pause()?;
-        let level = if next.has_weights() { Level::One } else { Level::Two };
-        let wanted = tags(self.saver, level).iter().copied();
-        let release: Vec<&str> = wanted.filter(|tag| !self.asleep.contains(tag)).collect();
-        if !release.is_empty() {
-            self.moved(|control| control.release(&release))?;
-            self.asleep.extend(tags(self.saver, level).iter().filter(|tag| release.contains(tag)));
-        }
-        self.state = next;
-        Ok(())
+        // From before the pause on, nobody else has the server go on.
+        self.flight.stand(next);
+        let released = self.release(next);
+        self.stand(if released.is_ok() { next } else { self.state });
+        released
     }
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
@@ -479,7 +504,7 @@ impl Engine for SglangEngine {
             self.asleep.retain(|tag| !back.contains(tag));
         }
         self.go_on_if(next)?;
-        self.state = next;
+        self.stand(next);
         Ok(())
     }
 

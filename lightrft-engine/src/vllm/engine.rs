@@ -27,7 +27,7 @@ use crate::{
 /// The plug-in of the server's workers.
 const PLUGIN: &str = include_str!("lightrft_vllm.py");
 
-/// How vLLM calls its counters; older ones speak of a GPU's cache.
+/// How vLLM calls its counters.
 const COUNTERS: MetricNames = MetricNames {
     running: "vllm:num_requests_running",
     waiting: "vllm:num_requests_waiting",
@@ -173,7 +173,7 @@ impl VllmEngine {
             _plugin: None,
             generation: Http::new("vLLM", url, key.clone())?.reusing_connections(),
             key,
-            flight: Arc::default(),
+            flight: Arc::new(Flight::new(state)),
             transport,
             model,
             limits: Limits { vocabulary, context_tokens },
@@ -216,6 +216,16 @@ impl VllmEngine {
         Ok(Metrics::parse(&String::from_utf8_lossy(&reply.bytes), &COUNTERS))
     }
 
+    /// Drops what the server keeps of former requests: their prefixes, and what it made of their pictures and films.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where [`Event::ResetCaches`] is; [`Error::Server`], also where another client's requests are under
+    /// way: then nothing was dropped.
+    pub fn reset_caches(&mut self) -> Result<()> {
+        self.state.after(Event::ResetCaches)?;
+        self.control(Control::reset_caches)
+    }
+
     pub(super) fn model(&self) -> &Model {
         &self.model
     }
@@ -225,8 +235,13 @@ impl VllmEngine {
     }
 
     pub(super) fn step(&mut self, event: Event) -> Result<()> {
-        self.state = self.state.after(event)?;
+        self.stand(self.state.after(event)?);
         Ok(())
+    }
+
+    fn stand(&mut self, state: State) {
+        self.state = state;
+        self.flight.stand(state);
     }
 
     /// Passes a result on; if it is the kind of failure that a dying server leaves, looks whether this one is dead.
@@ -251,10 +266,7 @@ impl VllmEngine {
     /// A control call that changes what sleeps, or is paused. If it fails, and was not refused, what it changed is not
     /// known: the engine is stale, and sees to the whole server before it is used again.
     fn change<T>(&mut self, call: impl FnOnce(&Control) -> Result<T, ServerError>) -> Result<T> {
-        let result = {
-            let _turn = self.flight.turn();
-            call(&self.control)
-        };
+        let result = call(&self.control);
         let refused = result.as_ref().is_err_and(ServerError::is_refusal);
         let result = self.settle(result.map_err(Error::from));
         if result.is_err() && !refused && self.state != State::Dead {
@@ -301,6 +313,18 @@ impl VllmEngine {
     /// After an update that came to nothing. The server stays paused, so that nobody draws from what it has.
     pub(super) fn abandon(&mut self) {
         self.transport.abandon(&self.control.within(ABANDON));
+    }
+
+    /// Calls that begin with a pause of the server: from before it on, nobody else has it go on. Where they fail the engine
+    /// stands where they have left it.
+    fn paused(&mut self, next: State, calls: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.flight.stand(next);
+        let done = calls(self);
+        match &done {
+            Ok(()) => self.stand(next),
+            Err(_) => self.flight.stand(self.state),
+        }
+        done
     }
 
     /// Wakes all of a server of which it is not known what sleeps. It stays paused.
@@ -423,21 +447,24 @@ impl Engine for VllmEngine {
     fn sleep(&mut self, level: Level) -> Result<()> {
         let next = self.state.after(Event::Sleep(level))?;
         // A server that sleeps stays as it is: what it put aside on the host is forgotten when its weights are updated.
-        if !matches!(self.state, State::Asleep { .. }) {
-            let in_part = matches!(
-                self.state,
-                State::Awake { cache: Cache::Asleep } | State::Stale { cache: Cache::Asleep }
-            );
+        if matches!(self.state, State::Asleep { .. }) {
+            self.stand(next);
+            return Ok(());
+        }
+        let in_part = matches!(
+            self.state,
+            State::Awake { cache: Cache::Asleep } | State::Stale { cache: Cache::Asleep }
+        );
+        self.paused(next, |engine| {
             // Older ones take a server of which a part sleeps for asleep, and would keep the weights in use.
-            if self.is_old && self.doubt == Some(Doubt::Lost) {
-                self.rouse()?;
-            } else if self.is_old && in_part {
-                self.change(|control| control.wake(Parts::Cache))?;
+            if engine.is_old && engine.doubt == Some(Doubt::Lost) {
+                engine.rouse()?;
+            } else if engine.is_old && in_part {
+                engine.change(|control| control.wake(Parts::Cache))?;
             }
             let level = if next.has_weights() { Level::One } else { Level::Two };
-            self.change(|control| control.sleep(level))?;
-        }
-        self.step(Event::Sleep(level))
+            engine.change(|control| control.sleep(level))
+        })
     }
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
@@ -474,12 +501,10 @@ impl Engine for VllmEngine {
             // It was leaked.
             self.abandon();
         }
-        if self.doubt.is_some() {
-            self.rouse()?;
-        } else {
-            self.change(Control::pause)?;
-        }
-        self.state = next;
+        self.paused(next, |engine| match engine.doubt {
+            Some(_) => engine.rouse(),
+            None => engine.change(Control::pause),
+        })?;
         let begun = self.with_transport(|transport, control| transport.begin(control));
         let update = Box::new(VllmUpdate::new(self, to));
         begun.map(|()| update as Box<dyn Update>)

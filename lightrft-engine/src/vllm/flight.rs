@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::server::{Flight, Http};
-use crate::{Result, ServerError};
+use crate::{Event, Result, ServerError};
 
 /// What the server puts in front of a request's id.
 const PREFIX: &str = "generate-tokens-";
@@ -41,7 +41,7 @@ impl Requests {
                 // Older ones only end all of their requests at once.
                 Err(ServerError::Status { status: 404 | 405, .. }) => {
                     // The engine's own pause, of an update that comes next, must not fall between these.
-                    let _turn = self.flight.turn();
+                    let Ok(_turn) = self.flight.turn(Event::Resume) else { return Ok(()) };
                     if !self.flight.is_busy() {
                         return Ok(());
                     }
@@ -54,23 +54,28 @@ impl Requests {
         })
     }
 
-    /// Freezes all requests of the server, also those to come, until [`resume`](Self::resume).
+    /// Freezes all requests of the server, also those to come, until [`resume`](Self::resume). An update that commits, and
+    /// a wake, have it go on too.
     ///
     /// # Errors
-    /// The server's own.
+    /// [`Error::Refused`](crate::Error::Refused) while the engine sleeps, is stale or in the midst of an update: its server
+    /// is paused then. The server's own.
     pub fn pause(&self, within: Duration) -> Result<()> {
-        self.post("/pause?mode=keep", within)
+        self.post(Event::Pause, "/pause?mode=keep", within)
     }
 
     /// Lets the server go on.
     ///
     /// # Errors
-    /// The server's own.
+    /// [`Error::Refused`](crate::Error::Refused) while the engine sleeps, is stale or in the midst of an update: the server
+    /// would draw from weights that are not there, or die. The server's own.
     pub fn resume(&self, within: Duration) -> Result<()> {
-        self.post("/resume", within)
+        self.post(Event::Resume, "/resume", within)
     }
 
-    fn post(&self, path: &str, within: Duration) -> Result<(), crate::Error> {
-        self.http.post(path, &json!({}), within).map(drop).map_err(|error: ServerError| error.into())
+    fn post(&self, event: Event, path: &str, within: Duration) -> Result<()> {
+        let _turn = self.flight.turn(event)?;
+        self.http.post(path, &json!({}), within)?;
+        Ok(())
     }
 }

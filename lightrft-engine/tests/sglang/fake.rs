@@ -288,6 +288,11 @@ impl State {
                 (200, json!({"status": "ok"}))
             }
             "/continue_generation" => {
+                let rules = [
+                    (!self.keeps_memory && !self.released.is_empty(), "went on while memory is released"),
+                    (self.session, "went on in the middle of an update"),
+                ];
+                self.broken.extend(rules.iter().filter(|(broken, _)| *broken).map(|(_, rule)| rule));
                 self.paused = false;
                 (200, json!({"status": "ok"}))
             }

@@ -7,12 +7,14 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use fake::{EOS, Fake, Fault, VOCABULARY, write_folder};
-use lightrft_engine::sglang::{Attach, Seeds, SglangEngine, Start, Verify};
+use lightrft_engine::sglang::{Attach, Requests, Seeds, SglangEngine, Start, Verify};
 use lightrft_engine::testing::{ScriptedEngine, Subject, TensorBytes, conformance};
 use lightrft_engine::{
-    Engine, EngineExt, Error, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor, Parts,
-    Request, Sampling, ServerError, State, Version, Watch,
+    Engine, EngineExt, Error, Event, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor,
+    Parts, Request, Sampling, ServerError, State, Version, Watch,
 };
+
+const LONG: Duration = Duration::from_secs(60);
 
 fn engine(fake: &Fake) -> SglangEngine {
     SglangEngine::attach(&Attach::new(&fake.url)).unwrap()
@@ -640,6 +642,91 @@ fn requests_can_be_aborted_from_another_thread() {
         assert_eq!((completion.finish, completion.tokens), (FinishReason::Aborted, vec![7]));
     }
     assert!(!handle.is_busy());
+}
+
+#[test]
+fn requests_are_frozen_and_go_on_but_never_those_of_a_server_in_mid_update_or_asleep() {
+    let fake = Fake::new();
+    let mut engine = engine(&fake);
+    let handle = engine.requests();
+    let is_refused = |handle: &Requests, state: State| {
+        fake.calls();
+        for (event, result) in [(Event::Pause, handle.pause(LONG)), (Event::Resume, handle.resume(LONG))] {
+            let Err(Error::Refused(refusal)) = result else { panic!("{state}: {result:?}") };
+            assert_eq!((refusal.state, refusal.event), (state, event));
+            assert!(refusal.to_string().contains("requests while"), "{refusal}");
+        }
+        assert!(fake.calls().is_empty(), "the server was asked for nothing");
+    };
+    let freezes = |handle: &Requests| {
+        fake.calls();
+        handle.pause(LONG).unwrap();
+        handle.resume(LONG).unwrap();
+        let calls = fake.calls();
+        assert_eq!((calls[0].0.as_str(), &calls[0].1["mode"]), ("/pause_generation", &"in_place".into()));
+        assert_eq!((calls.len(), calls[1].0.as_str()), (2, "/continue_generation"));
+    };
+    freezes(&handle);
+
+    let updating = State::READY.after(Event::BeginUpdate).unwrap();
+    let tensors = weights(1);
+    let mut update = engine.begin_update(Version(1)).unwrap();
+    is_refused(&handle, updating);
+    update.push(&views(&tensors)).unwrap();
+    is_refused(&handle, updating);
+    update.commit().unwrap();
+    freezes(&handle);
+    drop(engine.begin_update(Version(2)).unwrap());
+    is_refused(&handle, State::EMPTY);
+    // What is frozen goes on with the weights that an update brings.
+    engine.replace_weights(Version(3), &views(&tensors), 1 << 20).unwrap();
+    handle.pause(LONG).unwrap();
+    engine.replace_weights(Version(4), &views(&tensors), 1 << 20).unwrap();
+    assert_eq!(drawn(&mut engine), (expected(1), Version(4)));
+
+    engine.sleep(Level::One).unwrap();
+    is_refused(&handle, State::Asleep { level: Level::One });
+    engine.wake(Parts::Weights).unwrap();
+    is_refused(&handle, engine.state());
+    engine.wake(Parts::Cache).unwrap();
+    freezes(&handle);
+    // A sleep that the server refused has changed nothing.
+    fake.fail("/release_memory_occupation", Fault::Status(400));
+    engine.sleep(Level::Two).unwrap_err();
+    freezes(&handle);
+    fake.fail("/update_weights_from_disk", Fault::Status(500));
+    engine.load_folder(fake.folder.path(), Version(5)).unwrap_err();
+    is_refused(&handle, State::EMPTY);
+    fake.fail("/begin_weight_update", Fault::Death);
+    engine.begin_update(Version(6)).unwrap_err();
+    is_refused(&handle, State::Dead);
+    assert_eq!(fake.broken(), Vec::<&str>::new());
+}
+
+#[test]
+fn caches_are_flushed_between_requests_of_an_engine_that_is_awake() {
+    let fake = Fake::new();
+    let mut engine = engine(&fake);
+    fake.calls();
+    engine.flush_cache().unwrap();
+    assert_eq!(fake.paths(), ["/flush_cache"]);
+    fake.fail("/flush_cache", Fault::Status(400));
+    let error = engine.flush_cache().unwrap_err();
+    assert!(matches!(error, Error::Server(_)) && engine.state() == State::READY, "{error:?}");
+    let is_refused = |engine: &mut SglangEngine| {
+        fake.calls();
+        let Err(Error::Refused(refusal)) = engine.flush_cache() else { panic!("{}", engine.state()) };
+        assert_eq!((refusal.event, refusal.state), (Event::ResetCaches, engine.state()));
+        assert!(fake.calls().is_empty());
+    };
+    engine.sleep(Level::One).unwrap();
+    is_refused(&mut engine);
+    engine.wake(Parts::Weights).unwrap();
+    is_refused(&mut engine);
+    engine.wake(Parts::Cache).unwrap();
+    engine.flush_cache().unwrap();
+    drop(engine.begin_update(Version(1)).unwrap());
+    is_refused(&mut engine);
 }
 
 #[test]
