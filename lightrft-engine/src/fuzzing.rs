@@ -6,7 +6,7 @@
 #[cfg(any(feature = "sglang", feature = "vllm"))]
 pub use crate::server::fuzzing::{errors, metrics};
 #[cfg(feature = "sglang")]
-pub use crate::sglang::fuzzing::sglang_replies;
+pub use crate::sglang::fuzzing::{sglang_listings, sglang_replies};
 #[cfg(feature = "vllm")]
 pub use crate::vllm::fuzzing::{vllm_listings, vllm_replies};
 

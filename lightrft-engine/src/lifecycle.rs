@@ -69,6 +69,12 @@ pub enum State {
 pub enum Event {
     /// Completions are asked for.
     Generate,
+    /// The requests of its server are to be frozen.
+    Pause,
+    /// The requests of its server are to go on.
+    Resume,
+    /// What it keeps of former requests is to be dropped.
+    ResetCaches,
     /// The trainer wants the memory.
     Sleep(Level),
     /// The trainer gives the memory back.
@@ -84,6 +90,9 @@ pub enum Event {
     /// Its process or its server was found to be gone.
     Die,
 }
+
+/// What to do with a dead engine.
+const GONE: &str = "its server or its GPU is gone: make another engine";
 
 /// A call that the engine's state does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -108,6 +117,7 @@ impl State {
     /// | | awake | asleep, level 1 | asleep, level 2 | updating | stale |
     /// |---|---|---|---|---|---|
     /// | generate | stays (cache ready) | refused | refused | refused | refused |
+    /// | pause or resume requests, reset caches | stays (cache ready) | refused | refused | refused | refused |
     /// | sleep 1 | asleep 1 | stays | stays | refused | asleep **2** |
     /// | sleep 2 | asleep 2 | asleep 2 | stays | refused | asleep 2 |
     /// | wake weights | stays | awake, no cache | **stale**, no cache | refused | stays |
@@ -128,20 +138,27 @@ impl State {
     /// [`Refusal`], with the state, the event and what to do instead.
     pub fn after(self, event: Event) -> Result<State, Refusal> {
         use Cache::{Asleep as NoCache, Ready};
-        use Event::{Abandon, BeginUpdate, Commit, Die, Generate, LoseTrack, Sleep, Wake};
+        use Event::{
+            Abandon, BeginUpdate, Commit, Die, Generate, LoseTrack, Pause, ResetCaches, Resume, Sleep, Wake,
+        };
         use State::{Asleep, Awake, Dead, Stale, Updating};
         let refused = |advice| Err(Refusal { state: self, event, advice });
         match (self, event) {
             (_, Die) => Ok(Dead),
-            (Dead, _) => refused("its server or its GPU is gone: make another engine"),
+            (Dead, _) => refused(GONE),
             (_, LoseTrack) => Ok(Self::EMPTY),
 
-            (Awake { cache: Ready }, Generate) => Ok(self),
-            (Awake { cache: NoCache }, Generate) => refused("wake the cache first"),
-            (Asleep { level: Level::One }, Generate) => refused("wake it first"),
-            (Asleep { level: Level::Two }, Generate) => refused("wake it and update its weights first"),
-            (Updating { .. }, Generate) => refused("commit the update first, or begin another"),
-            (Stale { .. }, Generate) => refused("update its weights first"),
+            // A server that sleeps or is in the midst of an update stays paused, whoever asks, and what it keeps of former
+            // requests goes when that ends.
+            (_, Generate | Pause | Resume | ResetCaches) => match self {
+                Awake { cache: Ready } => Ok(self),
+                Awake { cache: NoCache } => refused("wake the cache first"),
+                Asleep { level: Level::One } => refused("wake it first"),
+                Asleep { level: Level::Two } => refused("wake it and update its weights first"),
+                Updating { .. } => refused("commit the update first, or begin another"),
+                Stale { .. } => refused("update its weights first"),
+                Dead => refused(GONE),
+            },
 
             (Awake { .. }, Sleep(level)) => Ok(Asleep { level }),
             (Asleep { level: now }, Sleep(level)) => Ok(Asleep { level: now.max(level) }),
@@ -214,6 +231,9 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Event::Generate => f.write_str("generate"),
+            Event::Pause => f.write_str("pause requests"),
+            Event::Resume => f.write_str("resume requests"),
+            Event::ResetCaches => f.write_str("reset caches"),
             Event::Sleep(level) => write!(f, "sleep at {level}"),
             Event::Wake(Parts::Weights) => f.write_str("wake the weights"),
             Event::Wake(Parts::Cache) => f.write_str("wake the cache"),

@@ -12,6 +12,7 @@ fn targets() -> Vec<(&'static str, Target)> {
         ("vllm_replies", fuzzing::vllm_replies),
         ("sglang_replies", fuzzing::sglang_replies),
         ("vllm_listings", fuzzing::vllm_listings),
+        ("sglang_listings", fuzzing::sglang_listings),
         ("metrics", fuzzing::metrics),
         ("errors", fuzzing::errors),
         ("folder", fuzzing::folder),

@@ -47,7 +47,7 @@ impl Memory {
     /// Whether the event makes sense, and its effect if so.
     fn apply(&mut self, event: Event) -> bool {
         let sensible = match event {
-            Event::Generate => {
+            Event::Generate | Event::Pause | Event::Resume | Event::ResetCaches => {
                 self.weights == Content::Whole && self.weights_awake && self.cache_awake && !self.update_open
             }
             Event::Sleep(_) => !self.update_open,
@@ -62,7 +62,7 @@ impl Memory {
             return false;
         }
         match event {
-            Event::Generate => {}
+            Event::Generate | Event::Pause | Event::Resume | Event::ResetCaches => {}
             Event::Sleep(level) => {
                 (self.weights_awake, self.cache_awake) = (false, false);
                 if level == Level::Two || self.weights == Content::Broken {
@@ -101,6 +101,7 @@ impl Memory {
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         Just(Event::Generate),
+        prop_oneof![Just(Event::Pause), Just(Event::Resume), Just(Event::ResetCaches)],
         prop_oneof![Just(Level::One), Just(Level::Two)].prop_map(Event::Sleep),
         prop_oneof![Just(Parts::Weights), Just(Parts::Cache), Just(Parts::All)].prop_map(Event::Wake),
         Just(Event::BeginUpdate),

@@ -11,9 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
-use lightrft_engine::vllm::{Attach, Start, Transfer, Verify, VllmEngine};
+use lightrft_engine::vllm::{Attach, Requests, Start, Transfer, Verify, VllmEngine};
 use lightrft_engine::{
-    ApiKey, Engine, EngineExt, Error, Identity, Level, LogProbs, Media, NamedTensor, Parts, Request,
+    ApiKey, Engine, EngineExt, Error, Event, Identity, Level, LogProbs, Media, NamedTensor, Parts, Request,
     Sampling, ServerError, State, TensorSlice, Version, Watch,
 };
 use serde_json::{Value, json};
@@ -248,6 +248,28 @@ fn a_server_that_was_started_is_asked_for_no_more_samples_than_it_draws_at_once(
         server.asked().iter().filter_map(|a| a.json()["sampling_params"]["n"].as_u64()).collect();
     sizes.sort_unstable();
     assert_eq!(sizes, [4, 8, 8]);
+}
+
+#[test]
+fn a_server_that_was_started_for_so_many_media_is_sent_no_more() {
+    let (fake, folder) = (FakeVllm::new(), tempfile::tempdir().unwrap());
+    let with = |images: usize, videos: usize| {
+        let media = [vec![Media::image_at("data:a"); images], vec![Media::video_at("data:b"); videos]];
+        let prompt = [vec![1], vec![5; images], vec![6; videos]].concat();
+        Request::new(prompt, Sampling::greedy(2)).with_media(media.concat())
+    };
+    attach(&fake, memory_transfer(&fake)).complete(&[with(9, 9)]).unwrap();
+    let mut start = Start::new(fake.folder().to_str().unwrap());
+    (start.images_per_prompt, start.videos_per_prompt) = (Some(2), Some(0));
+    let (mut engine, server) = start_fake(&mut start, &fake, folder.path());
+    for (request, expected) in [(with(3, 0), "3 images of at most 2"), (with(1, 1), "1 videos of at most 0")]
+    {
+        let error = engine.complete(&[greedy(), request]).unwrap_err();
+        assert!(matches!(error, Error::Request { request: 1, field: "media", .. }), "{error:?}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    assert!(!server.asked().iter().any(|asked| asked.path.contains("generate")), "nothing was sent");
+    engine.complete(&[with(2, 0)]).unwrap();
 }
 
 #[test]
@@ -823,6 +845,176 @@ fn requests_are_aborted_from_another_thread() {
         completions.iter().map(|c| (c.request, c.sample, c.tokens.len(), c.log_probs.len())).collect();
     assert_eq!(found, [(0, 0, 1, 1), (1, 0, 0, 0), (1, 1, 0, 0)]);
     assert!(completions.iter().all(|c| c.finish == lightrft_engine::FinishReason::Aborted));
+}
+
+#[test]
+fn a_server_that_can_only_abort_all_at_once_is_not_left_paused() {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    // How many calls for it to pause fail, and how many for it to go on.
+    for (pauses, resumes) in [(0, 0), (1, 0), (0, 1), (1, 1)] {
+        let fake = FakeVllm::new();
+        let root = fake.folder();
+        let (aborted, paused) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (pauses, resumes) = (AtomicUsize::new(pauses), AtomicUsize::new(resumes));
+        let fails = |count: &AtomicUsize| {
+            count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok()
+        };
+        let (begun, waits) = mpsc::channel();
+        let begun = std::sync::Mutex::new(begun);
+        let refused = || Answer::Json(500, json!({"error": {"message": "not now"}}));
+        let server = HttpServer::new(move |asked| match asked.path.as_str() {
+            "/v1/models" => Answer::Json(200, json!({"data": [{"root": root, "max_model_len": 64}]})),
+            "/version" => Answer::Json(200, json!({"version": "0.23.0"})),
+            "/health" => Answer::Json(200, json!({})),
+            "/inference/v1/generate" => {
+                begun.lock().unwrap().send(()).ok();
+                let first = !aborted.load(Ordering::SeqCst);
+                let started = Instant::now();
+                while first && !aborted.load(Ordering::SeqCst) {
+                    assert!(started.elapsed() < LONG);
+                    thread::sleep(Duration::from_millis(2));
+                }
+                if !first && paused.load(Ordering::SeqCst) {
+                    return Answer::Json(500, json!({"error": {"message": "it would wait for ever"}}));
+                }
+                let end = if first { "abort" } else { "length" };
+                let choice = json!({"index": 0, "finish_reason": end, "stop_reason": null, "token_ids": [7],
+                    "logprobs": {"content": [{"token_id": 7, "logprob": -0.5}]}});
+                Answer::Json(200, json!({"choices": [choice]}))
+            }
+            // Its reply is lost, and yet it is done.
+            path if path.starts_with("/pause?mode=abort") => {
+                paused.store(true, Ordering::SeqCst);
+                aborted.store(true, Ordering::SeqCst);
+                if fails(&pauses) { refused() } else { Answer::Json(200, json!({"status": "paused"})) }
+            }
+            "/resume" if fails(&resumes) => refused(),
+            "/resume" => {
+                paused.store(false, Ordering::SeqCst);
+                Answer::Json(200, json!({"status": "resumed"}))
+            }
+            _ => Answer::Json(404, json!({"detail": "Not Found"})),
+        });
+        let mut engine = VllmEngine::attach(&Attach::new(server.url())).unwrap();
+        let handle = engine.requests().unwrap();
+        let one = Request::new([1, 2, 3], Sampling::greedy(1));
+        let completions = thread::scope(|scope| {
+            let handle = &handle;
+            scope.spawn(move || {
+                waits.recv_timeout(LONG).unwrap();
+                handle.abort(LONG).ok();
+            });
+            engine.complete(std::slice::from_ref(&one)).unwrap()
+        });
+        assert_eq!(completions[0].finish, lightrft_engine::FinishReason::Aborted);
+        let next = engine.complete(&[one]).unwrap();
+        assert_eq!(next[0].tokens, [7]);
+        assert_eq!(next[0].finish, lightrft_engine::FinishReason::Length);
+    }
+}
+
+#[test]
+fn requests_are_frozen_and_go_on_but_never_those_of_a_server_in_mid_update_or_asleep() {
+    let fake = FakeVllm::new();
+    let mut settings = Attach::new(fake.server.url());
+    settings.driver.transfer = memory_transfer(&fake);
+    settings.driver.control_within = Duration::from_secs(2);
+    let mut engine = VllmEngine::attach(&settings).unwrap();
+    let handle = engine.requests().unwrap();
+    let asked = || fake.server.asked().len();
+    let is_refused = |handle: &Requests, state: State| {
+        let before = asked();
+        for (event, result) in [(Event::Pause, handle.pause(LONG)), (Event::Resume, handle.resume(LONG))] {
+            let Err(Error::Refused(refusal)) = result else { panic!("{state}: {result:?}") };
+            assert_eq!((refusal.state, refusal.event), (state, event));
+            assert!(refusal.to_string().contains("requests while"), "{refusal}");
+        }
+        assert_eq!(asked(), before, "the server was asked for nothing");
+    };
+    let freezes = |handle: &Requests| {
+        let before = asked();
+        handle.pause(LONG).unwrap();
+        handle.resume(LONG).unwrap();
+        let lines: Vec<String> = fake.server.asked()[before..].iter().map(|asked| asked.line()).collect();
+        assert_eq!(lines, ["POST /pause?mode=keep {}", "POST /resume {}"]);
+    };
+    freezes(&handle);
+
+    let updating = State::READY.after(Event::BeginUpdate).unwrap();
+    let new = weights(1);
+    let mut update = engine.begin_update(Version(1)).unwrap();
+    is_refused(&handle, updating);
+    update.push(&views(&new)).unwrap();
+    is_refused(&handle, updating);
+    update.commit().unwrap();
+    freezes(&handle);
+    drop(engine.begin_update(Version(2)).unwrap());
+    is_refused(&handle, State::EMPTY);
+    // What is frozen goes on with the weights that an update brings.
+    engine.replace_weights(Version(3), &views(&new), usize::MAX).unwrap();
+    handle.pause(LONG).unwrap();
+    engine.replace_weights(Version(4), &views(&new), usize::MAX).unwrap();
+    engine.complete(&[greedy()]).unwrap();
+
+    engine.sleep(Level::One).unwrap();
+    is_refused(&handle, State::Asleep { level: Level::One });
+    engine.wake(Parts::Weights).unwrap();
+    is_refused(&handle, engine.state());
+    engine.wake(Parts::Cache).unwrap();
+    freezes(&handle);
+    // A pause that the server refused has changed nothing; from before one that it takes its time for nobody else has it
+    // go on.
+    fake.instead("/pause?mode=wait", 1, Answer::Json(404, json!({"detail": "Not Found"})));
+    engine.begin_update(Version(5)).unwrap_err();
+    freezes(&handle);
+    fake.instead("/pause?mode=wait", 1, Answer::Hang);
+    let before = asked();
+    thread::scope(|scope| {
+        let begun = scope.spawn(|| engine.begin_update(Version(6)).map(drop));
+        while asked() == before {
+            thread::sleep(Duration::from_millis(5));
+        }
+        is_refused(&handle, updating);
+        begun.join().unwrap().unwrap_err();
+    });
+    is_refused(&handle, State::EMPTY);
+    fake.fake.lock().unwrap().healthy = false;
+    fake.instead("/pause?mode=wait", 1, Answer::Close);
+    engine.replace_weights(Version(7), &views(&new), usize::MAX).unwrap_err();
+    is_refused(&handle, State::Dead);
+    assert_eq!(fake.broken(), Vec::<String>::new());
+}
+
+#[test]
+fn caches_are_reset_between_requests_of_an_engine_that_is_awake() {
+    for release in [Release::Old, Release::New] {
+        let fake = FakeVllm::new();
+        fake.fake.lock().unwrap().release = release;
+        let mut engine = attach(&fake, memory_transfer(&fake));
+        let asked = || fake.server.asked().len();
+        let before = asked();
+        engine.reset_caches().unwrap();
+        let paths: Vec<String> =
+            fake.server.asked().into_iter().skip(before).map(|asked| asked.path).collect();
+        assert_eq!(paths, ["/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]);
+        fake.instead("/reset_prefix_cache", 1, Answer::Json(200, json!({"success": false})));
+        let error = engine.reset_caches().unwrap_err();
+        assert!(error.to_string().contains("in use") && engine.state() == State::READY, "{error}");
+        let is_refused = |engine: &mut VllmEngine| {
+            let before = asked();
+            let Err(Error::Refused(refusal)) = engine.reset_caches() else { panic!("{}", engine.state()) };
+            assert_eq!((refusal.event, refusal.state), (Event::ResetCaches, engine.state()));
+            assert_eq!(asked(), before);
+        };
+        engine.sleep(Level::One).unwrap();
+        is_refused(&mut engine);
+        engine.wake(Parts::Weights).unwrap();
+        is_refused(&mut engine);
+        engine.wake(Parts::Cache).unwrap();
+        engine.reset_caches().unwrap();
+        drop(engine.begin_update(Version(1)).unwrap());
+        is_refused(&mut engine);
+    }
 }
 
 #[test]

@@ -133,12 +133,14 @@ pub enum ServerError {
     /// Memory that a server gave back when it was put to sleep did not come back.
     #[error(
         "{source}: the server could not be woken; if its GPU is out of memory, free some (the trainer's, or another \
-         process's), then wake it again and update its weights, or start it anew"
+         process's), then {then}"
     )]
     Wake {
-        /// What the server said.
+        /// What the server said, or how it ended.
         #[source]
         source: Box<ServerError>,
+        /// What to do then.
+        then: &'static str,
     },
     /// The server runs but did not become ready in time.
     #[error(
@@ -163,7 +165,7 @@ impl ServerError {
     pub(crate) fn is_refusal(&self) -> bool {
         match self {
             ServerError::Status { status, .. } => (400..500).contains(status),
-            ServerError::Wake { source } => source.is_refusal(),
+            ServerError::Wake { source, .. } => source.is_refusal(),
             _ => false,
         }
     }
@@ -173,7 +175,7 @@ impl ServerError {
         match self {
             ServerError::Status { status, .. } => *status >= 500,
             ServerError::Connection { .. } | ServerError::Exited { .. } | ServerError::Timeout { .. } => true,
-            ServerError::Wake { source } => source.may_be_the_end(),
+            ServerError::Wake { source, .. } => source.may_be_the_end(),
             _ => false,
         }
     }
@@ -182,7 +184,7 @@ impl ServerError {
     pub(crate) fn is_the_end(&self) -> bool {
         match self {
             ServerError::Exited { .. } | ServerError::Gone { .. } | ServerError::InDoubt { .. } => true,
-            ServerError::Wake { source } => source.is_the_end(),
+            ServerError::Wake { source, .. } => source.is_the_end(),
             _ => false,
         }
     }

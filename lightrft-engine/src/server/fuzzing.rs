@@ -8,7 +8,7 @@ pub fn metrics(bytes: &[u8]) {
     let names = MetricNames {
         running: "vllm:num_requests_running",
         waiting: "sglang:num_queue_reqs",
-        cache_share: &["vllm:kv_cache_usage_perc", "sglang:token_usage"],
+        cache_share: "vllm:kv_cache_usage_perc",
         prompt_tokens: "vllm:prompt_tokens_total",
         generated_tokens: "sglang:generation_tokens_total",
     };

@@ -24,10 +24,24 @@ pub struct Metrics {
 pub(crate) struct MetricNames {
     pub(crate) running: &'static str,
     pub(crate) waiting: &'static str,
-    /// The first of these that is there.
-    pub(crate) cache_share: &'static [&'static str],
+    pub(crate) cache_share: &'static str,
     pub(crate) prompt_tokens: &'static str,
     pub(crate) generated_tokens: &'static str,
+}
+
+#[cfg(test)]
+impl MetricNames {
+    /// Of a name that no server uses nothing else is seen than that it counts 0.
+    pub(crate) fn are_taped(&self, tape: &str) {
+        let path = format!("{}/tests/data/recorded/{tape}.json", env!("CARGO_MANIFEST_DIR"));
+        let tape: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let texts = tape["texts"].as_array().unwrap().iter().filter_map(serde_json::Value::as_str);
+        let reply = texts.into_iter().find(|text| text.starts_with("# HELP")).expect("a reply of /metrics");
+        let Self { running, waiting, cache_share, prompt_tokens, generated_tokens } = self;
+        for name in [running, waiting, cache_share, prompt_tokens, generated_tokens] {
+            assert!(values(reply, name).1 > 0, "{name} is not in\n{reply}");
+        }
+    }
 }
 
 impl Metrics {
@@ -40,13 +54,12 @@ impl Metrics {
     /// From the text of `/metrics`, in the exposition format of Prometheus. What is absent counts 0.
     pub(crate) fn parse(text: &str, names: &MetricNames) -> Self {
         let sum = |name| values(text, name).0;
-        let shares = names.cache_share.iter().map(|name| values(text, name));
-        let (share, engines) = shares.into_iter().find(|(_, engines)| *engines > 0).unwrap_or((0.0, 1));
+        let (share, engines) = values(text, names.cache_share);
         Self {
             at: Instant::now(),
             running: sum(names.running),
             waiting: sum(names.waiting),
-            cache_share: share / engines as f64,
+            cache_share: share / engines.max(1) as f64,
             prompt_tokens: sum(names.prompt_tokens),
             generated_tokens: sum(names.generated_tokens),
         }
@@ -79,7 +92,7 @@ mod tests {
     const NAMES: MetricNames = MetricNames {
         running: "vllm:num_requests_running",
         waiting: "vllm:num_requests_waiting",
-        cache_share: &["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"],
+        cache_share: "vllm:kv_cache_usage_perc",
         prompt_tokens: "vllm:prompt_tokens_total",
         generated_tokens: "vllm:generation_tokens_total",
     };
@@ -106,8 +119,8 @@ vllm:generation_tokens_created{engine="0"} 1.79e9
         let later = Metrics { at: found.at + Duration::from_secs(2), generated_tokens: 1300.0, ..found };
         assert_eq!(later.tokens_per_second(&found), 50.0);
         assert_eq!(found.tokens_per_second(&later), 0.0);
-        let older =
-            Metrics::parse("vllm:gpu_cache_usage_perc 0.75\nvllm:prompt_tokens_total nonsense", &NAMES);
-        assert_eq!((older.cache_share, older.prompt_tokens, older.running), (0.75, 0.0, 0.0));
+        let few = Metrics::parse("vllm:kv_cache_usage_perc 0.75\nvllm:prompt_tokens_total nonsense", &NAMES);
+        assert_eq!((few.cache_share, few.prompt_tokens, few.running), (0.75, 0.0, 0.0));
+        assert_eq!(Metrics::parse("", &NAMES).cache_share, 0.0);
     }
 }

@@ -31,7 +31,7 @@ pub(crate) use http::{Http, Reply, without_secrets};
 pub(crate) use jobs::{Ask, Job, jobs};
 pub(crate) use metrics::MetricNames;
 pub use metrics::Metrics;
-pub(crate) use model::Model;
+pub(crate) use model::{MediaLimits, Model};
 pub(crate) use parallel::in_parallel;
 pub use process::StartProgress;
 pub(crate) use process::{ServerCommand, ServerProcess, on_port};

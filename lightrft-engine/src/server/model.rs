@@ -61,6 +61,32 @@ impl Model {
     }
 }
 
+/// Most pictures and films of one prompt that a server takes, where that is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct MediaLimits {
+    pub(crate) images: Option<usize>,
+    pub(crate) videos: Option<usize>,
+}
+
+impl MediaLimits {
+    /// Refuses a request with more of a kind: the server would, with others of the same call under way.
+    pub(crate) fn check(self, request: usize, kind: MediaKind, count: usize) -> Result<()> {
+        let (most, name) = match kind {
+            MediaKind::Image => (self.images, "images"),
+            MediaKind::Video => (self.videos, "videos"),
+        };
+        match most {
+            Some(most) if count > most => {
+                let value = format!("{count} {name} of at most {most}");
+                let expected = "as many as the server was started for were expected (`images_per_prompt`, \
+                                `videos_per_prompt`)";
+                Err(Error::Request { request, field: "media", value, expected })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::settings::MemorySaver;
-use crate::server::Http;
+use crate::server::{Http, MediaLimits, Reply};
 use crate::{Level, Parts, ServerError, Version};
 
 type Result<T> = std::result::Result<T, ServerError>;
@@ -39,12 +39,20 @@ pub(super) struct ServerInfo {
     tp_size: Option<usize>,
     /// The longest prompt that its scheduler takes, in tokens.
     pub(super) max_req_input_len: Option<usize>,
+    /// Most media of a request by their kind, if it has any such limits.
+    #[serde(default)]
+    limit_mm_data_per_request: Value,
 }
 
 impl ServerInfo {
     /// Workers that the model is cut over.
     pub(super) fn shards(&self) -> usize {
         self.tp_size.unwrap_or(1)
+    }
+
+    pub(super) fn media_limits(&self) -> MediaLimits {
+        let most = |kind| self.limit_mm_data_per_request[kind].as_u64()?.try_into().ok();
+        MediaLimits { images: most("image"), videos: most("video") }
     }
 
     pub(super) fn memory_saver(&self) -> MemorySaver {
@@ -106,34 +114,18 @@ impl Control {
         }
     }
 
-    /// Refuses versions that are too old, warns of those that are newer than what was tried.
     pub(super) fn server_info(&self) -> Result<ServerInfo> {
-        let reply = self.http.get("/server_info", self.within)?;
-        let info: ServerInfo = reply.json()?;
-        match minor_patch(&info.version) {
-            Some(found) if found < OLDEST => {
-                let what = format!("SGLang {} is too old: 0.5.23 or newer was expected", info.version);
-                Err(reply.unexpected(&what))
-            }
-            Some(found) if found <= NEWEST => Ok(info),
-            _ => {
-                tracing::warn!(
-                    version = info.version,
-                    "this SGLang is newer than what is known to work (0.5.23)"
-                );
-                Ok(info)
-            }
-        }
+        read_server_info(&self.http.get("/server_info", self.within)?)
     }
 
     pub(super) fn model_info(&self) -> Result<ModelInfo> {
-        self.http.get("/model_info", self.within)?.json()
+        read_model_info(&self.http.get("/model_info", self.within)?)
     }
 
     /// Refuses a server of another model than the one that was started: somebody else's, on its port.
     pub(super) fn check_serves(&self, model: &Path) -> Result<()> {
         let reply = self.http.get("/model_info", self.within)?;
-        let served = reply.json::<ModelInfo>()?.model_path;
+        let served = read_model_info(&reply)?.model_path;
         if served.is_some_and(|served| Path::new(&served) == model) {
             return Ok(());
         }
@@ -201,9 +193,8 @@ impl Control {
         self.http.post_pieces("/update_weights_from_tensor", &pieces, self.within).map(drop)
     }
 
-    pub(super) fn update_from_disk(&self, folder: &Path, to: Version) -> Result<()> {
-        let body = json!({"model_path": folder, "weight_version": to.0.to_string(), "flush_cache": true});
-        self.post("/update_weights_from_disk", &body)
+    pub(super) fn update_from_disk(&self, folder: &Path) -> Result<()> {
+        self.post("/update_weights_from_disk", &json!({"model_path": folder, "flush_cache": true}))
     }
 
     /// Tells the server which weights it has.
@@ -214,13 +205,39 @@ impl Control {
 
     /// Checksums of each worker's weights.
     pub(super) fn checksums(&self) -> Result<Vec<RankChecksums>> {
-        #[derive(Deserialize)]
-        struct Answer {
-            ranks: Vec<RankChecksums>,
-        }
-        let reply = self.http.post("/weights_checker", &json!({"action": "checksum"}), self.within)?;
-        Ok(reply.json::<Answer>()?.ranks)
+        read_checksums(&self.http.post("/weights_checker", &json!({"action": "checksum"}), self.within)?)
     }
+}
+
+/// Refuses versions that are too old, warns of those that are newer than what was tried.
+pub(super) fn read_server_info(reply: &Reply) -> Result<ServerInfo> {
+    let info: ServerInfo = reply.json()?;
+    match minor_patch(&info.version) {
+        Some(found) if found < OLDEST => {
+            let what = format!("SGLang {} is too old: 0.5.23 or newer was expected", info.version);
+            Err(reply.unexpected(&what))
+        }
+        Some(found) if found <= NEWEST => Ok(info),
+        _ => {
+            tracing::warn!(
+                version = info.version,
+                "this SGLang is newer than what is known to work (0.5.23)"
+            );
+            Ok(info)
+        }
+    }
+}
+
+pub(super) fn read_model_info(reply: &Reply) -> Result<ModelInfo> {
+    reply.json()
+}
+
+pub(super) fn read_checksums(reply: &Reply) -> Result<Vec<RankChecksums>> {
+    #[derive(Deserialize)]
+    struct Answer {
+        ranks: Vec<RankChecksums>,
+    }
+    Ok(reply.json::<Answer>()?.ranks)
 }
 
 /// The tags of what sleeps or wakes.

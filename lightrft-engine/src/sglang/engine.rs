@@ -15,8 +15,8 @@ use super::wire::{Asked, ask, body, check, completions};
 use crate::cuda::GpuBucket;
 use crate::generate::check_fields;
 use crate::server::{
-    Ask, Flight, Http, Job, MetricNames, Model, OwnedFolder, PROBE, ServerProcess, Verify, autopsy,
-    in_parallel, jobs, on_port,
+    Ask, Flight, Http, Job, MediaLimits, MetricNames, Model, OwnedFolder, PROBE, ServerProcess, Verify,
+    autopsy, in_parallel, jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
 const NAMES: MetricNames = MetricNames {
     running: "sglang:num_running_reqs",
     waiting: "sglang:num_queue_reqs",
-    cache_share: &["sglang:token_usage"],
+    cache_share: "sglang:token_usage",
     prompt_tokens: "sglang:prompt_tokens_total",
     generated_tokens: "sglang:generation_tokens_total",
 };
@@ -53,6 +53,7 @@ pub struct SglangEngine {
     flight: Arc<Flight>,
     model: Model,
     limits: Limits,
+    media: MediaLimits,
     driver: Driver,
     transport: Box<dyn Transport>,
     seeds: Seeds,
@@ -131,7 +132,7 @@ impl SglangEngine {
         };
         let driver = attach.driver.clone();
         let mut engine = Self::assemble(control, connect()?, &info, model, driver, transport, None)?;
-        engine.state = state;
+        engine.stand(state);
         Ok(engine)
     }
 
@@ -162,13 +163,14 @@ impl SglangEngine {
         let context_tokens = info.max_req_input_len.unwrap_or(UNKNOWN);
         let limits = Limits { vocabulary, context_tokens };
         let named = control.model_info()?.weight_version.and_then(|version| version.parse().ok());
-        let flight = Arc::new(Flight::default());
+        let flight = Arc::new(Flight::new(State::READY));
         Ok(Self {
             requests: Requests::new(Arc::clone(&flight), second),
             control,
             flight,
             model,
             limits,
+            media: info.media_limits(),
             seeds: if info.enable_deterministic_inference { Seeds::Honoured } else { Seeds::Ignored },
             saver: info.memory_saver(),
             shards,
@@ -184,7 +186,7 @@ impl SglangEngine {
         })
     }
 
-    /// A handle by which another thread ends the requests of a call that is under way.
+    /// A handle by which another thread ends the requests of a call that is under way, or freezes them.
     pub fn requests(&self) -> Requests {
         self.requests.clone()
     }
@@ -196,6 +198,17 @@ impl SglangEngine {
     pub fn metrics(&mut self) -> Result<Metrics> {
         let text = self.told(|control| control.metrics())?;
         Ok(Metrics::parse(&text, &NAMES))
+    }
+
+    /// Drops what the server keeps of former requests: their prefixes, and their pictures as they were prepared. What its
+    /// vision tower made of those no call drops; a server that was started here does not keep it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where [`Event::ResetCaches`] is; [`Error::Server`], also where another client's requests are under
+    /// way: then nothing was dropped.
+    pub fn flush_cache(&mut self) -> Result<()> {
+        self.state_after(Event::ResetCaches)?;
+        self.told(|control| control.flush_cache())
     }
 
     /// Whether the server decides its draws by [`Sampling::seed`](crate::Sampling::seed).
@@ -213,26 +226,34 @@ impl SglangEngine {
         self.process.as_ref().map(|process| (process.group(), process.log()))
     }
 
-    /// A whole update from a folder that the server reads itself, as on a shared file system: nothing is sent.
+    /// A whole update from a folder that the server reads itself, as on a shared file system: nothing is sent. With
+    /// [`Verify::Checksums`] this process reads the folder too, and holds it against what the server then has.
     ///
     /// # Errors
     /// Before the server is asked: [`Error::Refused`], those of a broken folder, and those of parameters that are not
-    /// the model's. [`Error::Server`] then leaves the engine stale.
+    /// the model's. [`Error::Server`] and [`Error::Unequal`] then leave the engine stale.
     pub fn load_folder(&mut self, folder: &Path, to: Version) -> Result<()> {
         self.state_after(Event::BeginUpdate)?;
         let source = HfFolder::open(folder)?;
         crate::transfer::Plan::new(source.tensors(), &crate::Identity, self.parameters().as_ref(), to)?;
         self.transport.begin(&self.control);
-        let loaded = self.pause().and_then(|()| self.close_leftover_session());
-        let loaded = loaded.and_then(|()| self.told(|control| control.update_from_disk(folder, to)));
-        let begun = self.step(Event::BeginUpdate);
-        match loaded.and(begun).and_then(|()| self.committed(to)) {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                self.step(Event::Abandon).ok();
-                Err(error)
-            }
+        self.step(Event::BeginUpdate)?;
+        let loaded = self.load(&source, folder, to);
+        if loaded.is_err() {
+            // A dead engine refuses that, and stays dead.
+            self.step(Event::Abandon).ok();
         }
+        loaded
+    }
+
+    fn load(&mut self, source: &HfFolder, folder: &Path, to: Version) -> Result<()> {
+        self.pause()?;
+        self.close_leftover_session()?;
+        self.told(|control| control.update_from_disk(folder))?;
+        if self.driver.verify == Verify::Checksums {
+            self.compare(source.checksums()?, to)?;
+        }
+        self.committed(to)
     }
 
     pub(super) fn driver(&self) -> &Driver {
@@ -248,8 +269,13 @@ impl SglangEngine {
     }
 
     pub(super) fn step(&mut self, event: Event) -> Result<()> {
-        self.state = self.state.after(event)?;
+        self.stand(self.state.after(event)?);
         Ok(())
+    }
+
+    fn stand(&mut self, state: State) {
+        self.state = state;
+        self.flight.stand(state);
     }
 
     /// A control call. Where it fails because the server is gone, the engine is dead.
@@ -328,6 +354,20 @@ impl SglangEngine {
         self.transport.abandon(&self.control);
     }
 
+    /// Gives back what an engine that stands at `next` sleeps without.
+    fn release(&mut self, next: State) -> Result<()> {
+        // Nothing may be under way, not even what a call that failed has left.
+        self.pause()?;
+        let level = if next.has_weights() { Level::One } else { Level::Two };
+        let wanted = tags(self.saver, level).iter().copied();
+        let release: Vec<&str> = wanted.filter(|tag| !self.asleep.contains(tag)).collect();
+        if !release.is_empty() {
+            self.moved(|control| control.release(&release))?;
+            self.asleep.extend(tags(self.saver, level).iter().filter(|tag| release.contains(tag)));
+        }
+        Ok(())
+    }
+
     /// A call after which memory is there or not. Where nobody can tell which, the engine is dead: the server dies of
     /// memory that is taken or released twice.
     fn moved<T>(&mut self, call: impl FnOnce(&Control) -> Result<T, ServerError>) -> Result<T> {
@@ -337,7 +377,7 @@ impl SglangEngine {
             }
             match self.bury(error) {
                 Error::Server(error) if self.state != State::Dead => {
-                    self.state = State::Dead;
+                    self.stand(State::Dead);
                     if let Some(process) = &mut self.process {
                         process.stop();
                     }
@@ -362,14 +402,16 @@ impl SglangEngine {
         }
     }
 
-    /// The server has whole weights, of this version.
+    /// The server has whole weights, which it is told are of this version.
     pub(super) fn committed(&mut self, to: Version) -> Result<()> {
+        self.told(|control| control.name_weights(to))?;
         if !self.asleep.contains(&"kv_cache") {
             self.told(|control| control.flush_cache())?;
         }
         let next = self.state.after(Event::Commit)?;
         self.go_on_if(next)?;
-        (self.state, self.version, self.named) = (next, to, true);
+        (self.version, self.named) = (to, true);
+        self.stand(next);
         Ok(())
     }
 
@@ -386,7 +428,7 @@ impl SglangEngine {
     fn bury(&mut self, error: ServerError) -> Error {
         let (error, gone) = autopsy(error, self.process.as_mut(), |within| self.control.is_up(within));
         if gone {
-            self.state = State::Dead;
+            self.stand(State::Dead);
         }
         error.into()
     }
@@ -394,7 +436,7 @@ impl SglangEngine {
     fn asked(&self, requests: &[Request]) -> Result<Vec<Ask>> {
         check_fields(requests, self.limits)?;
         let each = |(index, request): (usize, &Request)| {
-            check(index, request, &self.model)?;
+            check(index, request, &self.model, self.media)?;
             ask(index, &request.sampling, self.driver.log_probs)
         };
         requests.iter().enumerate().map(each).collect()
@@ -461,28 +503,22 @@ impl Engine for SglangEngine {
 
     fn sleep(&mut self, level: Level) -> Result<()> {
         let next = self.state.after(Event::Sleep(level))?;
-        // Nothing may be under way, not even what a call that failed has left.
-        self.pause()?;
-        let level = if next.has_weights() { Level::One } else { Level::Two };
-        let wanted = tags(self.saver, level).iter().copied();
-        let release: Vec<&str> = wanted.filter(|tag| !self.asleep.contains(tag)).collect();
-        if !release.is_empty() {
-            self.moved(|control| control.release(&release))?;
-            self.asleep.extend(tags(self.saver, level).iter().filter(|tag| release.contains(tag)));
-        }
-        self.state = next;
-        Ok(())
+        // From before the pause on, nobody else has the server go on.
+        self.flight.stand(next);
+        let released = self.release(next);
+        self.stand(if released.is_ok() { next } else { self.state });
+        released
     }
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
         let next = self.state.after(Event::Wake(parts))?;
         let back = woken(&self.asleep, parts);
         if !back.is_empty() {
-            self.moved(|control| control.resume_memory(&back))?;
+            self.moved(|control| control.resume_memory(&back)).map_err(not_woken)?;
             self.asleep.retain(|tag| !back.contains(tag));
         }
         self.go_on_if(next)?;
-        self.state = next;
+        self.stand(next);
         Ok(())
     }
 
@@ -517,6 +553,17 @@ impl Engine for SglangEngine {
     }
 }
 
+/// What the failure to take memory again means: the server, which may have died of it, has to be started anew.
+fn not_woken(error: Error) -> Error {
+    match error {
+        Error::Server(source) if source.is_the_end() => {
+            let then = "start it anew, with a smaller `memory_share` if there is never enough left for it";
+            ServerError::Wake { source, then }.into()
+        }
+        error => error,
+    }
+}
+
 /// Why a server is refused that is paused and has memory that can be released.
 fn may_sleep() -> ServerError {
     let call = Call { engine: "SGLang", method: "GET", path: "/ready".to_owned() };
@@ -545,4 +592,12 @@ fn launch(
     let ready = |within: Duration| control.is_up(within) && control.is_healthy(PROBE);
     process.wait_until_ready(start.ready_within, ready, tell)?;
     Ok((process, control))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn its_counters_are_those_of_a_real_server() {
+        super::NAMES.are_taped("sglang-0.5.23/text");
+    }
 }

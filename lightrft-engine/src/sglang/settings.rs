@@ -41,6 +41,10 @@ pub struct Start {
     pub context_tokens: Option<usize>,
     /// Most sequences that are drawn at once; `SGLang`'s own default if it is not said.
     pub max_sequences: Option<usize>,
+    /// Most pictures of one prompt; any number if it is not said.
+    pub images_per_prompt: Option<usize>,
+    /// Most films of one prompt; any number if it is not said.
+    pub videos_per_prompt: Option<usize>,
     /// More arguments of `sglang.launch_server`. Their values do not show in `Debug` output, but in the list of processes.
     pub args: Vec<OsString>,
     /// More variables of its environment. Their values do not show in `Debug` output.
@@ -92,6 +96,8 @@ impl fmt::Debug for Start {
             seeds,
             context_tokens,
             max_sequences,
+            images_per_prompt,
+            videos_per_prompt,
             args,
             variables,
             port,
@@ -111,6 +117,8 @@ impl fmt::Debug for Start {
             .field("seeds", seeds)
             .field("context_tokens", context_tokens)
             .field("max_sequences", max_sequences)
+            .field("images_per_prompt", images_per_prompt)
+            .field("videos_per_prompt", videos_per_prompt)
             .field("args", &Flags(args))
             .field("variables", &Names(variables))
             .field("port", port)
@@ -136,6 +144,8 @@ impl Start {
             seeds: Seeds::Honoured,
             context_tokens: None,
             max_sequences: None,
+            images_per_prompt: None,
+            videos_per_prompt: None,
             args: Vec::new(),
             variables: BTreeMap::new(),
             port: None,
@@ -213,6 +223,11 @@ impl Start {
         option("--mem-fraction-static", self.memory_share.map(|share| share.to_string()));
         option("--context-length", self.context_tokens.map(|tokens| tokens.to_string()));
         option("--max-running-requests", self.max_sequences.map(|sequences| sequences.to_string()));
+        let kinds = [("image", self.images_per_prompt), ("video", self.videos_per_prompt)];
+        let limits: BTreeMap<_, _> =
+            kinds.iter().filter_map(|(kind, most)| most.map(|most| (*kind, most))).collect();
+        let limits = (!limits.is_empty()).then(|| serde_json::json!(limits).to_string());
+        option("--limit-mm-data-per-request", limits);
         match self.memory_saver {
             MemorySaver::Off => {}
             MemorySaver::DropsWeights => {
@@ -366,6 +381,7 @@ mod tests {
         start.dtype = Some("bfloat16".to_owned());
         (start.tensor_parallel, start.gpus) = (2, vec![3, 1]);
         (start.memory_share, start.context_tokens, start.max_sequences) = (Some(0.5), Some(4096), Some(64));
+        (start.images_per_prompt, start.videos_per_prompt) = (Some(4), Some(0));
         start.args = vec!["--trust-remote-code".into()];
         let found = line(&start);
         for expected in [
@@ -376,6 +392,7 @@ mod tests {
             r#""--mem-fraction-static", "0.5""#,
             r#""--context-length", "4096""#,
             r#""--max-running-requests", "64""#,
+            r#""--limit-mm-data-per-request", "{\"image\":4,\"video\":0}""#,
             r#""--enable-memory-saver", "--enable-weights-cpu-backup""#,
             "--enable-deterministic-inference",
             "--trust-remote-code",
@@ -386,11 +403,15 @@ mod tests {
             assert!(found.contains(expected), "{expected} in {found}");
         }
         (start.memory_saver, start.seeds) = (MemorySaver::Off, Seeds::Ignored);
+        (start.images_per_prompt, start.videos_per_prompt) = (None, Some(1));
         start.driver.log_probs = LogProbs::Processed;
         let found = line(&start);
         for unexpected in ["memory-saver", "backup", "deterministic", "ORIGINAL"] {
             assert!(!found.contains(unexpected), "{unexpected} in {found}");
         }
+        assert!(found.contains(r#""--limit-mm-data-per-request", "{\"video\":1}""#), "{found}");
+        start.videos_per_prompt = None;
+        assert!(!line(&start).contains("limit-mm"));
         start.memory_saver = MemorySaver::DropsWeights;
         assert!(line(&start).contains("--enable-memory-saver") && !line(&start).contains("backup"));
     }

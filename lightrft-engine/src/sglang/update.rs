@@ -16,14 +16,13 @@ pub(super) struct SglangUpdate<'a> {
 
 impl<'a> SglangUpdate<'a> {
     pub(super) fn begin(engine: &'a mut SglangEngine, to: Version) -> Result<Self> {
-        engine.state_after(Event::BeginUpdate)?;
+        // Before the pause: from then on nobody else has the server go on.
+        engine.step(Event::BeginUpdate)?;
         let begun = engine.pause().and_then(|()| engine.open_session());
-        let stepped = engine.step(Event::BeginUpdate);
         let checksums = (engine.driver().verify == Verify::Checksums).then(Checksums::default);
         // Dropped where beginning failed, it leaves the engine stale: the server may be in the middle of anything.
         let update = Self { engine, to, pushed: Pushed::new("SGLang"), checksums };
-        // The server's end first, which a dead engine's refusal follows from.
-        begun.and(stepped).map(|()| update)
+        begun.map(|()| update)
     }
 }
 
@@ -54,7 +53,6 @@ impl Update for SglangUpdate<'_> {
         if let Some(checksums) = self.checksums.take() {
             self.engine.compare(checksums, to)?;
         }
-        self.engine.told(|control| control.name_weights(to))?;
         self.engine.committed(to)
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::settings::Seeds;
-use crate::server::{Ask, Job, Model, Reply};
+use crate::server::{Ask, Job, MediaLimits, Model, Reply};
 use crate::{Completion, Error, FinishReason, LogProbs, MediaKind, Request, Result, Sampling, Version};
 
 /// Decides how a request's log-probabilities come about, or refuses.
@@ -37,7 +37,7 @@ pub(super) fn ask(index: usize, sampling: &Sampling, servers: LogProbs) -> Resul
 }
 
 /// Refuses what `SGLang` would quietly change, and what would bring it down.
-pub(super) fn check(index: usize, request: &Request, model: &Model) -> Result<()> {
+pub(super) fn check(index: usize, request: &Request, model: &Model, limits: MediaLimits) -> Result<()> {
     let sampling = &request.sampling;
     let bad = |field, value: String, expected| Err(Error::Request { request: index, field, value, expected });
     if sampling.temperature > 0.0 && sampling.temperature < 1e-6 {
@@ -69,7 +69,7 @@ pub(super) fn check(index: usize, request: &Request, model: &Model) -> Result<()
                 let expected = "the model folder names no pad for them";
                 return bad("media", format!("{media} {name}"), expected);
             }
-            _ => {}
+            _ => limits.check(index, kind, media)?,
         }
     }
     Ok(())

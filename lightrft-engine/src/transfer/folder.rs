@@ -9,7 +9,11 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
+#[cfg(feature = "sglang")]
+use super::Checksums;
 use super::{Staging, WeightSource};
+#[cfg(feature = "sglang")]
+use crate::NamedTensor;
 use crate::{Error, Result, TensorInfo};
 
 /// The weights of a Hugging Face folder: `model.safetensors`, or the files that `model.safetensors.index.json` names.
@@ -54,6 +58,20 @@ impl HfFolder {
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.infos.iter().filter_map(|info| info.bytes().ok()).map(|bytes| bytes as u64).sum()
+    }
+
+    /// Checksums of all tensors, each read into the memory of the one before.
+    #[cfg(feature = "sglang")]
+    pub(crate) fn checksums(&self) -> Result<Checksums> {
+        let (mut checksums, mut bytes) = (Checksums::default(), Vec::new());
+        for (info, (file, offset)) in self.infos.iter().zip(&self.places) {
+            let Some((path, file)) = self.files.get(*file) else { continue };
+            bytes.resize(info.bytes()?, 0);
+            let read = file.read_exact_at(&mut bytes, *offset);
+            read.map_err(|source| Error::Io { path: path.clone(), source })?;
+            checksums.add(&NamedTensor::new(&info.name, info.dtype, &info.shape, &bytes)?);
+        }
+        Ok(checksums)
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {

@@ -22,7 +22,7 @@ pub use staging::Staging;
 
 #[cfg(any(feature = "sglang", feature = "vllm"))]
 pub(crate) use checksums::Checksums;
-#[cfg(feature = "vllm")]
+#[cfg(any(feature = "vllm", all(feature = "sglang", feature = "testing")))]
 pub(crate) use checksums::without_counterpart;
 pub(crate) use pipeline::run;
 pub(crate) use plan::Plan;

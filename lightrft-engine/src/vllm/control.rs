@@ -193,7 +193,8 @@ impl Control {
             Parts::All => "/wake_up?tags=weights&tags=kv_cache",
         };
         let reply = self.http.post(path, &json!({}), self.within);
-        let reply = reply.map_err(|source| ServerError::Wake { source: Box::new(source) })?;
+        let then = "wake it again and update its weights, or start it anew";
+        let reply = reply.map_err(|source| ServerError::Wake { source: Box::new(source), then })?;
         let status = reply.json::<Value>().ok().and_then(|reply| reply["status"].as_str().map(str::to_owned));
         Ok(status.as_deref() != Some("sleeping"))
     }

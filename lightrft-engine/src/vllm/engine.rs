@@ -15,8 +15,8 @@ use super::verify;
 use super::wire::{self, Asked};
 use crate::generate::check_fields;
 use crate::server::{
-    Flight, Http, Job, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, autopsy, in_parallel,
-    jobs, on_port,
+    Flight, Http, Job, MediaLimits, MetricNames, Metrics, Model, OwnedFolder, ServerProcess, Verify, autopsy,
+    in_parallel, jobs, on_port,
 };
 use crate::transfer::Checksums;
 use crate::{
@@ -27,11 +27,11 @@ use crate::{
 /// The plug-in of the server's workers.
 const PLUGIN: &str = include_str!("lightrft_vllm.py");
 
-/// How vLLM calls its counters; older ones speak of a GPU's cache.
+/// How vLLM calls its counters.
 const COUNTERS: MetricNames = MetricNames {
     running: "vllm:num_requests_running",
     waiting: "vllm:num_requests_waiting",
-    cache_share: &["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"],
+    cache_share: "vllm:kv_cache_usage_perc",
     prompt_tokens: "vllm:prompt_tokens_total",
     generated_tokens: "vllm:generation_tokens_total",
 };
@@ -64,6 +64,7 @@ pub struct VllmEngine {
     model: Model,
     limits: Limits,
     takes_media: bool,
+    media: MediaLimits,
     state: State,
     version: Version,
     doubt: Option<Doubt>,
@@ -95,6 +96,7 @@ impl VllmEngine {
         let folder = Some(start.model_folder());
         let base = control.http.base().to_owned();
         let mut engine = Self::connect(control, &base, start.key.clone(), folder, start.driver(), transport)?;
+        engine.media = MediaLimits { images: start.images_per_prompt, videos: start.videos_per_prompt };
         engine.process = Some(process);
         engine._plugin = Some(plugin);
         Ok(engine)
@@ -164,18 +166,20 @@ impl VllmEngine {
         if named.is_none() && !found_asleep {
             control.name_weights(driver.version)?;
         }
+        let state = if found_asleep { State::EMPTY } else { State::READY };
         tracing::info!(%version, vocabulary, context_tokens, found_asleep, "driving a vLLM server");
         Ok(Self {
             process: None,
             _plugin: None,
             generation: Http::new("vLLM", url, key.clone())?.reusing_connections(),
             key,
-            flight: Arc::default(),
+            flight: Arc::new(Flight::new(state)),
             transport,
             model,
             limits: Limits { vocabulary, context_tokens },
             takes_media,
-            state: if found_asleep { State::EMPTY } else { State::READY },
+            media: MediaLimits::default(),
+            state,
             doubt: found_asleep.then_some(Doubt::Found),
             is_old,
             version: named.unwrap_or(driver.version),
@@ -212,6 +216,16 @@ impl VllmEngine {
         Ok(Metrics::parse(&String::from_utf8_lossy(&reply.bytes), &COUNTERS))
     }
 
+    /// Drops what the server keeps of former requests: their prefixes, and what it made of their pictures and films.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where [`Event::ResetCaches`] is; [`Error::Server`], also where another client's requests are under
+    /// way: then nothing was dropped.
+    pub fn reset_caches(&mut self) -> Result<()> {
+        self.state.after(Event::ResetCaches)?;
+        self.control(Control::reset_caches)
+    }
+
     pub(super) fn model(&self) -> &Model {
         &self.model
     }
@@ -221,8 +235,13 @@ impl VllmEngine {
     }
 
     pub(super) fn step(&mut self, event: Event) -> Result<()> {
-        self.state = self.state.after(event)?;
+        self.stand(self.state.after(event)?);
         Ok(())
+    }
+
+    fn stand(&mut self, state: State) {
+        self.state = state;
+        self.flight.stand(state);
     }
 
     /// Passes a result on; if it is the kind of failure that a dying server leaves, looks whether this one is dead.
@@ -247,10 +266,7 @@ impl VllmEngine {
     /// A control call that changes what sleeps, or is paused. If it fails, and was not refused, what it changed is not
     /// known: the engine is stale, and sees to the whole server before it is used again.
     fn change<T>(&mut self, call: impl FnOnce(&Control) -> Result<T, ServerError>) -> Result<T> {
-        let result = {
-            let _turn = self.flight.turn();
-            call(&self.control)
-        };
+        let result = call(&self.control);
         let refused = result.as_ref().is_err_and(ServerError::is_refusal);
         let result = self.settle(result.map_err(Error::from));
         if result.is_err() && !refused && self.state != State::Dead {
@@ -299,6 +315,18 @@ impl VllmEngine {
         self.transport.abandon(&self.control.within(ABANDON));
     }
 
+    /// Calls that begin with a pause of the server: from before it on, nobody else has it go on. Where they fail the engine
+    /// stands where they have left it.
+    fn paused(&mut self, next: State, calls: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.flight.stand(next);
+        let done = calls(self);
+        match &done {
+            Ok(()) => self.stand(next),
+            Err(_) => self.flight.stand(self.state),
+        }
+        done
+    }
+
     /// Wakes all of a server of which it is not known what sleeps. It stays paused.
     fn rouse(&mut self) -> Result<()> {
         // None of the parts wakes that are asked for at once where one of them is awake. The whole is tried first all the
@@ -334,6 +362,7 @@ impl VllmEngine {
                         "this vLLM takes none with a prompt's tokens",
                     );
                 }
+                self.media.check(index, kind, count)?;
                 let pads = request.prompt.iter().filter(|token| **token == pad).count();
                 if pads != count {
                     return bad(
@@ -357,6 +386,14 @@ impl VllmEngine {
         watch.report(progress)?;
         let jobs = jobs(requests, self.driver.samples_per_request);
         let (started, left) = (Instant::now(), watch.left());
+        self.flight.begin();
+        if self.flight.take_paused()
+            && let Err(error) = self.control(Control::resume)
+        {
+            self.flight.leave_paused(true);
+            self.flight.end();
+            return Err(error);
+        }
         let batch = self.generation.batch();
         let run = |job: &Job| {
             let asked = Asked {
@@ -382,7 +419,6 @@ impl VllmEngine {
             progress.tokens += completions.iter().map(|c| c.tokens.len()).sum::<usize>();
             watch.report(progress)
         };
-        self.flight.begin();
         let interrupt = || batch.interrupt();
         let found = in_parallel(self.driver.requests_at_once, &jobs, run, &mut done, interrupt);
         self.flight.end();
@@ -418,21 +454,24 @@ impl Engine for VllmEngine {
     fn sleep(&mut self, level: Level) -> Result<()> {
         let next = self.state.after(Event::Sleep(level))?;
         // A server that sleeps stays as it is: what it put aside on the host is forgotten when its weights are updated.
-        if !matches!(self.state, State::Asleep { .. }) {
-            let in_part = matches!(
-                self.state,
-                State::Awake { cache: Cache::Asleep } | State::Stale { cache: Cache::Asleep }
-            );
+        if matches!(self.state, State::Asleep { .. }) {
+            self.stand(next);
+            return Ok(());
+        }
+        let in_part = matches!(
+            self.state,
+            State::Awake { cache: Cache::Asleep } | State::Stale { cache: Cache::Asleep }
+        );
+        self.paused(next, |engine| {
             // Older ones take a server of which a part sleeps for asleep, and would keep the weights in use.
-            if self.is_old && self.doubt == Some(Doubt::Lost) {
-                self.rouse()?;
-            } else if self.is_old && in_part {
-                self.change(|control| control.wake(Parts::Cache))?;
+            if engine.is_old && engine.doubt == Some(Doubt::Lost) {
+                engine.rouse()?;
+            } else if engine.is_old && in_part {
+                engine.change(|control| control.wake(Parts::Cache))?;
             }
             let level = if next.has_weights() { Level::One } else { Level::Two };
-            self.change(|control| control.sleep(level))?;
-        }
-        self.step(Event::Sleep(level))
+            engine.change(|control| control.sleep(level))
+        })
     }
 
     fn wake(&mut self, parts: Parts) -> Result<()> {
@@ -469,12 +508,10 @@ impl Engine for VllmEngine {
             // It was leaked.
             self.abandon();
         }
-        if self.doubt.is_some() {
-            self.rouse()?;
-        } else {
-            self.change(Control::pause)?;
-        }
-        self.state = next;
+        self.paused(next, |engine| match engine.doubt {
+            Some(_) => engine.rouse(),
+            None => engine.change(Control::pause),
+        })?;
         let begun = self.with_transport(|transport, control| transport.begin(control));
         let update = Box::new(VllmUpdate::new(self, to));
         begun.map(|()| update as Box<dyn Update>)
@@ -557,4 +594,12 @@ fn launch(
     let control = Control::new(http, start.driver.control_within);
     process.wait_until_ready(start.ready_within, |within| control.is_healthy(within), tell)?;
     Ok((process, control))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn its_counters_are_those_of_a_real_server() {
+        super::COUNTERS.are_taped("vllm-0.32.0/text");
+    }
 }

@@ -32,7 +32,7 @@ pub(crate) enum Fault {
     Silence,
     /// The server ends.
     Death,
-    /// The bucket is taken, with one bit changed.
+    /// The weights are taken, with one bit changed.
     Flip,
     /// Nothing is drawn any more until one of the requests is aborted; then a token is there of each.
     UntilAborted,
@@ -50,6 +50,8 @@ struct State {
     released: BTreeSet<String>,
     /// It was started without `--enable-memory-saver`.
     keeps_memory: bool,
+    /// What it was told of media by `--limit-mm-data-per-request`.
+    media_limits: Value,
     /// The GPU that it is on, by its number, and what trainers have there.
     gpu: Option<(String, GpuMemory)>,
     dead: bool,
@@ -150,6 +152,12 @@ impl Fake {
         state.version = "default".to_owned();
         state.session = false;
         state.paused = false;
+    }
+
+    /// It takes so many media of a request.
+    #[allow(dead_code)] // not by every test
+    pub(crate) fn limit_media(&self, limits: Value) {
+        self.state().media_limits = limits;
     }
 
     /// It is on a GPU.
@@ -273,7 +281,7 @@ impl State {
                     "enable_memory_saver": !self.keeps_memory,
                     "enable_weights_cpu_backup": true, "tp_size": 1,
                     "device": if self.gpu.is_some() { "cuda" } else { "cpu" },
-                    "max_req_input_len": 127}),
+                    "max_req_input_len": 127, "limit_mm_data_per_request": self.media_limits}),
             ),
             "/model_info" => (200, json!({"model_path": model_path, "weight_version": self.version})),
             "/ready" => (if self.paused { 503 } else { 200 }, Value::String(String::new())),
@@ -289,6 +297,11 @@ impl State {
                 (200, json!({"status": "ok"}))
             }
             "/continue_generation" => {
+                let rules = [
+                    (!self.keeps_memory && !self.released.is_empty(), "went on while memory is released"),
+                    (self.session, "went on in the middle of an update"),
+                ];
+                self.broken.extend(rules.iter().filter(|(broken, _)| *broken).map(|(_, rule)| rule));
                 self.paused = false;
                 (200, json!({"status": "ok"}))
             }
@@ -339,7 +352,6 @@ impl State {
                 for tensor in &mut self.weights {
                     tensor.bytes = found.tensor(&tensor.name).unwrap().data().to_vec();
                 }
-                self.version = body["weight_version"].as_str().unwrap().to_owned();
                 done()
             }
             "/update_weight_version" => {

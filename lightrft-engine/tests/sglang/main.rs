@@ -7,12 +7,14 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use fake::{EOS, Fake, Fault, VOCABULARY, write_folder};
-use lightrft_engine::sglang::{Attach, Seeds, SglangEngine, Start, Verify};
+use lightrft_engine::sglang::{Attach, Requests, Seeds, SglangEngine, Start, Verify};
 use lightrft_engine::testing::{ScriptedEngine, Subject, TensorBytes, conformance};
 use lightrft_engine::{
-    Engine, EngineExt, Error, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor, Parts,
-    Request, Sampling, ServerError, State, Version, Watch,
+    Engine, EngineExt, Error, Event, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor,
+    Parts, Request, Sampling, ServerError, State, Version, Watch,
 };
+
+const LONG: Duration = Duration::from_secs(60);
 
 fn engine(fake: &Fake) -> SglangEngine {
     SglangEngine::attach(&Attach::new(&fake.url)).unwrap()
@@ -275,6 +277,31 @@ fn checksums_find_what_changed_on_the_way() {
 }
 
 #[test]
+fn checksums_find_what_changed_as_the_server_read_a_folder() {
+    let fake = Fake::new();
+    let mut attach = Attach::new(&fake.url);
+    attach.driver.verify = Verify::Checksums;
+    let mut engine = SglangEngine::attach(&attach).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), &weights(1));
+    engine.load_folder(folder.path(), Version(1)).unwrap();
+    assert_eq!((drawn(&mut engine), fake.version()), ((expected(1), Version(1)), "1".to_owned()));
+    fake.calls();
+    fake.fail("/update_weights_from_disk", Fault::Flip);
+    let error = engine.load_folder(folder.path(), Version(2)).unwrap_err();
+    assert!(
+        matches!(&error, Error::Unequal { name, version: Version(2), .. } if name == "embed.weight"),
+        "{error:?}"
+    );
+    assert!(matches!(engine.state(), State::Stale { .. }));
+    assert!(engine.complete(&[greedy()]).is_err());
+    let paths = ["/pause_generation", "/update_weights_from_disk", "/weights_checker"];
+    assert_eq!((fake.paths(), fake.version()), (paths.map(str::to_owned).to_vec(), "1".to_owned()));
+    engine.load_folder(folder.path(), Version(3)).unwrap();
+    assert_eq!(drawn(&mut engine), (expected(1), Version(3)));
+}
+
+#[test]
 fn a_folder_is_loaded_by_the_server_itself() {
     let fake = Fake::new();
     let mut engine = engine(&fake);
@@ -416,6 +443,30 @@ fn what_would_hang_kill_or_mislead_the_server_is_never_sent() {
 }
 
 #[test]
+fn more_media_than_the_server_takes_are_refused_before_anything_is_sent() {
+    let fake = Fake::new();
+    let with = |images: usize, videos: usize| {
+        let media = [vec![Media::image_at("data:a"); images], vec![Media::video_at("data:b"); videos]];
+        let prompt = [vec![1], vec![5; images], vec![6; videos]].concat();
+        Request::new(prompt, Sampling::greedy(2)).with_media(media.concat())
+    };
+    engine(&fake).complete(&[with(9, 9)]).unwrap();
+    fake.limit_media(serde_json::json!({"image": 2, "video": 0}));
+    let mut limited = engine(&fake);
+    fake.calls();
+    for (request, expected) in [(with(3, 0), "3 images of at most 2"), (with(1, 1), "1 videos of at most 0")]
+    {
+        let error = limited.complete(&[greedy(), request]).unwrap_err();
+        assert!(matches!(error, Error::Request { request: 1, field: "media", .. }), "{error:?}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    assert!(fake.calls().is_empty());
+    limited.complete(&[with(2, 0)]).unwrap();
+    fake.limit_media("whatever a newer one says".into());
+    engine(&fake).complete(&[with(3, 1)]).unwrap();
+}
+
+#[test]
 fn log_probs_that_sglang_cannot_give_are_refused() {
     let fake = Fake::new();
     let mut raw = engine(&fake);
@@ -522,6 +573,26 @@ fn memory_of_which_nobody_knows_whether_it_is_there_ends_the_engine() {
 }
 
 #[test]
+fn memory_that_does_not_come_back_is_an_error_that_says_what_to_do() {
+    for fault in [Fault::Status(500), Fault::Death] {
+        let fake = Fake::new();
+        let mut engine = engine(&fake);
+        engine.sleep(Level::Two).unwrap();
+        fake.fail("/resume_memory_occupation", fault);
+        let error = engine.wake(Parts::Weights).unwrap_err();
+        let Error::Server(server) = &error else { panic!("{error:?}") };
+        assert!(matches!(**server, ServerError::Wake { .. }), "{fault:?}: {error:?}");
+        let text = error.to_string();
+        for part in ["/resume_memory_occupation", "out of memory, free some", "memory_share", "start it anew"]
+        {
+            assert!(text.contains(part), "{fault:?}: {part} in {text}");
+        }
+        assert!(error.is_death() && engine.state() == State::Dead, "{fault:?}: {error}");
+        assert!(matches!(engine.wake(Parts::Weights), Err(Error::Refused(_))), "{fault:?}");
+    }
+}
+
+#[test]
 fn a_server_that_may_be_paused_is_told_to_go_on() {
     for (path, fault) in [("/pause_generation", Fault::Half), ("/pause_generation", Fault::Hangup)] {
         let fake = Fake::new();
@@ -600,6 +671,91 @@ fn requests_can_be_aborted_from_another_thread() {
         assert_eq!((completion.finish, completion.tokens), (FinishReason::Aborted, vec![7]));
     }
     assert!(!handle.is_busy());
+}
+
+#[test]
+fn requests_are_frozen_and_go_on_but_never_those_of_a_server_in_mid_update_or_asleep() {
+    let fake = Fake::new();
+    let mut engine = engine(&fake);
+    let handle = engine.requests();
+    let is_refused = |handle: &Requests, state: State| {
+        fake.calls();
+        for (event, result) in [(Event::Pause, handle.pause(LONG)), (Event::Resume, handle.resume(LONG))] {
+            let Err(Error::Refused(refusal)) = result else { panic!("{state}: {result:?}") };
+            assert_eq!((refusal.state, refusal.event), (state, event));
+            assert!(refusal.to_string().contains("requests while"), "{refusal}");
+        }
+        assert!(fake.calls().is_empty(), "the server was asked for nothing");
+    };
+    let freezes = |handle: &Requests| {
+        fake.calls();
+        handle.pause(LONG).unwrap();
+        handle.resume(LONG).unwrap();
+        let calls = fake.calls();
+        assert_eq!((calls[0].0.as_str(), &calls[0].1["mode"]), ("/pause_generation", &"in_place".into()));
+        assert_eq!((calls.len(), calls[1].0.as_str()), (2, "/continue_generation"));
+    };
+    freezes(&handle);
+
+    let updating = State::READY.after(Event::BeginUpdate).unwrap();
+    let tensors = weights(1);
+    let mut update = engine.begin_update(Version(1)).unwrap();
+    is_refused(&handle, updating);
+    update.push(&views(&tensors)).unwrap();
+    is_refused(&handle, updating);
+    update.commit().unwrap();
+    freezes(&handle);
+    drop(engine.begin_update(Version(2)).unwrap());
+    is_refused(&handle, State::EMPTY);
+    // What is frozen goes on with the weights that an update brings.
+    engine.replace_weights(Version(3), &views(&tensors), 1 << 20).unwrap();
+    handle.pause(LONG).unwrap();
+    engine.replace_weights(Version(4), &views(&tensors), 1 << 20).unwrap();
+    assert_eq!(drawn(&mut engine), (expected(1), Version(4)));
+
+    engine.sleep(Level::One).unwrap();
+    is_refused(&handle, State::Asleep { level: Level::One });
+    engine.wake(Parts::Weights).unwrap();
+    is_refused(&handle, engine.state());
+    engine.wake(Parts::Cache).unwrap();
+    freezes(&handle);
+    // A sleep that the server refused has changed nothing.
+    fake.fail("/release_memory_occupation", Fault::Status(400));
+    engine.sleep(Level::Two).unwrap_err();
+    freezes(&handle);
+    fake.fail("/update_weights_from_disk", Fault::Status(500));
+    engine.load_folder(fake.folder.path(), Version(5)).unwrap_err();
+    is_refused(&handle, State::EMPTY);
+    fake.fail("/begin_weight_update", Fault::Death);
+    engine.begin_update(Version(6)).unwrap_err();
+    is_refused(&handle, State::Dead);
+    assert_eq!(fake.broken(), Vec::<&str>::new());
+}
+
+#[test]
+fn caches_are_flushed_between_requests_of_an_engine_that_is_awake() {
+    let fake = Fake::new();
+    let mut engine = engine(&fake);
+    fake.calls();
+    engine.flush_cache().unwrap();
+    assert_eq!(fake.paths(), ["/flush_cache"]);
+    fake.fail("/flush_cache", Fault::Status(400));
+    let error = engine.flush_cache().unwrap_err();
+    assert!(matches!(error, Error::Server(_)) && engine.state() == State::READY, "{error:?}");
+    let is_refused = |engine: &mut SglangEngine| {
+        fake.calls();
+        let Err(Error::Refused(refusal)) = engine.flush_cache() else { panic!("{}", engine.state()) };
+        assert_eq!((refusal.event, refusal.state), (Event::ResetCaches, engine.state()));
+        assert!(fake.calls().is_empty());
+    };
+    engine.sleep(Level::One).unwrap();
+    is_refused(&mut engine);
+    engine.wake(Parts::Weights).unwrap();
+    is_refused(&mut engine);
+    engine.wake(Parts::Cache).unwrap();
+    engine.flush_cache().unwrap();
+    drop(engine.begin_update(Version(1)).unwrap());
+    is_refused(&mut engine);
 }
 
 #[test]
