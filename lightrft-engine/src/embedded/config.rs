@@ -10,7 +10,7 @@ use super::error::{ModelError, ModelResult};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
-    /// Llama and what shares its layout (SmolLM, Mistral without a sliding window).
+    /// Llama, and models that share its layout and call themselves `llama` (SmolLM).
     Llama,
     /// Qwen2 and Qwen2.5: biases on the query, key and value projections only.
     Qwen2,
