@@ -32,7 +32,7 @@ fn main() -> Result<(), Error> {
         top_p: 0.95,
         seed: 7,
         max_new_tokens: 24,
-        stop_tokens: engine.config().eos_token_ids.clone(),
+        stop_tokens: engine.end_tokens().to_vec(),
         log_probs: LogProbs::Raw,
         ..Sampling::default()
     };

@@ -80,6 +80,26 @@ pub enum Error {
         /// The name as it was pushed.
         name: String,
     },
+    /// Several tensors that the engine's model does not have, or has in other shapes: another model's, or names without
+    /// their map. Nothing of the bucket was taken; where a whole update was compared before it began, nothing was sent.
+    #[error(
+        "not this engine's model: of {given} tensors {unknown} are none of its parameters{}, and {misshapen} have another \
+         shape{}: compare the model on both sides and the map of names",
+        among(unknown_examples),
+        among(misshapen_examples)
+    )]
+    WrongModel {
+        /// How many were compared.
+        given: usize,
+        /// How many of them the model does not have.
+        unknown: usize,
+        /// Up to four of their names.
+        unknown_examples: Vec<String>,
+        /// How many of them have another shape than the model gives them.
+        misshapen: usize,
+        /// Up to four of these, each with both shapes.
+        misshapen_examples: Vec<String>,
+    },
     /// A tensor pushed twice in one update; nothing of its bucket was taken.
     #[error("tensor `{name}` was already pushed in this update")]
     RepeatedTensor {
@@ -310,6 +330,11 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+/// Examples in a message, if there are any.
+fn among(examples: &[String]) -> String {
+    if examples.is_empty() { String::new() } else { format!(" (among them {})", examples.join(", ")) }
 }
 
 impl Error {

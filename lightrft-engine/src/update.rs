@@ -143,7 +143,7 @@ pub trait Update: fmt::Debug + Send {
     /// Hands over a bucket of whole parameters.
     ///
     /// # Errors
-    /// [`Error::UnknownTensor`], [`Error::RepeatedTensor`], [`Error::Shape`], [`Error::Dtype`]; or the engine's own.
+    /// [`Error::UnknownTensor`], [`Error::Shape`], [`Error::WrongModel`], [`Error::RepeatedTensor`], [`Error::Dtype`]; or the engine's own.
     fn push(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()>;
 
     /// Hands over a bucket that lies on the GPU which [`Engine::gpu_buckets`](crate::Engine::gpu_buckets) names, and gives

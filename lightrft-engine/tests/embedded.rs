@@ -283,6 +283,48 @@ fn the_folders_tokenizer_reads_stop_strings() {
 }
 
 #[test]
+fn a_folder_says_which_tokens_end_an_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config("qwen2", true);
+    config.eos_token_ids = vec![7];
+    save(folder.path(), &config, &weights(&config, 1), 1);
+    let open = || EmbeddedEngine::from_folder(folder.path(), Settings::default());
+    let generation = folder.path().join("generation_config.json");
+    assert_eq!(open().unwrap().end_tokens(), [7], "without generation_config.json");
+    for (text, expected) in [
+        (r#"{"eos_token_id": [5, 7], "temperature": 0.7}"#, &[5, 7][..]),
+        (r#"{"eos_token_id": 5}"#, &[5]),
+        (r#"{"eos_token_id": null}"#, &[7]),
+        (r#"{"temperature": 0.7}"#, &[7]),
+    ] {
+        std::fs::write(&generation, text).unwrap();
+        assert_eq!(open().unwrap().end_tokens(), expected, "{text}");
+    }
+    for text in ["{", r#"{"eos_token_id": "</s>"}"#, r#"{"eos_token_id": [5, 96]}"#] {
+        std::fs::write(&generation, text).unwrap();
+        let error = open().unwrap_err();
+        assert!(
+            matches!(&error, Error::Model(ModelError::Malformed { path, .. }) if *path == generation),
+            "{text}: {error:?}"
+        );
+    }
+
+    // The third token of an answer, named as one that ends it.
+    let ask = |engine: &mut EmbeddedEngine| {
+        let stop_tokens = engine.end_tokens().to_vec();
+        let sampling = Sampling { stop_tokens, ..Sampling::greedy(8) };
+        engine.complete(&[Request::new([3, 1, 4], sampling)]).unwrap().remove(0)
+    };
+    std::fs::write(&generation, r#"{"eos_token_id": []}"#).unwrap();
+    let whole = ask(&mut open().unwrap()).tokens;
+    std::fs::write(&generation, format!(r#"{{"eos_token_id": [{}]}}"#, whole[2])).unwrap();
+    let ended = ask(&mut open().unwrap());
+    let first = whole.iter().position(|token| *token == whole[2]).unwrap();
+    assert_eq!(ended.tokens, whole[..=first], "it ends with the token that was named");
+    assert_eq!(ended.finish, FinishReason::Stop(whole[2]));
+}
+
+#[test]
 fn a_folder_of_another_model_is_refused_by_the_tensors_name() {
     let config = config("llama", false);
     let open = |weights: &Weights| {

@@ -287,6 +287,12 @@ fn what_the_engine_cannot_take_is_refused_before_anything_is_asked_for() {
     let error = refused(&mut engine, &Identity);
     assert!(matches!(&error, Error::Shape { name, .. } if name == "layer.1"), "{error:?}");
 
+    let mut shapes = known(&["layer.0", "norm"]);
+    shapes.insert("layer.0".to_owned(), vec![4]);
+    let mut engine = Recorder { parameters: Some(shapes), ..Recorder::default() };
+    let error = refused(&mut engine, &Identity);
+    assert!(matches!(error, Error::WrongModel { given: 3, unknown: 2, misshapen: 1, .. }), "{error:?}");
+
     let error = refused(&mut Recorder::default(), &Prefixes::qwen2_5_vl_to_sglang());
     assert!(matches!(&error, Error::Name { name, .. } if name == "layer.0"), "{error:?}");
 

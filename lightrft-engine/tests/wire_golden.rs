@@ -1,9 +1,13 @@
-//! Engines' weight messages, byte for byte as `tools/make_wire_vectors.py` recorded them (and torch read them back).
+//! Engines' weight messages, byte for byte as `tools/make_wire_vectors.py` recorded them (and torch read them back), and
+//! what goes along with NCCL as vLLM and `SGLang` themselves have it (`tools/make_nccl_vectors.py`).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::ops::Range;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use lightrft_engine::testing::TensorBytes;
+use lightrft_engine::wire::sglang::DistributedUpdate;
 use lightrft_engine::wire::vllm::{NCCL_ID_KEY, NcclInit, UpdateInfo, packed_chunks, pickled_nccl_id};
 use lightrft_engine::wire::{CudaIpcBuffer, GpuUuid, sglang};
 use lightrft_engine::{Dtype, Error, NamedTensor, TensorInfo};
@@ -12,6 +16,12 @@ use proptest::prelude::*;
 fn golden(what: &str) -> String {
     let vectors: serde_json::Value = serde_json::from_str(include_str!("data/wire_vectors.json")).unwrap();
     vectors[what].as_str().unwrap().to_owned()
+}
+
+/// What `tools/make_nccl_vectors.py` recorded.
+fn recorded(what: &str) -> serde_json::Value {
+    let vectors: serde_json::Value = serde_json::from_str(include_str!("data/nccl_vectors.json")).unwrap();
+    vectors[what].clone()
 }
 
 /// The tensors of `tools/make_wire_vectors.py`.
@@ -59,7 +69,7 @@ fn buffers_in_gpu_memory_are_the_recorded_pickles() {
     let offsets = sglang::bucket_offsets(&infos()).unwrap();
     let end = offsets[6] + 2;
     assert_eq!(sglang::cuda_bucket(&infos(), &offsets, &buffer(end, 512)).unwrap(), golden("cuda_bucket"));
-    let info = UpdateInfo::cuda_ipc(&infos(), &buffer(3 << 31, 1 << 31)).unwrap();
+    let info = UpdateInfo::cuda_ipc(&infos()[..1], &buffer(3 << 31, 1 << 31)).unwrap();
     assert_eq!(info.ipc_handles_pickled.unwrap(), golden("ipc_handles"));
     for error in [
         sglang::cuda_bucket(&infos(), &offsets, &buffer(end - 1, 0)).unwrap_err(),
@@ -70,7 +80,8 @@ fn buffers_in_gpu_memory_are_the_recorded_pickles() {
             &buffer(end + 1, 0),
         )
         .unwrap_err(),
-        UpdateInfo::cuda_ipc(&infos(), &buffer(8, 0)).unwrap_err(),
+        UpdateInfo::cuda_ipc(&infos()[..1], &buffer(5, 0)).unwrap_err(),
+        UpdateInfo::cuda_ipc(&infos()[..2], &buffer(64, 0)).unwrap_err(),
     ] {
         assert!(matches!(error, Error::Source(_)), "a buffer too small, or tensors out of place: {error:?}");
     }
@@ -89,23 +100,78 @@ fn an_nccl_id_for_a_store_is_247_bytes_that_python_pickles_too() {
     );
 }
 
-#[test]
-fn vllms_json_has_the_fields_that_its_engines_read_and_no_others() {
-    let init = NcclInit::new(&[0; 128], 4, 1 << 30);
-    let expected = serde_json::json!({
-        "rank_offset": 1, "world_size": 5, "nccl_unique_id_b64": STANDARD.encode([0; 128]),
-        "packed": true, "packed_buffer_size_bytes": 1_073_741_824, "packed_num_buffers": 2,
-    });
-    assert_eq!(serde_json::to_value(init).unwrap(), expected);
+/// The two tensors of `tools/make_nccl_vectors.py`.
+fn two() -> [TensorInfo; 2] {
+    [("model.embed.weight", Dtype::F32, &[2, 3][..]), ("model.norm.weight", Dtype::BF16, &[3])]
+        .map(|(name, dtype, shape)| TensorInfo { name: name.to_owned(), dtype, shape: shape.to_vec() })
+}
 
-    let two = &infos()[..2];
-    let names_types_shapes = serde_json::json!({
-        "names": ["model.norm.weight", "model.w"], "dtype_names": ["bfloat16", "float32"], "shapes": [[3], [2, 3]],
-    });
-    assert_eq!(serde_json::to_value(UpdateInfo::broadcast(two).unwrap()).unwrap(), names_types_shapes);
-    let packed = serde_json::to_value(UpdateInfo::cuda_ipc(two, &buffer(64, 0)).unwrap()).unwrap();
-    assert_eq!(packed["tensor_sizes"], serde_json::json!([6, 24]));
+#[test]
+fn vllms_json_is_what_its_own_trainer_sends() {
+    let init = NcclInit::new(&std::array::from_fn(|i| i as u8), 4, 1 << 30);
+    assert_eq!(serde_json::to_value(init).unwrap(), recorded("vllm_init_info"));
+    let broadcast = UpdateInfo::broadcast(&two()).unwrap();
+    assert_eq!(serde_json::to_value(broadcast).unwrap(), recorded("vllm_update_info"));
+    let packed = serde_json::to_value(UpdateInfo::cuda_ipc(&two(), &buffer(64, 0)).unwrap()).unwrap();
+    assert_eq!(packed["tensor_sizes"], serde_json::json!([24, 6]));
     assert_eq!(packed.as_object().unwrap().len(), 5);
+}
+
+#[test]
+fn sglangs_json_is_what_its_own_request_classes_read() {
+    let init = sglang::NcclInit::new("10.0.0.1", 29500, 4, "weights");
+    assert_eq!(serde_json::to_value(init).unwrap(), recorded("sglang_init_weights_update_group"));
+    let update = DistributedUpdate::one_by_one(&two(), "weights").unwrap();
+    assert_eq!(serde_json::to_value(update).unwrap(), recorded("sglang_update_weights_from_distributed"));
+    let last = DistributedUpdate {
+        flush_cache: true,
+        weight_version: Some("7".to_owned()),
+        ..DistributedUpdate::bucket(&two(), "weights").unwrap()
+    };
+    let expected = recorded("sglang_update_weights_from_distributed_bucket");
+    assert_eq!(serde_json::to_value(last).unwrap(), expected);
+
+    let [embed, norm] = two();
+    for refused in [&[][..], &[norm, embed]] {
+        let error = DistributedUpdate::bucket(refused, "weights").unwrap_err();
+        assert!(matches!(error, Error::Source(_)), "no tensors, or six bytes before one of four: {error:?}");
+    }
+}
+
+#[test]
+fn chunks_are_those_that_vllms_own_producer_broadcasts() {
+    let cases = recorded("packed");
+    for (what, case) in cases.as_object().unwrap() {
+        let mut counter = (0..251_u8).cycle();
+        let tensors: Vec<TensorInfo> = case["tensors"].as_array().unwrap().iter().map(tensor_of).collect();
+        let sizes: Vec<usize> = tensors.iter().map(|t| t.bytes().unwrap()).collect();
+        let limit = case["buffer_bytes"].as_u64().unwrap() as usize;
+        let chunks = packed_chunks(&sizes, limit);
+        let sent: Vec<String> = chunks
+            .iter()
+            .map(|chunk| sizes[chunk.clone()].iter().sum())
+            .map(|bytes| counter.by_ref().take(bytes).map(|byte| format!("{byte:02x}")).collect())
+            .collect();
+        assert_eq!(serde_json::to_value(sent).unwrap(), case["chunks"], "{what}");
+        assert_eq!(chunks.last().map_or(0, |chunk| chunk.end), tensors.len(), "{what}");
+        // What lies in a chunk so that a worker cannot take it apart is refused where it would lie so in a buffer.
+        let refused = |chunk: Range<usize>| UpdateInfo::cuda_ipc(&tensors[chunk], &buffer(99, 0)).is_err();
+        assert_eq!(chunks.into_iter().any(refused), case["readable"] == false, "{what}");
+    }
+    assert_eq!(cases.as_object().unwrap().len(), 12);
+}
+
+fn tensor_of(case: &serde_json::Value) -> TensorInfo {
+    let dtype = match case["dtype"].as_str().unwrap() {
+        "int64" => Dtype::I64,
+        "float32" => Dtype::F32,
+        "float16" => Dtype::F16,
+        "bfloat16" => Dtype::BF16,
+        "uint8" => Dtype::U8,
+        other => panic!("{other}"),
+    };
+    let shape = serde_json::from_value(case["shape"].clone()).unwrap();
+    TensorInfo { name: "t".to_owned(), dtype, shape }
 }
 
 #[test]

@@ -48,6 +48,18 @@ const CASES: [Case; 3] = [
     },
 ];
 
+/// What is promised beside the peer, where there is none.
+pub(crate) fn unseen(options: &Options) -> Vec<String> {
+    let wanted = CASES.iter().filter(|case| options.python.is_none() && options.wants(case.what));
+    wanted
+        .filter_map(|case| Some(format!("{}: {}, with --peers", case.what, target(case.promised?))))
+        .collect()
+}
+
+fn target(promised: f64) -> String {
+    format!(">= {promised:.1}x transformers")
+}
+
 /// SmolLM2-135M's shape.
 pub(crate) fn config() -> Result<DecoderConfig, Box<dyn Error>> {
     Ok(DecoderConfig::from_json(
@@ -93,7 +105,7 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
             let met = case.promised.map(|promised| (promised, row.is_at_least(promised, &peer)));
             row = row.beside("transformers", peer);
             if let Some((promised, met)) = met {
-                row = row.promise(format!(">= {promised:.1}x transformers"), met);
+                row = row.promise(target(promised), met);
             }
         }
         rows.push(row);

@@ -68,7 +68,7 @@ pub(crate) struct Setting<'a> {
     pub(crate) peers: &'a str,
 }
 
-pub(crate) fn print(rows: &[Row], setting: &Setting<'_>) {
+pub(crate) fn print(rows: &[Row], unseen: &[String], setting: &Setting<'_>) {
     let shown = |x: f64| if x < 10.0 { format!("{x:.2}") } else { format!("{x:.1}") };
     for row in rows {
         let ours = row.ours.median();
@@ -82,6 +82,9 @@ pub(crate) fn print(rows: &[Row], setting: &Setting<'_>) {
             format!("{:<46} {measured:>15}  {:<46} {}", row.what, others.join("; "), targets.join("; "));
         println!("{}", line.trim_end());
     }
+    for target in unseen {
+        println!("NOT LOOKED AT: {target}");
+    }
     println!("{}", setting.machine);
     println!("load average {} before, {} after", setting.load[0], setting.load[1]);
     if !setting.peers.is_empty() {
@@ -89,7 +92,7 @@ pub(crate) fn print(rows: &[Row], setting: &Setting<'_>) {
     }
 }
 
-pub(crate) fn json(rows: &[Row], setting: &Setting<'_>) -> Value {
+pub(crate) fn json(rows: &[Row], unseen: &[String], setting: &Setting<'_>) -> Value {
     let round = |x: f64| (x * 1e3).round() / 1e3;
     let row = |row: &Row| {
         let others =
@@ -110,6 +113,7 @@ pub(crate) fn json(rows: &[Row], setting: &Setting<'_>) -> Value {
         "load": setting.load,
         "peers": setting.peers,
         "rows": rows.iter().map(row).collect::<Vec<_>>(),
+        "not looked at": unseen,
     })
 }
 

@@ -1,5 +1,6 @@
 //! The decoder's shape, read from a Hugging Face `config.json`, and the parameters that follow from it.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,7 @@ use super::error::{ModelError, ModelResult};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
-    /// Llama and what shares its layout (SmolLM, Mistral without a sliding window).
+    /// Llama, and models that share its layout and call themselves `llama` (SmolLM).
     Llama,
     /// Qwen2 and Qwen2.5: biases on the query, key and value projections only.
     Qwen2,
@@ -76,7 +77,8 @@ pub struct DecoderConfig {
     pub output_bias: bool,
     /// Whether the three projections of the SwiGLU have biases.
     pub mlp_bias: bool,
-    /// Tokens that end a completion, from `eos_token_id`.
+    /// Tokens that end a completion, from `eos_token_id`. A folder's `generation_config.json` may name more:
+    /// [`EmbeddedEngine::end_tokens`](super::EmbeddedEngine::end_tokens).
     pub eos_token_ids: Vec<u32>,
 }
 
@@ -139,6 +141,21 @@ struct RawRope {
 enum OneOrMany {
     One(u32),
     Many(Vec<u32>),
+}
+
+impl OneOrMany {
+    fn all(self) -> Vec<u32> {
+        match self {
+            OneOrMany::One(id) => vec![id],
+            OneOrMany::Many(ids) => ids,
+        }
+    }
+}
+
+/// `generation_config.json`, as far as it says when to stop.
+#[derive(Debug, Deserialize)]
+struct RawGeneration {
+    eos_token_id: Option<OneOrMany>,
 }
 
 impl DecoderConfig {
@@ -220,11 +237,7 @@ impl DecoderConfig {
             qkv_bias,
             output_bias,
             mlp_bias,
-            eos_token_ids: match raw.eos_token_id {
-                None => Vec::new(),
-                Some(OneOrMany::One(id)) => vec![id],
-                Some(OneOrMany::Many(ids)) => ids,
-            },
+            eos_token_ids: raw.eos_token_id.map(OneOrMany::all).unwrap_or_default(),
         };
         if let Some(act) = raw.hidden_act.as_deref().filter(|a| *a != "silu") {
             return Err(bad("hidden_act", act, "only `silu` is supported"));
@@ -234,6 +247,30 @@ impl DecoderConfig {
         }
         config.validate()?;
         Ok(config)
+    }
+
+    /// The tokens that end a completion of a folder's model: `eos_token_id` of its `generation_config.json`, which for a
+    /// chat model also names the end of an answer; those of `config.json` where there is no such file or field.
+    pub(super) fn end_tokens(&self, folder: &Path) -> ModelResult<Vec<u32>> {
+        let path = folder.join("generation_config.json");
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(self.eos_token_ids.clone()),
+            Err(source) => return Err(ModelError::Io { path, source }),
+        };
+        let raw: RawGeneration = match serde_json::from_str(&text) {
+            Ok(raw) => raw,
+            Err(error) => return Err(ModelError::Malformed { path, what: error.to_string() }),
+        };
+        let tokens = raw.eos_token_id.map_or_else(|| self.eos_token_ids.clone(), OneOrMany::all);
+        match tokens.iter().find(|token| **token as usize >= self.vocab_size) {
+            None => Ok(tokens),
+            Some(token) => {
+                let what =
+                    format!("eos_token_id {token} is outside the vocabulary of {} tokens", self.vocab_size);
+                Err(ModelError::Malformed { path, what })
+            }
+        }
     }
 
     /// The text of a `config.json` that HF and this crate read back as this configuration.

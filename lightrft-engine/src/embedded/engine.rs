@@ -99,6 +99,7 @@ impl Default for Settings {
 pub struct EmbeddedEngine {
     config: DecoderConfig,
     settings: Settings,
+    end_tokens: Vec<u32>,
     team: Team,
     place: Place,
     pages: Pages,
@@ -134,6 +135,7 @@ impl EmbeddedEngine {
         }
         let place = Place::open(&config, &settings)?;
         Ok(Self {
+            end_tokens: config.eos_token_ids.clone(),
             config,
             team: team(settings.threads)?,
             pages: Pages::new(pages_within(settings.cache_bytes, place.page_bytes())),
@@ -146,7 +148,8 @@ impl EmbeddedEngine {
 
     /// An engine from a Hugging Face folder: `config.json` and `model.safetensors`, or the files of
     /// `model.safetensors.index.json`. Where the settings name no [`Settings::detokenizer`], the folder's
-    /// `tokenizer.json` becomes it, if there is one.
+    /// `tokenizer.json` becomes it, if there is one. `generation_config.json` may name more
+    /// [end tokens](EmbeddedEngine::end_tokens). The folder's chat template is not looked at: prompts are token ids.
     ///
     /// # Errors
     /// [`Error::Model`] names the file, the field or the tensor that is wrong; those of
@@ -159,8 +162,16 @@ impl EmbeddedEngine {
             settings.detokenizer = Some(Arc::new(tokenizer));
         }
         let config = DecoderConfig::from_folder(folder)?;
+        let end_tokens = config.end_tokens(folder)?;
         let weights = Weights::from_folder(folder, &config, settings.dtype, &candle_core::Device::Cpu)?;
-        Self::new(config, weights, settings)
+        Ok(Self { end_tokens, ..Self::new(config, weights, settings)? })
+    }
+
+    /// The tokens with which the model ends what it says, for [`Sampling::stop_tokens`](crate::Sampling::stop_tokens): the
+    /// engine itself stops at none. From a folder `eos_token_id` of `generation_config.json` where that is given, which for a chat
+    /// model also names the end of an answer; else of `config.json`. Empty where neither names any.
+    pub fn end_tokens(&self) -> &[u32] {
+        &self.end_tokens
     }
 
     /// The model's shape.

@@ -7,6 +7,7 @@ use safetensors::Dtype;
 
 use super::engine::EmbeddedEngine;
 use super::error::ModelError;
+use crate::transfer::check_fit;
 use crate::{Engine, Error, Event, NamedTensor, Result, Update, Version};
 
 /// An update of which some tensors have come.
@@ -28,12 +29,6 @@ impl<'a> EmbeddedUpdate<'a> {
     /// A tensor of the engine's own type, with its own memory.
     fn tensor(&self, tensor: &NamedTensor<'_>) -> Result<Tensor> {
         let name = tensor.name().to_owned();
-        let Some(expected) = self.shapes.get(tensor.name()) else {
-            return Err(Error::UnknownTensor { name });
-        };
-        if tensor.shape() != expected {
-            return Err(Error::Shape { name, got: tensor.shape().to_vec(), expected: expected.clone() });
-        }
         if self.pushed.contains(tensor.name()) {
             return Err(Error::RepeatedTensor { name });
         }
@@ -52,6 +47,7 @@ impl<'a> EmbeddedUpdate<'a> {
 
 impl Update for EmbeddedUpdate<'_> {
     fn push(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()> {
+        check_fit(&self.shapes, bucket.iter().map(|tensor| (tensor.name(), tensor.shape())))?;
         let mut taken = BTreeMap::new();
         for tensor in bucket {
             if taken.insert(tensor.name().to_owned(), self.tensor(tensor)?).is_some() {

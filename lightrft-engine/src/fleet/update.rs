@@ -179,6 +179,7 @@ fn is_refusal(error: &Error) -> bool {
     matches!(
         error,
         Error::UnknownTensor { .. }
+            | Error::WrongModel { .. }
             | Error::RepeatedTensor { .. }
             | Error::Shape { .. }
             | Error::Dtype { .. }

@@ -49,7 +49,7 @@ pub(crate) fn autopsy(
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
-    use std::io;
+    use std::{fs, io};
 
     use super::super::error::Call;
     use super::super::process::ServerCommand;
@@ -83,10 +83,13 @@ mod tests {
         let mut ended = server("echo last words; exit 3");
         let (error, gone) = autopsy(lost(), Some(&mut ended), |_| false);
         assert!(gone && error.to_string().contains("last words"), "{error}");
+        // The log of a failure is kept.
+        fs::remove_file(ended.log()).unwrap();
         let mut hangs = server("sleep 600");
         hangs.alive().unwrap();
         let (error, gone) = autopsy(lost(), Some(&mut hangs), |_| false);
         assert!(gone && matches!(error, ServerError::Gone { .. }), "{error}");
         assert!(hangs.alive().is_err(), "it was ended");
+        fs::remove_file(hangs.log()).unwrap();
     }
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use safetensors::Dtype;
 
 use super::complete::check_complete;
+use crate::transfer::check_fit;
 use crate::{Error, NamedTensor, Result, Version};
 
 /// Element types that servers take.
@@ -50,17 +51,13 @@ impl Pushed {
         bucket: impl Iterator<Item = Described<'t>>,
     ) -> Result<BTreeSet<String>> {
         self.check_whole()?;
+        let bucket: Vec<_> = bucket.collect();
+        if !known.is_empty() {
+            check_fit(known, bucket.iter().map(|(name, _, shape)| (*name, *shape)))?;
+        }
         let mut names = BTreeSet::new();
-        for (name, dtype, shape) in bucket {
+        for (name, dtype, _) in bucket {
             let named = || name.to_owned();
-            match known.get(name) {
-                None if !known.is_empty() => return Err(Error::UnknownTensor { name: named() }),
-                Some(expected) if expected != shape => {
-                    let (got, expected) = (shape.to_vec(), expected.clone());
-                    return Err(Error::Shape { name: named(), got, expected });
-                }
-                _ => {}
-            }
             if !matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
                 return Err(Error::Dtype { name: named(), got: dtype, expected: TYPES });
             }

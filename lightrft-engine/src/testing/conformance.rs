@@ -361,11 +361,14 @@ fn bad_tensors_are_refused_before_anything_changes(mut subject: Subject) {
     let bad =
         NamedTensor::new(first.name(), first.dtype(), &longer, first.bytes()).expect("as many elements");
     assert!(matches!(refused(bad, "misshapen"), Error::Shape { .. }));
+    let both = [bad, bad.renamed("no.such.tensor"), bad.renamed("nor.this")];
     let elems: usize = first.shape().iter().product();
     let booleans = vec![0; elems];
     let bad =
         NamedTensor::new(first.name(), Dtype::BOOL, first.shape(), &booleans).expect("it fills its shape");
     assert!(matches!(refused(bad, "of another type"), Error::Dtype { .. }));
+    let error = update.push(&both).expect_err("another model's");
+    assert!(matches!(error, Error::WrongModel { given: 3, unknown: 2, misshapen: 1, .. }), "{error:?}");
     assert!(NamedTensor::new(first.name(), first.dtype(), first.shape(), &first.bytes()[1..]).is_err());
 
     update.push(&[*first]).expect("the refused buckets left no trace");

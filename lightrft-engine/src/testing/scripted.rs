@@ -6,6 +6,7 @@ use std::fmt;
 use safetensors::Dtype;
 
 use super::TensorBytes;
+use crate::transfer::check_fit;
 use crate::{
     Completion, Engine, Error, Event, FinishReason, Level, Limits, LogProbs, MemoryBytes, NamedTensor, Parts,
     Progress, Request, Result, State, Update, Version, Watch, check_requests, refuse_stop_strings,
@@ -262,15 +263,10 @@ struct ScriptedUpdate<'a> {
 impl Update for ScriptedUpdate<'_> {
     fn push(&mut self, bucket: &[NamedTensor<'_>]) -> Result<()> {
         let shapes = BTreeMap::from(self.engine.shapes());
+        check_fit(&shapes, bucket.iter().map(|tensor| (tensor.name(), tensor.shape())))?;
         let mut seen = BTreeSet::new();
         for tensor in bucket {
             let name = tensor.name().to_owned();
-            let Some(expected) = shapes.get(tensor.name()) else {
-                return Err(Error::UnknownTensor { name });
-            };
-            if tensor.shape() != expected {
-                return Err(Error::Shape { name, got: tensor.shape().to_vec(), expected: expected.clone() });
-            }
             if tensor.dtype() != Dtype::F32 {
                 return Err(Error::Dtype { name, got: tensor.dtype(), expected: "F32" });
             }

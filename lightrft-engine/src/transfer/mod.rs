@@ -10,6 +10,7 @@
 
 #[cfg(any(feature = "sglang", feature = "vllm"))]
 mod checksums;
+mod fit;
 mod folder;
 mod memory;
 mod pipeline;
@@ -24,6 +25,7 @@ pub use staging::Staging;
 pub(crate) use checksums::Checksums;
 #[cfg(any(feature = "vllm", all(feature = "sglang", feature = "testing")))]
 pub(crate) use checksums::without_counterpart;
+pub(crate) use fit::check_fit;
 pub(crate) use pipeline::run;
 pub(crate) use plan::Plan;
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use safetensors::Dtype;
 
+use super::fit::check_fit;
 use crate::{Error, NameMap, Result, TensorInfo, Version, engine_names};
 
 /// Tensors of an update in the order of their source, under the engine's names.
@@ -50,16 +51,10 @@ impl Plan {
     }
 
     fn check(&self, known: &BTreeMap<String, Vec<usize>>, to: Version) -> Result<()> {
+        check_fit(known, self.items.iter().map(|item| (item.engine_name.as_str(), item.shape.as_slice())))?;
         let mut missing = known.clone();
         for item in &self.items {
-            let name = || item.engine_name.clone();
-            match missing.remove(&item.engine_name) {
-                None => return Err(Error::UnknownTensor { name: name() }),
-                Some(expected) if expected != item.shape => {
-                    return Err(Error::Shape { name: name(), got: item.shape.clone(), expected });
-                }
-                Some(_) => {}
-            }
+            missing.remove(&item.engine_name);
         }
         if missing.is_empty() {
             return Ok(());

@@ -1,14 +1,16 @@
-//! `SGLang`'s weight messages (0.5): tensors by value, a bucket in GPU memory, the store's keys of its NCCL group.
+//! `SGLang`'s weight messages (0.5): tensors by value, a bucket in GPU memory, and its NCCL group: the store's keys and the
+//! JSON.
 
 use std::borrow::Cow;
 use std::io::Write;
 
 use base64::engine::general_purpose::STANDARD;
 use base64::write::EncoderStringWriter;
+use serde::Serialize;
 
 use super::CudaIpcBuffer;
 use super::pickle::Value;
-use super::torch::{self, dtype, tensor_by_value, torch_type};
+use super::torch::{self, back_to_back, dtype, tensor_by_value, torch_type};
 use crate::{Error, NamedTensor, Result, TensorInfo};
 
 /// An entry of `serialized_named_tensors` for `/update_weights_from_tensor`, without `load_format`: a list of
@@ -74,6 +76,94 @@ pub fn bucket_offsets(tensors: &[TensorInfo]) -> Result<Vec<usize>> {
     Ok(BucketLayout::new(tensors)?.places.into_iter().map(|(start, _)| start).collect())
 }
 
+/// Body of `/init_weights_update_group`: the server's workers join a group of torch whose rank 0 is the trainer.
+///
+/// The trainer serves the store that all meet in; the workers look for the NCCL id there, under [`nccl_id_key`], when
+/// the first tensor comes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NcclInit {
+    /// Host of the trainer's store.
+    pub master_address: String,
+    /// Its port.
+    pub master_port: u16,
+    /// Rank of the server's first worker.
+    pub rank_offset: usize,
+    /// The trainer's rank 0 and all workers.
+    pub world_size: usize,
+    /// The group's name, which later messages repeat. Not empty.
+    pub group_name: String,
+    /// `nccl`.
+    pub backend: &'static str,
+}
+
+impl NcclInit {
+    /// A group of the trainer's rank 0, which serves a store at `address` and `port`, and `workers` workers.
+    pub fn new(address: impl Into<String>, port: u16, workers: usize, group: impl Into<String>) -> Self {
+        Self {
+            master_address: address.into(),
+            master_port: port,
+            rank_offset: 1,
+            world_size: workers.saturating_add(1),
+            group_name: group.into(),
+            backend: "nccl",
+        }
+    }
+}
+
+/// Body of `/update_weights_from_distributed`: the tensors that are about to come through a group, in order.
+///
+/// It is posted between `/begin_weight_update` and `/end_weight_update`, and answered once the tensors are there: rank 0
+/// broadcasts meanwhile.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DistributedUpdate {
+    /// Names as in the model's files.
+    pub names: Vec<String>,
+    /// torch's names of their element types.
+    pub dtypes: Vec<&'static str>,
+    /// Their whole shapes.
+    pub shapes: Vec<Vec<usize>>,
+    /// The group's name.
+    pub group_name: String,
+    /// Whether the server forgets its prefixes afterwards. It refuses to while requests run: for the last bucket only.
+    pub flush_cache: bool,
+    /// `flattened_bucket`, or a broadcast for each tensor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_format: Option<&'static str>,
+    /// What the server calls its weights from now on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_version: Option<String>,
+}
+
+impl DistributedUpdate {
+    /// A broadcast for each tensor, of its own elements. The cache is left alone, and the version.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] for elements that torch's plain types do not have.
+    pub fn one_by_one(tensors: &[TensorInfo], group: impl Into<String>) -> Result<Self> {
+        Ok(Self {
+            names: tensors.iter().map(|t| t.name.clone()).collect(),
+            dtypes: tensors.iter().map(|t| Ok(torch_type(t)?.name)).collect::<Result<_>>()?,
+            shapes: tensors.iter().map(|t| t.shape.clone()).collect(),
+            group_name: group.into(),
+            flush_cache: false,
+            load_format: None,
+            weight_version: None,
+        })
+    }
+
+    /// One broadcast of all bytes, as `uint8`, one tensor after the other without gaps: unlike in [`flattened_bucket`],
+    /// which says where each lies.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] as above; [`Error::Source`] for no tensors at all, and for one that would not begin at a multiple of
+    /// its elements' size, which `SGLang` refuses. With the widest elements first all do.
+    pub fn bucket(tensors: &[TensorInfo], group: impl Into<String>) -> Result<Self> {
+        check_some(tensors)?;
+        back_to_back(tensors)?;
+        Ok(Self { load_format: Some("flattened_bucket"), ..Self::one_by_one(tensors, group)? })
+    }
+}
+
 /// The key under which the group's rank 0 leaves an NCCL id for its `communicator`th communicator (the first is 0) in
 /// the store that it serves: 128 raw bytes. `SGLang` puts the group's name before its keys twice.
 pub fn nccl_id_key(group: &str, communicator: usize) -> String {
@@ -114,9 +204,7 @@ impl<'a> BucketLayout<'a> {
         tensors: &'a [TensorInfo],
         place: impl Fn(usize, usize, usize) -> Result<usize>,
     ) -> Result<Self> {
-        if tensors.is_empty() {
-            return Err(Error::Source("a bucket without tensors, which SGLang refuses".into()));
-        }
+        check_some(tensors)?;
         let mut this = Self { tensors, types: Vec::new(), places: Vec::new() };
         let mut end = 0_usize;
         for (at, tensor) in tensors.iter().enumerate() {
@@ -147,6 +235,13 @@ impl<'a> BucketLayout<'a> {
             });
         let metadata = Value::List(metadata.collect());
         Value::Dict(Value::named([("flattened_tensor", flat), ("metadata", metadata)]))
+    }
+}
+
+fn check_some(tensors: &[TensorInfo]) -> Result<()> {
+    match tensors {
+        [] => Err(Error::Source("a bucket without tensors, which SGLang refuses".into())),
+        _ => Ok(()),
     }
 }
 

@@ -35,6 +35,21 @@ pub(super) fn torch_type(tensor: &TensorInfo) -> Result<TorchType> {
     Ok(TorchType { name, storage, size })
 }
 
+/// Bytes of tensors that lie one after the other without gaps, which torch cannot take apart unless each begins at a
+/// multiple of its elements' size.
+pub(super) fn back_to_back(tensors: &[TensorInfo]) -> Result<usize> {
+    let mut end = 0_usize;
+    for tensor in tensors {
+        let size = torch_type(tensor)?.size;
+        if !end.is_multiple_of(size) {
+            let what = format!("`{}` would begin at byte {end}, its elements have {size}", tensor.name);
+            return Err(Error::Source(format!("{what}: widest elements first was expected").into()));
+        }
+        end = end.saturating_add(tensor.bytes()?);
+    }
+    Ok(end)
+}
+
 pub(super) fn dtype(name: &'static str) -> Value<'static> {
     Value::Global("torch", name.into())
 }

@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
 
 use super::pickle::Value;
-use super::torch::{rebuild_cuda_arguments, torch_type};
+use super::torch::{back_to_back, rebuild_cuda_arguments, torch_type};
 use super::{CudaIpcBuffer, NcclUniqueId};
 use crate::{Error, Result, TensorInfo};
 
@@ -81,10 +81,11 @@ impl UpdateInfo {
     /// answers, so the buffer can then be filled anew.
     ///
     /// # Errors
-    /// [`Error::Dtype`] as above; [`Error::Source`] if the buffer is smaller than its tensors.
+    /// [`Error::Dtype`] as above; [`Error::Source`] if the buffer is smaller than its tensors, or if one of them does not
+    /// begin at a multiple of its elements' size, where a worker cannot read it.
     pub fn cuda_ipc(tensors: &[TensorInfo], buffer: &CudaIpcBuffer) -> Result<Self> {
         let sizes = tensors.iter().map(TensorInfo::bytes).collect::<Result<Vec<_>>>()?;
-        let needed = sizes.iter().fold(0_usize, |sum, size| sum.saturating_add(*size));
+        let needed = back_to_back(tensors)?;
         if buffer.bytes < needed {
             let what = format!("a buffer of {} bytes for tensors of {needed}", buffer.bytes);
             return Err(Error::Source(what.into()));
@@ -107,6 +108,9 @@ fn ipc_handles(buffer: &CudaIpcBuffer) -> Vec<u8> {
 /// How `tensors` of these many bytes are cut into chunks, which both sides must do alike: tensors are appended until
 /// their sum is *greater* than `buffer_bytes`, so a chunk may exceed it by its last tensor. One broadcast of exactly a
 /// chunk's bytes each, as `uint8`.
+///
+/// In its chunk every tensor must begin at a multiple of its elements' size, or the worker fails. Tensors that are sent
+/// with the widest elements first all do.
 ///
 /// ```
 /// let chunks = lightrft_engine::wire::vllm::packed_chunks(&[4, 4, 4, 9, 1], 8);
