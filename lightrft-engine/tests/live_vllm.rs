@@ -17,8 +17,8 @@ use http::{Answer, Asked, HttpServer};
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
 use lightrft_engine::vllm::{Attach, Start, Transfer, Verify, VllmEngine};
 use lightrft_engine::{
-    Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, NamedTensor, Parts, Request, Sampling,
-    ServerError, State, Version, Watch,
+    ApiKey, Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, NamedTensor, Parts, Request,
+    Sampling, ServerError, State, Version, Watch,
 };
 use serde::Deserialize;
 
@@ -402,6 +402,26 @@ fn pitfalls(engine: &mut VllmEngine) {
     replace(engine, "a", 12);
     is_as_transformers_says(engine, "a");
 
+    // Somebody else's request is drawn while weights are replaced.
+    let foreign = thread::scope(|scope| {
+        let foreign = scope.spawn(|| {
+            let body = serde_json::json!({"token_ids": [5, 6, 7], "return_token_ids": true,
+                "sampling_params": {"max_tokens": 240, "ignore_eos": true, "temperature": 0}});
+            let reply = ureq::post(format!("{url}/inference/v1/generate")).send(body.to_string());
+            reply.map(|mut reply| reply.body_mut().read_to_string().unwrap())
+        });
+        let since = Instant::now();
+        while engine.metrics().unwrap().running == 0.0 && since.elapsed() < LONG {
+            thread::sleep(Duration::from_millis(2));
+        }
+        replace(engine, "b", 12);
+        foreign.join().unwrap()
+    });
+    println!("  what came of the other's: {:.120}", format!("{foreign:?}"));
+    is_as_transformers_says(engine, "b");
+    replace(engine, "a", 12);
+    is_as_transformers_says(engine, "a");
+
     // A trainer that died in the middle of an update, and another that takes over.
     let mut attach = Attach::new(engine.url());
     attach.driver.transfer = Transfer::SharedMemory { folder: None };
@@ -450,7 +470,14 @@ fn a_vision_model() {
     settings.images_per_prompt = Some(2);
     settings.videos_per_prompt = Some(1);
     settings.driver.log_probs = LogProbs::Processed;
+    settings.key = Some(ApiKey::new("open\"sesame"));
     let engine = &mut started(&settings);
+    step("the key is asked for, and not in the log", || {
+        let refused = VllmEngine::attach(&Attach::new(engine.url())).unwrap_err();
+        assert!(matches!(&refused, Error::Server(_)) && !refused.to_string().contains("sesame"), "{refused}");
+        let log = std::fs::read_to_string(engine.process().unwrap().1).unwrap();
+        assert!(!log.is_empty() && !log.contains("sesame"), "{log}");
+    });
     step("an image prompt as transformers has it, before and after updates", || {
         // A greedy draw is certain by this server's kind of log-probabilities.
         let right = |engine: &mut VllmEngine, model| {
@@ -483,12 +510,29 @@ fn a_vision_model() {
     });
     step("checksums of a model with a vision tower", || {
         let mut attach = Attach::new(engine.url());
+        attach.key.clone_from(&settings.key);
         attach.driver.log_probs = LogProbs::Processed;
         (attach.driver.verify, attach.driver.transfer) =
             (Verify::Checksums, Transfer::SharedMemory { folder: None });
         let mut other = VllmEngine::attach(&attach).unwrap();
         replace(&mut other, "vl-b", 3);
         replace(&mut other, "vl-a", 4);
+    });
+    step("a folder that it loads, with pictures in its caches", || {
+        let mut attach = Attach::new(engine.url());
+        attach.key.clone_from(&settings.key);
+        attach.driver.log_probs = LogProbs::Processed;
+        attach.driver.transfer = Transfer::Folder { staging: None };
+        let mut other = VllmEngine::attach(&attach).unwrap();
+        for (model, version) in [("vl-b", 5), ("vl-a", 6)] {
+            replace(&mut other, model, version);
+            let expected = expected(model);
+            let sampling =
+                Sampling { log_probs: LogProbs::Processed, ..Sampling::greedy(expected.tokens.len()) };
+            let request =
+                Request::new(expected.prompt, sampling).with_media([Media::image_at(expected.image)]);
+            assert_eq!(other.complete(&[request]).unwrap()[0].tokens, expected.tokens, "{model}");
+        }
     });
     step("pads that do not match are refused, broken images survived", || {
         let expected = expected("vl-a");

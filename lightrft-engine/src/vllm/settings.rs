@@ -394,7 +394,9 @@ impl Driver {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Transfer {
-    /// The whole model is written into a folder that the server then loads. Any server with development routes takes it.
+    /// The whole model is written into a folder that the server then loads. Any server with development routes takes it; but
+    /// one on a CPU without this driver's plug-in goes on using a copy of its embedding as the head where the two are tied:
+    /// have [`Driver::verify`] find that out.
     Folder {
         /// Where that folder is made, and removed again; shared memory if it is not said and there is any, else the
         /// system's temporary folder.
