@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::{Event, Refusal, Result, State};
+use crate::{Error, Event, Refusal, Result, ServerError, State};
 
 /// Requests of one engine that have been sent and not answered, by their ids.
 #[derive(Debug)]
@@ -139,7 +139,14 @@ impl Flight {
                 return Ok(());
             }
             // Again and again: a request that was just sent may not be known to the server yet.
-            give_up(&ids, within.saturating_sub(start.elapsed()))?;
+            give_up(&ids, within.saturating_sub(start.elapsed())).map_err(|error| match error {
+                // What was left of it says nothing to the caller.
+                Error::Server(error) => match *error {
+                    ServerError::Timeout { call, .. } => ServerError::Timeout { call, within }.into(),
+                    error => error.into(),
+                },
+                error => error,
+            })?;
             thread::sleep(Duration::from_millis(20));
         }
     }
@@ -176,6 +183,23 @@ mod tests {
         assert_eq!(told.get(), 1);
         assert!(flight.takes_off(&ids("third")), "the second call goes on");
         assert_eq!(flight.end().into_iter().collect::<Vec<_>>(), ["second", "third"]);
+    }
+
+    #[test]
+    fn an_abort_that_takes_too_long_says_how_long_it_was_given() {
+        let flight = Flight::new(State::READY);
+        flight.begin();
+        assert!(flight.takes_off(&ids("stubborn")));
+        let within = Duration::from_millis(30);
+        let give_up = |_: &BTreeSet<String>, left: Duration| match left.is_zero() {
+            false => Ok(()),
+            true => {
+                let call = crate::Call { engine: "test", method: "POST", path: "/abort".to_owned() };
+                Err(ServerError::Timeout { call, within: left }.into())
+            }
+        };
+        let error = flight.abort(within, give_up).unwrap_err();
+        assert!(error.to_string().contains("30ms"), "{error}");
     }
 
     #[test]
