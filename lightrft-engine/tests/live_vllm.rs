@@ -407,17 +407,18 @@ fn pitfalls(engine: &mut VllmEngine) {
         let foreign = scope.spawn(|| {
             let body = serde_json::json!({"token_ids": [5, 6, 7], "return_token_ids": true,
                 "sampling_params": {"max_tokens": 240, "ignore_eos": true, "temperature": 0}});
-            let reply = ureq::post(format!("{url}/inference/v1/generate")).send(body.to_string());
-            reply.map(|mut reply| reply.body_mut().read_to_string().unwrap())
+            let post = ureq::post(format!("{url}/inference/v1/generate"));
+            let mut reply = post.header("Content-Type", "application/json").send(body.to_string()).unwrap();
+            reply.body_mut().read_to_string().unwrap()
         });
         let since = Instant::now();
-        while engine.metrics().unwrap().running == 0.0 && since.elapsed() < LONG {
+        while engine.metrics().unwrap().running == 0.0 && !foreign.is_finished() && since.elapsed() < LONG {
             thread::sleep(Duration::from_millis(2));
         }
         replace(engine, "b", 12);
         foreign.join().unwrap()
     });
-    println!("  what came of the other's: {:.120}", format!("{foreign:?}"));
+    println!("  what came of the other's: {foreign:.300}");
     is_as_transformers_says(engine, "b");
     replace(engine, "a", 12);
     is_as_transformers_says(engine, "a");
