@@ -35,6 +35,13 @@ struct Expected {
     log_probs: Vec<f32>,
     #[serde(default)]
     image: String,
+    video: Option<Film>,
+}
+
+/// A prompt with a film in it.
+#[derive(Deserialize)]
+struct Film {
+    prompt: Vec<u32>,
 }
 
 fn expected(name: &str) -> Expected {
@@ -171,6 +178,9 @@ fn a_text_model() {
         assert_eq!((other.version(), other.seeds()), (Some(Version(4)), Seeds::Ignored));
         replace(&mut other, "b", 5);
         is_as_transformers_says(&mut other, "b");
+        other.load_folder(&model("a"), Version(6)).unwrap();
+        is_as_transformers_says(&mut other, "a");
+        assert_eq!(SglangEngine::attach(&attach).unwrap().version(), Some(Version(6)));
         replace(&mut other, "a", 4);
     });
     attach.driver.samples_per_request = 2;
@@ -184,6 +194,7 @@ fn a_text_model() {
     step("sleep at both levels, with the weights first", || sleeps(engine));
     step("all that can be asked of a request", || requests(engine));
     step("aborted and counted from another thread", || another_thread(engine));
+    step("frozen from another thread, and its caches dropped", || frozen(engine));
     step("pitfalls", || pitfalls(engine));
     step("a server killed in mid-request", || killed(engine));
 }
@@ -302,6 +313,59 @@ fn another_thread(engine: &mut SglangEngine) {
     is_as_transformers_says(engine, "a");
 }
 
+fn frozen(engine: &mut SglangEngine) {
+    let handle = engine.requests();
+    let frozen_for = Duration::from_secs(2);
+    let since = Instant::now();
+    // While requests are drawn for, and before they come.
+    for busy in [true, false] {
+        let completions = thread::scope(|scope| {
+            let (is_frozen, wait) = std::sync::mpsc::channel();
+            let handle = &handle;
+            scope.spawn(move || {
+                if busy {
+                    wait_until_busy(handle);
+                }
+                handle.pause(LONG).unwrap();
+                is_frozen.send(()).unwrap();
+                thread::sleep(frozen_for);
+                handle.resume(LONG).unwrap();
+            });
+            if !busy {
+                wait.recv().unwrap();
+            }
+            engine.complete(&[text(150).samples(4)]).unwrap()
+        });
+        assert!(completions.iter().all(|c| c.tokens.len() == 150 && c.finish == FinishReason::Length));
+    }
+    assert!(since.elapsed() > frozen_for * 2);
+    // What is aborted while it is frozen ends once the server goes on.
+    let aborted = thread::scope(|scope| {
+        let handle = &handle;
+        scope.spawn(move || {
+            wait_until_busy(handle);
+            handle.pause(LONG).unwrap();
+            let error = handle.abort(Duration::from_secs(1)).unwrap_err();
+            handle.resume(LONG).unwrap();
+            assert!(
+                matches!(&error, Error::Server(server) if matches!(**server, ServerError::Timeout { .. })),
+                "{error}"
+            );
+        });
+        engine.complete(&[text(150).samples(4)]).unwrap()
+    });
+    assert!(aborted.iter().all(|c| c.finish == FinishReason::Aborted), "{aborted:?}");
+    let update = engine.begin_update(Version(10)).unwrap();
+    for refused in [handle.pause(LONG), handle.resume(LONG)] {
+        assert!(matches!(refused, Err(Error::Refused(_))), "{refused:?}");
+    }
+    drop(update);
+    replace(engine, "a", 10);
+    is_as_transformers_says(engine, "a");
+    engine.flush_cache().unwrap();
+    is_as_transformers_says(engine, "a");
+}
+
 fn pitfalls(engine: &mut SglangEngine) {
     let error = engine.complete(&[Request::new([320], Sampling::greedy(1))]).unwrap_err();
     assert!(matches!(error, Error::OutsideVocabulary { token: 320, .. }), "{error}");
@@ -379,6 +443,7 @@ fn killed(engine: &mut SglangEngine) {
 fn a_vision_model() {
     let mut settings = start("vl-a");
     settings.driver.log_probs = LogProbs::Processed;
+    (settings.images_per_prompt, settings.videos_per_prompt) = (Some(2), Some(1));
     let engine = &mut started(&settings);
     step("an image prompt as transformers has it, before and after updates", || {
         is_as_transformers_says(engine, "vl-a");
@@ -430,6 +495,36 @@ fn a_vision_model() {
         );
         let both = [&expected.prompt[..], &expected.prompt].concat();
         engine.complete(&[greedy(both).with_media([image(), image()]).samples(2)]).unwrap();
+    });
+    step("no more images than the server takes, by another driver as well", || {
+        let expected = expected("vl-a");
+        let three = Request::new(expected.prompt.repeat(3), Sampling::greedy(2));
+        let three = [three.with_media(vec![Media::image_at(expected.image); 3])];
+        let mut attach = Attach::new(engine.url());
+        attach.key = Some(key());
+        for engine in [&mut *engine, &mut SglangEngine::attach(&attach).unwrap()] {
+            let error = engine.complete(&three).unwrap_err();
+            assert!(error.to_string().contains("3 images of at most 2"), "{error}");
+        }
+    });
+    step("a film of four frames, in their order", || {
+        let prompt = expected("vl-a").video.expect("a folder made ready before there were films").prompt;
+        let mut see = |film: &[u8]| {
+            let request = Request::new(prompt.clone(), Sampling::greedy(8)).with_media([Media::video(film)]);
+            let completion = engine.complete(&[request]).unwrap().remove(0);
+            (completion.tokens, completion.log_probs)
+        };
+        let film = include_bytes!("data/films/forwards.mp4");
+        let seen = see(film);
+        assert_eq!(seen.0.len(), 8);
+        assert_eq!(seen.0, see(film).0);
+        assert_ne!(seen, see(include_bytes!("data/films/backwards.mp4")));
+        // Frames one by one, which vLLM takes, are no film.
+        let broken = Request::new(prompt, Sampling::greedy(8))
+            .with_media([Media::video_at("data:video/jpeg;base64,/9j/")]);
+        let error = engine.complete(&[broken]).unwrap_err();
+        assert!(matches!(error, Error::Server(_)) && engine.state() == State::READY, "{error}");
+        is_as_transformers_says(engine, "vl-a");
     });
     step("every image counts, not the first alone", || {
         let expected = expected("vl-a");

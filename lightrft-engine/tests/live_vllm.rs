@@ -174,7 +174,9 @@ fn a_text_model() {
     }
     step("sleep at both levels, with the weights first", || sleeps(engine));
     step("all that can be asked of a request", || requests(engine));
-    step("aborted, frozen and counted from another thread", || another_thread(engine));
+    step("aborted, frozen and counted from another thread, and its caches dropped", || {
+        another_thread(engine)
+    });
     step("pitfalls", || pitfalls(engine));
     step("a server killed in mid-request", || killed(engine));
 }
@@ -355,6 +357,14 @@ fn another_thread(engine: &mut VllmEngine) {
         completion
     });
     assert_eq!(frozen.tokens, engine.complete(&[text(4)]).unwrap()[0].tokens);
+    let update = engine.begin_update(Version(11)).unwrap();
+    for refused in [handle.pause(LONG), handle.resume(LONG)] {
+        assert!(matches!(refused, Err(Error::Refused(_))), "{refused:?}");
+    }
+    drop(update);
+    replace(engine, "a", 11);
+    engine.reset_caches().unwrap();
+    is_as_transformers_says(engine, "a");
     let after = engine.metrics().unwrap();
     assert!(after.tokens_per_second(&before) > 0.0 && after.waiting == 0.0, "{after:?}");
 }

@@ -36,6 +36,10 @@ if [ "$1" = sglang ] && [ ! -e "$dir/sg/sglang/__init__.py" ]; then
     pip install --no-deps --target "$dir/sg" sglang==0.5.23 triton==3.7.1 orjson==3.13.0 \
         ipython==9.18.1 traitlets==5.16.1 gguf==0.19.0 soundfile==0.14.0
 fi
+if [ "$1" = sglang ] && [ ! -e "$dir/sg/decord" ]; then
+    # It reads films by this or by torchcodec, which asks for FFmpeg.
+    pip install --no-deps --target "$dir/sg" decord==0.6.0
+fi
 
 export HF_HUB_OFFLINE=1
 models="a:0:text b:1:text"

@@ -36,7 +36,7 @@ impl Requests {
     }
 
     /// Ends the requests of the call that is under way, if one is: its completions have the tokens drawn so far, and
-    /// those that had not begun have none. Returns when all have ended.
+    /// those that had not begun have none. Returns when all have ended; those that are frozen do once the server goes on.
     ///
     /// # Errors
     /// [`ServerError::Timeout`](crate::ServerError::Timeout) if that took longer than `within`; the server's own.

@@ -23,6 +23,9 @@
 //! A server that is attached to must have been started with `SGLANG_VLM_CACHE_SIZE_MB=0` if its vision tower is updated:
 //! else pictures that it has seen before are read with the former weights, since it cannot be told to forget them.
 //!
+//! A film is a file, such as an MP4, which the server reads by torchcodec or by decord: without either it answers a request with
+//! status 500, and goes on. A row of pictures, which vLLM takes for one, it does not read.
+//!
 //! Where `SGLang` differs from the contract of [`Sampling`](crate::Sampling):
 //! - With stop tokens, a completion also ends at the model's own end-of-text tokens; [`FinishReason::Stop`](crate::FinishReason::Stop) names which
 //!   came. Without any, nothing but its length ends it.
