@@ -34,6 +34,7 @@ mod actor_saver;
 mod agree;
 mod checkpoint;
 mod config;
+mod cores;
 mod engine_group;
 mod error;
 mod export;

@@ -13,6 +13,7 @@ use safetensors::Dtype;
 
 use crate::agree::agree;
 use crate::config::{EngineType, StrategyConfig};
+use crate::cores::Cores;
 use crate::error::{Error, Result};
 use crate::model::CausalLm;
 
@@ -82,6 +83,7 @@ fn check_frozen(config: &StrategyConfig, decoder: &DecoderConfig) -> Result<()> 
 pub(crate) fn engine(
     config: &StrategyConfig,
     wanted: bool,
+    cores: Cores,
     actor: &Actor,
 ) -> Result<Option<Box<dyn Engine>>> {
     if !wanted {
@@ -90,7 +92,8 @@ pub(crate) fn engine(
     match config.engine_type {
         EngineType::Embedded => {
             let decoder = actor.model.model().decoder();
-            let mut settings = Settings { dtype: decoder.dtype(), ..Settings::default() };
+            let mut settings =
+                Settings { dtype: decoder.dtype(), threads: cores.engine_threads(), ..Settings::default() };
             if config.micro_rollout_batch_size > 0 {
                 settings.max_sequences = config.micro_rollout_batch_size;
             }

@@ -14,6 +14,7 @@ use crate::actor_saver::ActorSaver;
 use crate::agree::agree;
 use crate::checkpoint::{self, LoadOptions, RunState};
 use crate::config::StrategyConfig;
+use crate::cores::Cores;
 use crate::engine_group::{Between, EngineGroup};
 use crate::error::{Error, Result};
 use crate::export;
@@ -28,11 +29,13 @@ pub struct Strategy {
     config: StrategyConfig,
     world: Arc<dyn Communicator>,
     engine_group: EngineGroup,
+    cores: Cores,
 }
 
 impl Strategy {
     /// Joins the ranks that the environment names (those of `torchrun`, Slurm or our launcher; none means a world of
-    /// one), and checks the configuration against their number.
+    /// one), and checks the configuration against their number. Embedded engines of several processes on the same cores
+    /// divide them, unless `RAYON_NUM_THREADS` says how many threads each process has.
     ///
     /// # Errors
     /// [`Error::Collectives`](crate::Error::Collectives) when the ranks do not meet,
@@ -58,7 +61,8 @@ impl Strategy {
             ));
         }
         let engine_group = EngineGroup::new(&*world, config.engine_tp_size)?;
-        Ok(Self { config, world, engine_group })
+        let cores = Cores::share(&*world, engine_group.is_leader())?;
+        Ok(Self { config, world, engine_group, cores })
     }
 
     /// The settings.
@@ -117,7 +121,7 @@ impl Strategy {
     /// # Errors
     /// [`Error::Engine`](crate::Error::Engine).
     pub fn prepare_engine(&self, actor: &Actor) -> Result<Option<Box<dyn Engine>>> {
-        prepare::engine(&self.config, self.holds_engine(), actor)
+        prepare::engine(&self.config, self.holds_engine(), self.cores, actor)
     }
 
     /// Log-probabilities of the batch's targets under the frozen reference, `[rows, cols]`. *Collective.*
