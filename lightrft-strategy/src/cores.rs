@@ -53,8 +53,8 @@ impl Cores {
         })
     }
 
-    /// Threads for an engine of this process, `None` for the pool that the process has anyway. More threads than cores would
-    /// take them from each other in the middle of every step.
+    /// Threads for an engine of this process, `None` for the pool that the process has anyway. More threads than cores gain
+    /// nothing, and every product waits for the last of its threads.
     pub(crate) fn engine_threads(self) -> Option<NonZeroUsize> {
         if self.bounded || self.engines < 2 {
             return None;
