@@ -11,7 +11,7 @@ use lightrft_engine::sglang::{Attach, MemorySaver, Requests, Seeds, SglangEngine
 use lightrft_engine::testing::{Subject, TensorBytes, conformance_without_seeds};
 use lightrft_engine::{
     ApiKey, Engine, EngineExt, Error, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor,
-    Parts, Request, Sampling, ServerError, State, Version, Watch,
+    Parts, Prefixes, Request, Sampling, ServerError, State, TensorSlice, Version, Watch,
 };
 use serde::Deserialize;
 
@@ -456,6 +456,21 @@ fn a_vision_model() {
         engine.load_folder(&model("vl-b"), Version(3)).unwrap();
         is_as_transformers_says(engine, "vl-b");
         replace(engine, "vl-a", 4);
+    });
+    step("weights under a trainer's names, by the map", || {
+        let mut tensors = weights("vl-b");
+        for tensor in &mut tensors {
+            tensor.name = match tensor.name.strip_prefix("model.") {
+                Some(rest) => format!("model.language_model.{rest}"),
+                None if tensor.name.starts_with("visual.") => format!("model.{}", tensor.name),
+                None => continue,
+            };
+        }
+        let views: Vec<NamedTensor<'_>> = tensors.iter().map(|t| t.view().unwrap()).collect();
+        let map = Prefixes::qwen2_5_vl_to_sglang();
+        engine.update_from(Version(30), &mut TensorSlice::new(&views), &map, 256 << 10).unwrap();
+        is_as_transformers_says(engine, "vl-b");
+        replace(engine, "vl-a", 31);
     });
     step("checksums of a model with a vision tower", || {
         let mut attach = Attach::new(engine.url());

@@ -17,8 +17,8 @@ use http::{Answer, Asked, HttpServer};
 use lightrft_engine::testing::{Subject, TensorBytes, conformance};
 use lightrft_engine::vllm::{Attach, Start, Transfer, Verify, VllmEngine};
 use lightrft_engine::{
-    ApiKey, Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, NamedTensor, Parts, Request,
-    Sampling, ServerError, State, Version, Watch,
+    ApiKey, Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, NamedTensor, Parts, Prefixes,
+    Request, Sampling, ServerError, State, TensorSlice, Version, Watch,
 };
 use serde::Deserialize;
 
@@ -489,16 +489,16 @@ fn a_vision_model() {
         let log = std::fs::read_to_string(engine.process().unwrap().1).unwrap();
         assert!(!log.is_empty() && !log.contains("sesame"), "{log}");
     });
+    // A greedy draw is certain by this server's kind of log-probabilities.
+    let right = |engine: &mut VllmEngine, model| {
+        let expected = expected(model);
+        let mut request = Request::new(expected.prompt, Sampling::greedy(expected.tokens.len()))
+            .with_media([Media::image_at(expected.image)]);
+        request.sampling.log_probs = LogProbs::Processed;
+        let completion = engine.complete(&[request]).unwrap().remove(0);
+        assert_eq!(completion.tokens, expected.tokens, "{model}");
+    };
     step("an image prompt as transformers has it, before and after updates", || {
-        // A greedy draw is certain by this server's kind of log-probabilities.
-        let right = |engine: &mut VllmEngine, model| {
-            let expected = expected(model);
-            let mut request = Request::new(expected.prompt, Sampling::greedy(expected.tokens.len()))
-                .with_media([Media::image_at(expected.image)]);
-            request.sampling.log_probs = LogProbs::Processed;
-            let completion = engine.complete(&[request]).unwrap().remove(0);
-            assert_eq!(completion.tokens, expected.tokens, "{model}");
-        };
         right(engine, "vl-a");
         replace(engine, "vl-b", 1);
         right(engine, "vl-b");
@@ -519,6 +519,21 @@ fn a_vision_model() {
         assert_eq!(seen, see(&film.url));
         assert_ne!(seen, see(&format!("data:video/jpeg;base64,{rest},{first}")));
     });
+    step("weights under a trainer's names, by the map", || {
+        let mut tensors = weights("vl-b");
+        for tensor in &mut tensors {
+            tensor.name = match tensor.name.strip_prefix("model.") {
+                Some(rest) => format!("model.language_model.{rest}"),
+                None if tensor.name.starts_with("visual.") => format!("model.{}", tensor.name),
+                None => continue,
+            };
+        }
+        let views: Vec<NamedTensor<'_>> = tensors.iter().map(|t| t.view().unwrap()).collect();
+        let map = Prefixes::qwen2_5_vl_to_sglang();
+        engine.update_from(Version(30), &mut TensorSlice::new(&views), &map, 256 << 10).unwrap();
+        right(engine, "vl-b");
+        replace(engine, "vl-a", 31);
+    });
     step("checksums of a model with a vision tower", || {
         let mut attach = Attach::new(engine.url());
         attach.key.clone_from(&settings.key);
@@ -537,12 +552,7 @@ fn a_vision_model() {
         let mut other = VllmEngine::attach(&attach).unwrap();
         for (model, version) in [("vl-b", 5), ("vl-a", 6)] {
             replace(&mut other, model, version);
-            let expected = expected(model);
-            let sampling =
-                Sampling { log_probs: LogProbs::Processed, ..Sampling::greedy(expected.tokens.len()) };
-            let request =
-                Request::new(expected.prompt, sampling).with_media([Media::image_at(expected.image)]);
-            assert_eq!(other.complete(&[request]).unwrap()[0].tokens, expected.tokens, "{model}");
+            right(&mut other, model);
         }
     });
     step("pads that do not match are refused, broken images survived", || {
