@@ -274,7 +274,7 @@ fn wait_until_busy(handle: &Requests) {
     while !handle.is_busy() && since.elapsed() < LONG {
         thread::sleep(Duration::from_millis(5));
     }
-    thread::sleep(Duration::from_millis(300));
+    thread::sleep(Duration::from_millis(100));
 }
 
 fn another_thread(engine: &mut SglangEngine) {
@@ -317,6 +317,8 @@ fn frozen(engine: &mut SglangEngine) {
     let handle = engine.requests();
     let frozen_for = Duration::from_secs(2);
     let since = Instant::now();
+    // So many that they are not done before they are frozen.
+    let long: Vec<Request> = (0..16).map(|id| text(240).with_id(id)).collect();
     // While requests are drawn for, and before they come.
     for busy in [true, false] {
         let completions = thread::scope(|scope| {
@@ -327,16 +329,16 @@ fn frozen(engine: &mut SglangEngine) {
                     wait_until_busy(handle);
                 }
                 handle.pause(LONG).unwrap();
-                is_frozen.send(()).unwrap();
+                is_frozen.send(()).ok();
                 thread::sleep(frozen_for);
                 handle.resume(LONG).unwrap();
             });
             if !busy {
                 wait.recv().unwrap();
             }
-            engine.complete(&[text(150).samples(4)]).unwrap()
+            engine.complete(&long).unwrap()
         });
-        assert!(completions.iter().all(|c| c.tokens.len() == 150 && c.finish == FinishReason::Length));
+        assert!(completions.iter().all(|c| c.tokens.len() == 240 && c.finish == FinishReason::Length));
     }
     assert!(since.elapsed() > frozen_for * 2);
     // What is aborted while it is frozen ends once the server goes on.
@@ -352,7 +354,7 @@ fn frozen(engine: &mut SglangEngine) {
                 "{error}"
             );
         });
-        engine.complete(&[text(150).samples(4)]).unwrap()
+        engine.complete(&long).unwrap()
     });
     assert!(aborted.iter().all(|c| c.finish == FinishReason::Aborted), "{aborted:?}");
     let update = engine.begin_update(Version(10)).unwrap();
