@@ -158,8 +158,8 @@ pub trait EngineExt: Engine {
     /// ```
     ///
     /// # Errors
-    /// Before anything is asked for: [`Error::Refused`]; [`Error::Name`]; [`Error::UnknownTensor`], [`Error::Shape`], [`Error::WrongModel`] and
-    /// [`Error::MissingTensors`] against the engine's parameters. After that: [`Error::Source`] and what the source
+    /// Before anything is asked for: [`Error::Refused`]; [`Error::Name`]; [`Error::UnknownTensor`], [`Error::Shape`],
+    /// [`Error::WrongModel`] and [`Error::MissingTensors`] against the engine's parameters. After that: [`Error::Source`] and what the source
     /// itself reports; those of [`Engine::begin_update`], [`Update::push`] and [`Update::commit`]. Where both sides
     /// fail, the engine's error is returned.
     fn update_from(

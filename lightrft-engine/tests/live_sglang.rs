@@ -2,6 +2,8 @@
 //! these.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod live_models;
+
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
@@ -13,6 +15,7 @@ use lightrft_engine::{
     ApiKey, Engine, EngineExt, Error, FinishReason, HfFolder, Identity, Level, LogProbs, Media, NamedTensor,
     Parts, Prefixes, Request, Sampling, ServerError, State, TensorSlice, Version, Watch,
 };
+use live_models::{named_by_a_trainer, tensors_in};
 use serde::Deserialize;
 
 const LONG: Duration = Duration::from_secs(120);
@@ -49,15 +52,7 @@ fn expected(name: &str) -> Expected {
 }
 
 fn weights(name: &str) -> Vec<TensorBytes> {
-    let bytes = std::fs::read(model(name).join("model.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| TensorBytes {
-        name,
-        dtype: view.dtype(),
-        shape: view.shape().to_vec(),
-        bytes: view.data().to_vec(),
-    };
-    file.tensors().into_iter().map(tensor).collect()
+    tensors_in(&model(name))
 }
 
 /// Every server asks for it.
@@ -460,14 +455,7 @@ fn a_vision_model() {
         replace(engine, "vl-a", 4);
     });
     step("weights under a trainer's names, by the map", || {
-        let mut tensors = weights("vl-b");
-        for tensor in &mut tensors {
-            tensor.name = match tensor.name.strip_prefix("model.") {
-                Some(rest) => format!("model.language_model.{rest}"),
-                None if tensor.name.starts_with("visual.") => format!("model.{}", tensor.name),
-                None => continue,
-            };
-        }
+        let tensors = named_by_a_trainer(weights("vl-b"));
         let views: Vec<NamedTensor<'_>> = tensors.iter().map(|t| t.view().unwrap()).collect();
         let map = Prefixes::qwen2_5_vl_to_sglang();
         engine.update_from(Version(30), &mut TensorSlice::new(&views), &map, 256 << 10).unwrap();

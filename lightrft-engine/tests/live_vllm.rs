@@ -4,8 +4,8 @@
 #[path = "servers/http.rs"]
 #[allow(dead_code)]
 mod http;
+mod live_models;
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -20,6 +20,7 @@ use lightrft_engine::{
     ApiKey, Engine, EngineExt, Error, FinishReason, Level, LogProbs, Media, NamedTensor, Parts, Prefixes,
     Request, Sampling, ServerError, State, TensorSlice, Version, Watch,
 };
+use live_models::{named_by_a_trainer, tensors_in};
 use serde::Deserialize;
 
 /// Machines that run these may be busy with other things.
@@ -56,17 +57,7 @@ fn expected(model: &str) -> Expected {
 }
 
 fn weights(model: &str) -> Vec<TensorBytes> {
-    let bytes = std::fs::read(folder().join("models").join(model).join("model.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| TensorBytes {
-        name,
-        dtype: view.dtype(),
-        shape: view.shape().to_vec(),
-        bytes: view.data().to_vec(),
-    };
-    // By layer, as trainers send them.
-    let by_name: BTreeMap<_, _> = file.tensors().into_iter().collect();
-    by_name.into_iter().map(tensor).collect()
+    tensors_in(&folder().join("models").join(model))
 }
 
 fn start(model: &str) -> Start {
@@ -520,14 +511,7 @@ fn a_vision_model() {
         assert_ne!(seen, see(&format!("data:video/jpeg;base64,{rest},{first}")));
     });
     step("weights under a trainer's names, by the map", || {
-        let mut tensors = weights("vl-b");
-        for tensor in &mut tensors {
-            tensor.name = match tensor.name.strip_prefix("model.") {
-                Some(rest) => format!("model.language_model.{rest}"),
-                None if tensor.name.starts_with("visual.") => format!("model.{}", tensor.name),
-                None => continue,
-            };
-        }
+        let tensors = named_by_a_trainer(weights("vl-b"));
         let views: Vec<NamedTensor<'_>> = tensors.iter().map(|t| t.view().unwrap()).collect();
         let map = Prefixes::qwen2_5_vl_to_sglang();
         engine.update_from(Version(30), &mut TensorSlice::new(&views), &map, 256 << 10).unwrap();

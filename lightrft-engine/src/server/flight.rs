@@ -213,6 +213,7 @@ mod tests {
         flight.begin();
         assert!(flight.takes_off(&ids("next")));
     }
+
     #[test]
     fn nobody_else_has_a_turn_while_the_engine_is_not_ready() {
         let flight = Flight::new(State::READY);

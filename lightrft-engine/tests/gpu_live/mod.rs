@@ -1,5 +1,8 @@
 //! What the tests of servers on a GPU share: tiny models, weights on the card, memory that is free there.
 
+#[path = "../live_models/mod.rs"]
+mod live_models;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -9,6 +12,7 @@ use lightrft_engine::testing::TensorBytes;
 use lightrft_engine::{
     Dtype, Engine, EngineExt, Request, Result, Sampling, Staging, TensorInfo, UpdateReport, WeightSource,
 };
+use live_models::tensors_in;
 use serde::Deserialize;
 
 pub(crate) const MIB: usize = 1 << 20;
@@ -33,18 +37,7 @@ pub(crate) fn expected(model: &str) -> Expected {
 }
 
 pub(crate) fn weights(model: &str) -> Vec<TensorBytes> {
-    let bytes = std::fs::read(folder().join("models").join(model).join("model.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let tensor = |(name, view): (String, safetensors::tensor::TensorView<'_>)| TensorBytes {
-        name,
-        dtype: view.dtype(),
-        shape: view.shape().to_vec(),
-        bytes: view.data().to_vec(),
-    };
-    let mut tensors: Vec<TensorBytes> = file.tensors().into_iter().map(tensor).collect();
-    // By layer, as trainers send them.
-    tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    tensors
+    tensors_in(&folder().join("models").join(model))
 }
 
 /// Weights that lie on the GPU.
